@@ -1,0 +1,128 @@
+"""Time and memory of planning at the size of a 671B model: read score files, plan, write the plan files.
+
+Only the tensors that planning reads are synthesised, in a temporary folder that is deleted afterwards.
+The planning runs in a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+
+@click.command(help=__doc__)
+@click.option("--layers", default=58, show_default=True, help="MoE layers")
+@click.option("--experts", default=256, show_default=True, help="routed experts per layer")
+@click.option("--neurons", default=2048, show_default=True, help="intermediate size of an expert")
+@click.option("--domains", default=4, show_default=True, help="calibration domains")
+@click.option("--method", default="tenp", show_default=True, help="tenp, enp or random")
+@click.option("--align", default=1, show_default=True, help="narrow widths are multiples of this")
+@click.option("--repeat", default=3, show_default=True, help="runs; every one is printed")
+@click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
+@click.option("--measure", type=click.Path(path_type=Path), hidden=True, help="internal: plan this folder of scores")
+def main(layers, experts, neurons, domains, method, align, repeat, folder, measure):
+    sizes = (layers, experts, neurons)
+    if measure:
+        click.echo(json.dumps(plan_once(measure, sizes, method, align)))
+        return
+    print_machine()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        scores = Path(temporary)
+        started = time.perf_counter()
+        size = synthesise(scores, sizes, domains)
+        click.echo(
+            f"scores      {layers} layers x {experts} experts x {neurons} neurons x {domains} domains, ", nl=False
+        )
+        click.echo(f"{size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s (not counted below)")
+        click.echo("run  method  planning s  whole process s  peak RSS GB  anonymous at end GB  plan files MB")
+        for run in range(1, repeat + 1):
+            report(run, method, scores)
+
+
+def report(run: int, method: str, scores: Path) -> None:
+    started = time.perf_counter()
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(scores)]
+    child = subprocess.run(command, check=True, capture_output=True, text=True)
+    whole = time.perf_counter() - started
+    found = json.loads(child.stdout)
+    click.echo(
+        f"{run:<3}  {method:<6}  {found['seconds']:>10.2f}  {whole:>15.2f}  {found['peak'] / 1e9:>11.2f}  "
+        f"{found['anonymous'] / 1e9:>19.2f}  {found['plan_bytes'] / 1e6:>13.1f}"
+    )
+
+
+def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int) -> int:
+    """Write score files of random numbers; 1 expert in 200 is reached by no token. Returns their bytes."""
+    import torch
+
+    from tenp_dist.checkpoint.kept import layer_name
+    from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
+
+    layers, experts, neurons = sizes
+    generator = torch.Generator().manual_seed(0)
+    total = 0
+    for layer in range(layers):
+        counts = torch.randint(1, 10_000, (domains, experts), generator=generator).double()
+        counts[:, torch.rand(experts, generator=generator) < 0.005] = 0
+        tensors = {
+            "token_count": counts,
+            "expert_importance_sum": torch.rand(domains, experts, generator=generator).double() * counts,
+            "neuron_projection_sum": torch.randn(domains, experts, neurons, generator=generator).double()
+            * counts[:, :, None],
+        }
+        norms = torch.rand(experts, neurons, generator=generator).double()
+        names = tuple(f"domain{index}" for index in range(domains))
+        path = folder / f"{layer_name(layer)}.safetensors"
+        write_statistics(path, LayerStatistics(names, tensors, norms), layer=layer, key="bench")
+        total += path.stat().st_size
+    return total
+
+
+def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int) -> dict[str, float]:
+    """Plan the scores in `folder`; seconds include imports of the planner, reading and writing."""
+    started = time.perf_counter()
+    from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics, read_plan, write_plan
+    from tenp_dist.checkpoint.kept import layer_name
+    from tenp_dist.config import Budget
+    from tenp_dist.scoring.statistics import read_statistics
+
+    layers, experts, neurons = sizes
+    budget = Budget(method=method, align=align)
+    names = planning_statistics(budget)
+    plan = make_plan(
+        budget,
+        [MoeLayer(layer, experts, neurons) for layer in range(layers)],
+        lambda layer: read_statistics(folder / f"{layer_name(layer)}.safetensors", names),
+    )
+    paths = write_plan(folder / "plan", plan, source_fingerprint="bench", scores_digest="bench")
+    seconds = time.perf_counter() - started
+    assert read_plan(folder / "plan")["experts"]["total"] == layers * experts
+    memory = {line.split(":")[0]: line.split() for line in Path("/proc/self/status").read_text().splitlines()}
+    return {
+        "seconds": seconds,
+        "peak": int(memory["VmHWM"][1]) * 1024,
+        "anonymous": int(memory["RssAnon"][1]) * 1024,
+        "plan_bytes": sum(path.stat().st_size for path in paths),
+    }
+
+
+def print_machine() -> None:
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "safetensors"))
+    click.echo(f"machine     {model}, {len(os.sched_getaffinity(0))} cores")
+    click.echo(f"versions    Python {platform.python_version()}, {libraries}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Distributed pruning of Mixture-of-Experts language models by narrowing their experts.
+
+Importing this package is enough to load a `ragged` checkpoint with the Auto classes of
+`transformers`, whichever of the two is imported first. It stays cheap: neither torch nor
+transformers is imported here, the families are registered when transformers loads its Auto modules.
+"""
+
+import wrapt
+
+__version__ = "0.1.0"
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_configs(_module):
+    from tenp_dist.runtime.transformers import register_configs
+
+    register_configs()
+
+
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register_models(_module):
+    from tenp_dist.runtime.transformers import register_models
+
+    register_models()

@@ -1,0 +1,133 @@
+"""Files of a run: written whole or not at all, named by what they were made from.
+
+A file is written under a temporary name in its own folder, fsynced and renamed; the folder is
+fsynced too, so that a name that can be seen belongs to a complete file. Every stage leaves a
+record (`stages/<stage>.json`) with its key, the digest of what it wrote and a summary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tenp_dist.errors import DiskFullError
+
+SCHEMA_VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary neighbour of `path` for binary writing; rename it over `path` on success.
+
+    Raises:
+        DiskFullError: the file system has no space (or quota) left; the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                "No space left on the device",
+                where=path,
+                found=f"{_free_bytes(path.parent) / 1e9:.2f} GB free",
+                next_step="free space, or point run_dir at a larger file system; finished files are kept and the "
+                "same command goes on from them",
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys left as given and a final newline, atomically."""
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical JSON of `value` (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """What a finished stage leaves behind.
+
+    key: digest of the job fields read, the upstream digests and the schema version.
+    digest: digest of what was written; part of the keys downstream.
+    files: path relative to the run directory -> size in bytes, to notice deleted or cut files.
+    """
+
+    stage: str
+    key: str
+    digest: str
+    files: Mapping[str, int]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, run_dir: Path) -> None:
+        write_json(record_path(run_dir, self.stage), asdict(self))
+
+    def intact(self, run_dir: Path) -> bool:
+        """Whether every file that the stage wrote is still there at its size."""
+        return all(_size(run_dir / name) == size for name, size in self.files.items())
+
+
+def record_path(run_dir: Path, stage: str) -> Path:
+    return run_dir / "stages" / f"{stage}.json"
+
+
+def read_record(run_dir: Path, stage: str) -> StageRecord | None:
+    """The record of `stage`, or None if the stage never finished under this schema."""
+    path = record_path(run_dir, stage)
+    if not path.exists():
+        return None
+    value = read_json(path)
+    return StageRecord(**value) if value.get("schema_version") == SCHEMA_VERSION else None
+
+
+def sizes(run_dir: Path, paths: Sequence[Path]) -> dict[str, int]:
+    """Relative path -> size, the form in which a StageRecord lists files."""
+    return {str(path.relative_to(run_dir)): path.stat().st_size for path in paths}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free_bytes(folder: Path) -> int:
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize

@@ -1,0 +1,352 @@
+"""From scores and a budget to a plan: which experts stay whole, which neurons every other one keeps.
+
+`make_plan` is pure and holds the statistics of one layer at a time; `write_plan` and `read_plan` are
+the two files of a plan, `plan.json` for people and `plan.safetensors` for the writer.
+
+E routed experts of a layer, F neurons of an expert, m_l whole experts of layer l, M of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write, digest_of, read_json
+from tenp_dist.budget.selection import top_experts, top_neurons
+from tenp_dist.budget.shape import MoeLayer, Shape, important_share, plan_shape, shape_warnings
+from tenp_dist.budget.trapezoid import exact_string
+from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
+from tenp_dist.config import Budget
+from tenp_dist.errors import BudgetError, StaleError
+from tenp_dist.scoring.domains import never_routed
+from tenp_dist.scoring.methods import registry
+from tenp_dist.scoring.statistics import LayerStatistics
+
+NEVER_ROUTED_LIMIT = Fraction(1, 100)
+PLAN_JSON = "plan.json"
+PLAN_TENSORS = "plan.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What one layer keeps.
+
+    whole: ids of the experts kept whole, ascending.
+    never_routed: ids of the experts that no token reached, ascending.
+    routed_tokens: tokens times experts they were routed to, over all domains.
+    activated_neurons: the sum of the widths of the experts that those tokens went to.
+    """
+
+    facts: MoeLayer
+    kept: KeptNeurons
+    whole: tuple[int, ...]
+    narrow_width: int
+    never_routed: tuple[int, ...]
+    routed_tokens: int
+    activated_neurons: int
+
+    @property
+    def retention(self) -> Fraction:
+        """Kept neurons, a share of all."""
+        return Fraction(int(self.kept.offsets[-1]), self.facts.experts * self.facts.intermediate_size)
+
+    @property
+    def activated(self) -> float | None:
+        """Mean share of an expert's neurons that a routed token meets; None where no token was routed."""
+        return _share(self.activated_neurons, self.routed_tokens * self.facts.intermediate_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A complete plan. layers: decoder index -> LayerPlan, in depth order; important: alpha as used."""
+
+    budget: Budget
+    important: Fraction
+    shape: Shape
+    layers: Mapping[int, LayerPlan]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def kept(self) -> dict[int, KeptNeurons]:
+        return {layer: plan.kept for layer, plan in self.layers.items()}
+
+    @property
+    def widths(self) -> dict[int, np.ndarray]:
+        """Decoder index -> kept neurons of each expert, int64 [E]."""
+        return {layer: plan.kept.widths for layer, plan in self.layers.items()}
+
+    @property
+    def narrow_width(self) -> int | None:
+        return self.shape.narrow_width
+
+    @property
+    def whole_experts(self) -> int:
+        """M."""
+        return sum(self.shape.whole)
+
+    @property
+    def kept_neurons(self) -> int:
+        """Counted in the arrays that the writer gets, not derived from the widths asked for."""
+        return sum(int(layer.kept.offsets[-1]) for layer in self.layers.values())
+
+    @property
+    def retention(self) -> Fraction:
+        """Routed parameters kept, a share of all; never above the target."""
+        return Fraction(self.kept_neurons, self.shape.total_neurons)
+
+    @property
+    def activated(self) -> float | None:
+        """The paper's A: mean share of routed parameters that a routed token meets."""
+        met = sum(plan.activated_neurons for plan in self.layers.values())
+        return _share(met, sum(p.routed_tokens * p.facts.intermediate_size for p in self.layers.values()))
+
+    @property
+    def leftover_neurons(self) -> int:
+        """Neurons that the target allows and rounding leaves unspent."""
+        return int(self.budget.retention_exact * self.shape.total_neurons) - self.kept_neurons
+
+
+def planning_statistics(budget: Budget) -> tuple[str, ...]:
+    """Names of the statistics that `make_plan` reads for this budget (and `neuron_weight_norm`)."""
+    return tuple(dict.fromkeys(("token_count", *registry.get(budget.method).statistics)))
+
+
+def control_budget(budget: Budget) -> Budget:
+    """The budget of the random control: the same m_l and widths, drawn instead of ranked."""
+    important = budget.important if registry.get(budget.method).whole_experts else Decimal(0)
+    return budget.model_copy(update={"method": "random", "important": important})
+
+
+def make_plan(
+    budget: Budget,
+    layers: Sequence[MoeLayer],
+    statistics: Callable[[int], LayerStatistics],
+    *,
+    domain_weights: Mapping[str, Fraction | float] | None = None,
+) -> Plan:
+    """Plan a model.
+
+    Args:
+        layers: the MoE layers in depth order.
+        statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the
+            weight norm. Called once per layer, in order; the result is let go before the next call.
+        domain_weights: domain -> weight; a domain that is not named weighs 1.
+
+    Raises:
+        BudgetError: the budget is infeasible, also by what the scores say (`never_routed: whole`).
+        StaleError: statistics of another shape than the model's.
+        NumericalError: NaN or Inf in a statistic.
+        JobError: unknown method or domain.
+    """
+    shape = plan_shape(budget, layers)
+    method = registry.get(budget.method)
+    planned = {}
+    for facts, m, width in zip(shape.layers, shape.whole, shape.narrow, strict=True):
+        context = registry.Context(layer=facts.layer, seed=budget.seed, domain_weights=domain_weights or {})
+        planned[facts.layer] = _plan_layer(budget, method, facts, m, width, statistics(facts.layer), context)
+    warnings = (*shape_warnings(budget, shape), *_never_routed_warnings(planned))
+    plan = Plan(budget=budget, important=important_share(budget), shape=shape, layers=planned, warnings=warnings)
+    assert plan.kept_neurons == shape.kept_neurons and plan.retention <= budget.retention_exact
+    return plan
+
+
+def _plan_layer(
+    budget: Budget,
+    method: registry.Method,
+    facts: MoeLayer,
+    m: int,
+    width: int,
+    statistics: LayerStatistics,
+    context: registry.Context,
+) -> LayerPlan:
+    _check_layer(facts, statistics)
+    unrouted_E = never_routed(statistics).numpy()
+    first_E = unrouted_E if budget.never_routed == "whole" else np.zeros_like(unrouted_E)
+    _check_first(first_E, m, facts)
+    whole = top_experts(method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
+    kept_EF = top_neurons(method.neuron_scores(statistics, context).numpy(), width)
+    kept_EF[list(whole)] = True
+    kept = KeptNeurons.from_mask(kept_EF)
+    tokens_E = statistics["token_count"].sum(dim=0).numpy().astype(np.int64)
+    return LayerPlan(
+        facts=facts,
+        kept=kept,
+        whole=whole,
+        narrow_width=width,
+        never_routed=tuple(np.flatnonzero(unrouted_E).tolist()),
+        routed_tokens=int(tokens_E.sum()),
+        activated_neurons=int(tokens_E @ kept.widths),
+    )
+
+
+def _check_first(first_E: np.ndarray, m: int, facts: MoeLayer) -> None:
+    if first_E.sum() > m:
+        raise BudgetError(
+            "More never-routed experts than the layer keeps whole",
+            where=f"budget.never_routed, layer {facts.layer}",
+            found=f"{int(first_E.sum())} never-routed experts",
+            wanted=f"at most {m}, the whole experts of the layer",
+            next_step="set budget.never_routed to narrow, raise budget.important, or calibrate on more text",
+        )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _check_layer(facts: MoeLayer, statistics: LayerStatistics) -> None:
+    shape_EF = (facts.experts, facts.intermediate_size)
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in statistics.tensors.items()}
+    if statistics.weight_norm is not None:
+        shapes["neuron_weight_norm"] = tuple(statistics.weight_norm.shape)
+    for name, found in shapes.items():
+        if found != shape_EF[: len(found)]:
+            raise StaleError(
+                "Scores of another model",
+                where=f"layer {facts.layer}, {name}",
+                found=f"shape {found}",
+                wanted=f"{facts.experts} experts of {facts.intermediate_size} neurons",
+                next_step="score this model, or point the job at the model that was scored",
+            )
+    registry.require_finite(statistics, ("token_count",), facts.layer)
+
+
+def _never_routed_warnings(planned: Mapping[int, LayerPlan]) -> list[str]:
+    count = sum(len(plan.never_routed) for plan in planned.values())
+    experts = sum(plan.facts.experts for plan in planned.values())
+    if Fraction(count, experts) <= NEVER_ROUTED_LIMIT:
+        return []
+    return [
+        f"{count} of {experts} routed experts ({count / experts:.1%}) were reached by no calibration token; their "
+        "neurons are ranked by weight norms. Calibrate on more text."
+    ]
+
+
+def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict[str, Any]:
+    """The content of plan.json."""
+    budget, shape = plan.budget, plan.shape
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": budget.method,
+        "source_fingerprint": source_fingerprint,
+        "scores_digest": scores_digest,
+        "budget": {
+            "retention": exact_string(budget.retention_exact),
+            "important": exact_string(plan.important),
+            "slope": exact_string(Fraction(budget.slope)),
+            "align": budget.align,
+            "max_widths": budget.max_widths,
+            "minimum_important": budget.minimum_important,
+            "never_routed": budget.never_routed,
+            "seed": budget.seed,
+        },
+        "retention": {
+            "asked": exact_string(budget.retention_exact),
+            "realised": float(plan.retention),
+            "activated": plan.activated,
+        },
+        "experts": {
+            "total": sum(layer.experts for layer in shape.layers),
+            "whole": plan.whole_experts,
+            "never_routed": sum(len(layer.never_routed) for layer in plan.layers.values()),
+        },
+        "narrow_width": plan.narrow_width,
+        "leftover_neurons": plan.leftover_neurons,
+        "warnings": list(plan.warnings),
+        "layers": {str(layer): _describe_layer(entry) for layer, entry in plan.layers.items()},
+    }
+
+
+def _describe_layer(plan: LayerPlan) -> dict[str, Any]:
+    counts = Counter(plan.kept.widths.tolist())
+    return {
+        "experts": plan.facts.experts,
+        "intermediate_size": plan.facts.intermediate_size,
+        "widths": {str(width): counts[width] for width in sorted(counts)},
+        "retention": float(plan.retention),
+        "activated": plan.activated,
+        "whole": list(plan.whole),
+        "never_routed": list(plan.never_routed),
+    }
+
+
+def write_plan(folder: Path, plan: Plan, *, source_fingerprint: str, scores_digest: str) -> list[Path]:
+    """Write plan.safetensors, then plan.json; returns both paths. Each file carries what ties it to the other.
+
+    Raises:
+        DiskFullError: no space left.
+    """
+    document = describe(plan, source_fingerprint=source_fingerprint, scores_digest=scores_digest)
+    metadata = {
+        "schema_version": str(SCHEMA_VERSION),
+        "source_fingerprint": source_fingerprint,
+        "scores_digest": scores_digest,
+        "plan_digest": digest_of(document),
+    }
+    tensors, text = Path(folder) / PLAN_TENSORS, Path(folder) / PLAN_JSON
+    write_kept(tensors, plan.kept, metadata)
+    with atomic_write(text) as stream:
+        stream.write(_readable(document).encode())
+    return [tensors, text]
+
+
+def _readable(document: Mapping[str, Any]) -> str:
+    """JSON with one line per key, per layer and per warning."""
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = []
+    for key, value in document.items():
+        if key == "layers":
+            items = ",\n    ".join(f"{compact(layer)}: {compact(entry)}" for layer, entry in value.items())
+            lines.append(f'"layers": {{\n    {items}\n  }}')
+        elif key == "warnings" and value:
+            lines.append('"warnings": [\n    ' + ",\n    ".join(map(compact, value)) + "\n  ]")
+        else:
+            lines.append(f"{compact(key)}: {compact(value)}")
+    return "{\n  " + ",\n  ".join(lines) + "\n}\n"
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The content of plan.json, once it is known to belong to the plan.safetensors beside it.
+
+    Raises:
+        StaleError: a file is missing or unreadable, of another schema, or the two are not of one plan.
+    """
+    text, tensors = Path(folder) / PLAN_JSON, Path(folder) / PLAN_TENSORS
+    for path in (text, tensors):
+        if not path.is_file():
+            raise _stale("There is no plan", path, "a file")
+    try:
+        document = read_json(text)
+    except ValueError as error:
+        raise _stale("plan.json is not valid JSON", text, "the file as it was written") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise _stale(f"The plan has schema version {version}", text, f"schema version {SCHEMA_VERSION}")
+    if _plan_digest(tensors) != digest_of(document):
+        raise _stale("plan.json and plan.safetensors are not of one plan", folder, "two files written together")
+    return document
+
+
+def _plan_digest(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("plan_digest")
+    except SafetensorError as error:
+        raise _stale("plan.safetensors cannot be read", path, "the file as it was written") from error
+
+
+def _stale(what: str, where: object, wanted: str) -> StaleError:
+    return StaleError(what, where=where, wanted=wanted, next_step="run the plan stage again")

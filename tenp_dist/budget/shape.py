@@ -1,0 +1,139 @@
+"""The sizes of a plan: whole experts and narrow width of each layer, known before any score.
+
+E routed experts of a layer, F neurons of an expert, m_l whole experts of layer l, M of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from tenp_dist.budget.trapezoid import (
+    WASTE_LIMIT,
+    apportion,
+    narrow_widths,
+    suggest_important,
+    waste,
+    whole_experts_total,
+)
+from tenp_dist.config import Budget
+from tenp_dist.errors import BudgetError
+from tenp_dist.scoring.methods import registry
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """Facts of one MoE layer: decoder index, routed experts E, their intermediate size F."""
+
+    layer: int
+    experts: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a plan, known before any score: per MoE layer, in depth order.
+
+    whole: experts kept whole (m_l). narrow: the width of all others.
+    """
+
+    layers: tuple[MoeLayer, ...]
+    whole: tuple[int, ...]
+    narrow: tuple[int, ...]
+
+    @property
+    def total_neurons(self) -> int:
+        return sum(layer.experts * layer.intermediate_size for layer in self.layers)
+
+    @property
+    def kept_neurons(self) -> int:
+        return sum(
+            m * layer.intermediate_size + (layer.experts - m) * width
+            for layer, m, width in zip(self.layers, self.whole, self.narrow, strict=True)
+        )
+
+    @property
+    def narrow_width(self) -> int | None:
+        """The narrow width of the model, None where layers differ in it."""
+        return self.narrow[0] if len(set(self.narrow)) == 1 else None
+
+
+def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
+    """Whole experts and narrow width of each layer; needs no scores, so a job can fail before it scores.
+
+    Experts of one size get one narrow width for the model. Where F differs between layers, every
+    narrow expert keeps the same share beta of its neurons, rounded down layer by layer.
+
+    Raises:
+        BudgetError: the budget is infeasible.
+        JobError: unknown method.
+    """
+    if not layers:
+        raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
+    rho, alpha = budget.retention_exact, important_share(budget)
+    experts = [layer.experts for layer in layers]
+    sizes = [layer.intermediate_size for layer in layers]
+    total = whole_experts_total(alpha, sum(experts))
+    whole = apportion(total, experts, Fraction(budget.slope), budget.minimum_important)
+    narrow = narrow_widths(rho, whole, experts, sizes, budget.align, empty_allowed=alpha == rho)
+    shape = Shape(layers=tuple(layers), whole=tuple(whole), narrow=tuple(narrow))
+    _check_distinct_widths(budget, shape)
+    assert shape.kept_neurons <= rho * shape.total_neurons, "a plan is never over its target"
+    return shape
+
+
+def important_share(budget: Budget) -> Fraction:
+    """alpha as used: a method that ranks no experts keeps none whole."""
+    return budget.important_exact if registry.get(budget.method).whole_experts else Fraction(0)
+
+
+def shape_warnings(budget: Budget, shape: Shape) -> list[str]:
+    warnings = []
+    if budget.important and not registry.get(budget.method).whole_experts:
+        warnings.append(f"important {budget.important} is not used: method {budget.method} keeps no expert whole.")
+    if 0 in shape.narrow:
+        warnings.append(
+            "Narrow experts keep no neuron: the whole experts take the budget, every other expert returns zero. "
+            "Lower important."
+        )
+    allowed = budget.retention_exact * shape.total_neurons
+    wasted = 1 - shape.kept_neurons / allowed
+    if wasted > WASTE_LIMIT:
+        warnings.append(
+            f"Rounding to widths that are multiples of {budget.align} leaves {float(wasted):.1%} of the allowed "
+            f"neurons unspent; {_remedy(budget, shape)}."
+        )
+    return warnings
+
+
+def _remedy(budget: Budget, shape: Shape) -> str:
+    """What to change so that less is wasted; an alpha where experts are of one size and may be kept whole."""
+    sizes = {layer.intermediate_size for layer in shape.layers}
+    alpha = None
+    if registry.get(budget.method).whole_experts and budget.max_widths > 1 and len(sizes) == 1:
+        rho, size, align = budget.retention_exact, sizes.pop(), budget.align
+        experts = sum(layer.experts for layer in shape.layers)
+        at_least = max(1, budget.minimum_important * len(shape.layers))
+        alpha = suggest_important(rho, sum(shape.whole), experts, size, align, at_least=at_least)
+    if alpha is None:
+        return "a smaller align wastes less"
+    m = whole_experts_total(Fraction(alpha), experts)
+    width = narrow_widths(rho, [m], [experts], [size], align, empty_allowed=True)[0]
+    return (
+        f"important {alpha} keeps {m} experts whole, the others {width} wide, "
+        f"and leaves {float(waste(rho, m, experts, size, width)):.1%}"
+    )
+
+
+def _check_distinct_widths(budget: Budget, shape: Shape) -> None:
+    for layer, m, width in zip(shape.layers, shape.whole, shape.narrow, strict=True):
+        mixed = 0 < m < layer.experts and width != layer.intermediate_size
+        if mixed and budget.max_widths < 2:
+            raise BudgetError(
+                "The budget needs more distinct widths in a layer than it allows",
+                where=f"budget.max_widths, layer {layer.layer}",
+                found=f"{m} experts of width {layer.intermediate_size} and {layer.experts - m} of width {width}",
+                wanted="one width",
+                next_step="use method enp (or important 0) for one width, or set budget.max_widths to 2",
+            )

@@ -1,0 +1,254 @@
+"""Calibration and evaluation tokens: text of any `datasets` source -> fixed-length sequences.
+
+`concat` joins BOS + text + EOS of the documents of a source and cuts the stream (no padding);
+`document` keeps one document per sequence, cut or padded. Documents are drawn in a seeded order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tenp_dist.artifacts import atomic_write
+from tenp_dist.config import Source, Text
+from tenp_dist.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_SHUFFLE_BUFFER = 10_000
+_TOKENIZER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sequences. tokens_NS int32, mask_NS bool (false on padding), domain_N index into domains."""
+
+    tokens_NS: np.ndarray
+    mask_NS: np.ndarray
+    domain_N: np.ndarray
+    domains: tuple[str, ...]
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.mask_NS.all())
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.domains, self.tokens_NS.shape]).encode())
+        for array in (self.tokens_NS, self.mask_NS, self.domain_N):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def tokens_by_domain(self) -> dict[str, int]:
+        """Tokens per domain, padding not counted."""
+        per_sequence = self.mask_NS.sum(axis=1)
+        return {name: int(per_sequence[self.domain_N == i].sum()) for i, name in enumerate(self.domains)}
+
+
+def build_corpus(text: Text, model: Path, vocab_size: int) -> Corpus:
+    """Tokenise every source.
+
+    Raises:
+        CalibrationError: no tokenizer, tokens outside the vocabulary, unreadable, empty or too short text.
+    """
+    tokenizer = _load_tokenizer(model)
+    domains = tuple(dict.fromkeys(source.domain for source in text.sources))
+    rows, domain_ids = [], []
+    for source in text.sources:
+        sequences = _sequences(source, text, tokenizer)
+        _check_vocabulary(sequences, vocab_size, source, model)
+        rows.extend(sequences)
+        domain_ids.extend([domains.index(source.domain)] * len(sequences))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    tokens_NS = np.full((len(rows), text.sequence_length), pad, dtype=np.int32)
+    mask_NS = np.zeros(tokens_NS.shape, dtype=bool)
+    for i, row in enumerate(rows):
+        tokens_NS[i, : len(row)] = row
+        mask_NS[i, : len(row)] = True
+    return Corpus(tokens_NS, mask_NS, np.asarray(domain_ids, dtype=np.int32), domains)
+
+
+def write_corpus(path: Path, corpus: Corpus) -> None:
+    """Store as an Arrow file: input_ids, attention_mask, domain; the digest in its metadata."""
+    import pyarrow as pa
+
+    table = pa.table(
+        {
+            "input_ids": pa.array(list(corpus.tokens_NS), type=pa.list_(pa.int32())),
+            "attention_mask": pa.array(list(corpus.mask_NS.astype(np.int8)), type=pa.list_(pa.int8())),
+            "domain": pa.array([corpus.domains[i] for i in corpus.domain_N]),
+        }
+    ).replace_schema_metadata({"domains": json.dumps(corpus.domains), "digest": corpus.digest})
+    with atomic_write(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_corpus(path: Path) -> Corpus:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+        domains = tuple(json.loads(table.schema.metadata[b"domains"]))
+        shape = (table.num_rows, -1)
+        return Corpus(
+            table["input_ids"].combine_chunks().flatten().to_numpy().reshape(shape).copy(),
+            table["attention_mask"].combine_chunks().flatten().to_numpy().reshape(shape).astype(bool),
+            np.asarray([domains.index(name) for name in table["domain"].to_pylist()], dtype=np.int32),
+            domains,
+        )
+
+
+def seen_share(corpus: Corpus, reference: Corpus, *, window: int = 32) -> dict[str, float]:
+    """Share of a corpus's aligned `window`-token pieces that occur anywhere in `reference`, per domain.
+
+    Evaluation text that was calibrated on flatters the result; 0 is what a trusted figure needs.
+    """
+    known = np.unique(np.concatenate([_window_hashes(row[mask], window, 1) for row, mask in _rows(reference)]))
+    shares = {}
+    for i, name in enumerate(corpus.domains):
+        pieces = [_window_hashes(row[mask], window, window) for row, mask in _rows(corpus, i)]
+        hashes = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint64)
+        shares[name] = float(np.isin(hashes, known).mean()) if hashes.size else 0.0
+    return shares
+
+
+def _rows(corpus: Corpus, domain: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for i in range(len(corpus.tokens_NS)):
+        if domain is None or corpus.domain_N[i] == domain:
+            yield corpus.tokens_NS[i], corpus.mask_NS[i]
+
+
+def _window_hashes(tokens: np.ndarray, window: int, step: int) -> np.ndarray:
+    if tokens.size < window:
+        return np.zeros(0, dtype=np.uint64)
+    powers = np.cumprod(np.full(window, 0x9E3779B97F4A7C15, dtype=np.uint64))  # wraps modulo 2^64
+    views = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + np.uint64(1), window)[::step]
+    return (views * powers).sum(axis=1, dtype=np.uint64)
+
+
+def _sequences(source: Source, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded = _encode(_documents(source, text.seed, tokenizer), source, tokenizer)
+    cut = _concatenated if text.packing == "concat" else _one_per_document
+    sequences = []
+    for sequence in cut(encoded, text.sequence_length):
+        sequences.append(sequence)
+        if len(sequences) == source.samples:
+            return sequences
+    raise CalibrationError(
+        "Source has too little text" if sequences else "Source is empty or shorter than one sequence",
+        where=f"{_label(source)} (domain {source.domain})",
+        found=f"{len(sequences)} sequences of {text.sequence_length} tokens",
+        wanted=f"{source.samples} sequences",
+        next_step="lower `samples` or `sequence_length`, or give more text",
+    )
+
+
+def _concatenated(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    stream: list[int] = []
+    for tokens in documents:
+        stream.extend(tokens)
+        whole = len(stream) // length * length
+        yield from (stream[i : i + length] for i in range(0, whole, length))
+        stream = stream[whole:]
+
+
+def _one_per_document(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    yield from (tokens[:length] for tokens in documents if len(tokens) > 1)
+
+
+def _encode(documents: Iterable[str], source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    chat = source.messages_column is not None  # a chat template brings its own special tokens
+    bos = [] if chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    batch: list[str] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == _TOKENIZER_BATCH:
+            yield from _encode_batch(batch, tokenizer, bos, eos)
+            batch = []
+    if batch:
+        yield from _encode_batch(batch, tokenizer, bos, eos)
+
+
+def _encode_batch(
+    batch: list[str], tokenizer: PreTrainedTokenizerBase, bos: list[int], eos: list[int]
+) -> Iterator[list[int]]:
+    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    yield from (bos + tokens + eos for tokens in encoded if tokens)
+
+
+def _documents(source: Source, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    column = source.messages_column or source.text_column
+    for record in _load(source).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
+        if column not in record:
+            raise CalibrationError(
+                "Source has no such column",
+                where=_label(source),
+                found=", ".join(record),
+                wanted=column,
+                next_step="set text_column or messages_column",
+            )
+        value = record[column]
+        if source.messages_column is not None:
+            value = tokenizer.apply_chat_template(value, tokenize=False)
+        if not isinstance(value, str):
+            raise CalibrationError("Column holds no text", where=f"{_label(source)}: {column}", found=type(value))
+        if value.strip():
+            yield value
+
+
+def _load(source: Source) -> Any:
+    """A streaming `datasets` dataset: nothing is copied into a cache."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    if source.path is None:
+        return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
+    if not source.path.exists():
+        raise CalibrationError("Calibration source not found", where=source.path, next_step="correct `path`")
+    if source.path.is_dir():
+        return datasets.load_from_disk(str(source.path)).to_iterable_dataset()
+    builder = _BUILDERS.get(source.path.suffix)
+    if builder is None:
+        raise CalibrationError(
+            "Unknown kind of calibration file", where=source.path, wanted=", ".join(sorted(_BUILDERS))
+        )
+    return datasets.load_dataset(builder, data_files=str(source.path), split="train", streaming=True)
+
+
+def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            "Tokenizer cannot be loaded",
+            where=model,
+            found=str(error).splitlines()[0],
+            next_step="put the model's tokenizer files next to config.json",
+        ) from error
+
+
+def _check_vocabulary(sequences: list[list[int]], vocab_size: int, source: Source, model: Path) -> None:
+    largest = max((max(sequence) for sequence in sequences), default=0)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            "Tokenizer does not belong to the model",
+            where=f"{model}, text of {_label(source)}",
+            found=f"token id {largest}",
+            wanted=f"ids below the model's vocab_size {vocab_size}",
+            next_step="use the tokenizer that came with the weights",
+        )
+
+
+def _label(source: Source) -> str:
+    return str(source.path or source.name)

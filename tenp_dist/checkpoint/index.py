@@ -1,0 +1,203 @@
+"""What a safetensors checkpoint holds, read from config, index and headers only.
+
+Opening an index proves that every named tensor lies complete in a file inside the folder; no
+tensor data is read. The fingerprint covers config, index, all headers and file sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tenp_dist.errors import SourceError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+ITEM_SIZE: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: file name, safetensors dtype, shape, first byte in the file, size in bytes."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """An opened checkpoint folder. tensors: name -> entry; files: file name -> size in bytes."""
+
+    folder: Path
+    config: Mapping
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, int]
+    fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def entry(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            raise SourceError(
+                "Checkpoint lacks a tensor that its config calls for",
+                where=self.folder,
+                wanted=name,
+                next_step="download the checkpoint again, or correct config.json",
+            )
+        return self.tensors[name]
+
+
+def open_index(folder: Path) -> CheckpointIndex:
+    """Read config, index and headers of a checkpoint.
+
+    Raises:
+        SourceError: anything missing, truncated, outside the folder or contradictory.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weight_map = _weight_map(folder)
+    digest = hashlib.sha256(_canonical(config))
+    digest.update(_canonical(weight_map))
+    tensors: dict[str, TensorEntry] = {}
+    files: dict[str, int] = {}
+    for file in sorted(set(weight_map.values())):
+        header, data, size = _read_header(folder, file)
+        files[file] = size
+        digest.update(_canonical([file, size, header]))
+        tensors.update(
+            (name, _entry(folder / file, file, name, value, data, size))
+            for name, value in header.items()
+            if weight_map.get(name) == file
+        )
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise SourceError(
+            "Index names a tensor that its file does not hold",
+            where=folder / weight_map[absent[0]],
+            found=f"{len(absent)} absent",
+            wanted=absent[0],
+            next_step="download the shard and the index again",
+        )
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
+    return CheckpointIndex(folder, config, ordered, files, digest.hexdigest())
+
+
+def read_config(folder: Path) -> dict:
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise SourceError("Model folder not found", where=folder, next_step="set `model` to a checkpoint folder")
+    if not path.is_file():
+        raise SourceError("Model folder has no config.json", where=folder)
+    return _load_json(path)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    if (folder / INDEX_NAME).is_file():
+        weight_map = _load_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SourceError("Index holds no weight_map", where=folder / INDEX_NAME)
+        _check_inside(folder, weight_map.values())
+        return weight_map
+    if (folder / SINGLE_NAME).is_file():
+        header, _, _ = _read_header(folder, SINGLE_NAME)
+        return {name: SINGLE_NAME for name in header if name != "__metadata__"}
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    raise SourceError(
+        "No safetensors checkpoint in the model folder",
+        where=folder,
+        found=", ".join(pickles[:3]) or "no weights",
+        wanted=f"{INDEX_NAME} or {SINGLE_NAME}",
+        next_step="convert pickled weights to safetensors (only safetensors is read)" if pickles else None,
+    )
+
+
+def _check_inside(folder: Path, files: Iterable[str]) -> None:
+    for file in set(files):
+        path = PurePosixPath(str(file))
+        if path.is_absolute() or ".." in path.parts or "\\" in str(file):
+            raise SourceError(
+                "Index points outside the model folder",
+                where=folder / INDEX_NAME,
+                found=file,
+                wanted="a file name inside the folder",
+            )
+
+
+def _read_header(folder: Path, file: str) -> tuple[dict, int, int]:
+    """Header, first byte of the data, and size of one file."""
+    path = folder / file
+    if not path.is_file():
+        raise SourceError(
+            "Checkpoint shard is missing", where=path, wanted=file, next_step="download the shard, then run again"
+        )
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise SourceError("Not a safetensors file, or cut in its header", where=path, found=f"{size} bytes")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise SourceError("Safetensors header is not valid JSON", where=path, found=error) from error
+    if not isinstance(header, dict):
+        raise SourceError("Safetensors header is not a mapping", where=path)
+    return header, 8 + length, size
+
+
+def _entry(path: Path, file: str, name: str, value: dict, data: int, size: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError("Malformed safetensors entry", where=f"{path}: {name}", found=value) from error
+    if dtype not in ITEM_SIZE:
+        raise SourceError(
+            "Unknown tensor dtype", where=f"{path}: {name}", found=dtype, wanted=f"one of {', '.join(ITEM_SIZE)}"
+        )
+    expected = math.prod(shape) * ITEM_SIZE[dtype]
+    if begin < 0 or end - begin != expected:
+        raise SourceError(
+            "Tensor size contradicts its shape",
+            where=f"{path}: {name}",
+            found=f"{end - begin} bytes",
+            wanted=f"{expected} bytes for {dtype} {list(shape)}",
+        )
+    if data + end > size:
+        raise SourceError(
+            "Checkpoint shard is truncated",
+            where=path,
+            found=f"{size} bytes",
+            wanted=f"at least {data + end} bytes ({name} ends there)",
+            next_step="download the shard again",
+        )
+    return TensorEntry(name, file, dtype, shape, data + begin, expected)
+
+
+def _load_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError("Not valid JSON", where=path, found=error) from error
+    if not isinstance(value, dict):
+        raise SourceError("Not a JSON mapping", where=path)
+    return value
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,82 @@
+"""Read tensors by byte range with pread: only what is asked for, never a whole file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+
+from tenp_dist.checkpoint.index import CheckpointIndex, TensorEntry
+from tenp_dist.errors import SourceError
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorReader:
+    """Reads tensors of one checkpoint. A context manager: holds one descriptor per open file."""
+
+    def __init__(self, index: CheckpointIndex):
+        self.index = index
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def raw(self, name: str) -> bytearray:
+        """The bytes of a tensor as they lie in the file."""
+        entry = self.index.entry(name)
+        buffer = bytearray(entry.nbytes)
+        self._fill(entry, memoryview(buffer))
+        return buffer
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor in its own dtype and shape, on the CPU."""
+        entry = self.index.entry(name)
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        return torch.frombuffer(self.raw(name), dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def _fill(self, entry: TensorEntry, view: memoryview) -> None:
+        descriptor = self._open(entry.file)
+        done = 0
+        while done < entry.nbytes:
+            count = os.preadv(descriptor, [view[done:]], entry.start + done)
+            if count == 0:
+                raise SourceError(
+                    "Checkpoint shard became shorter while it was read",
+                    where=self.index.folder / entry.file,
+                    wanted=f"{entry.nbytes} bytes of {entry.name}",
+                )
+            done += count
+
+    def _open(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.index.folder / file, os.O_RDONLY)
+        return self._descriptors[file]
+
+
+def check_shape(entry: TensorEntry, wanted: Sequence[int], where: object) -> None:
+    """Raise SourceError where a tensor's shape contradicts what the config makes of it."""
+    if tuple(entry.shape) != tuple(wanted):
+        raise SourceError(
+            "Tensor shape contradicts the config",
+            where=f"{where}: {entry.name}",
+            found=list(entry.shape),
+            wanted=list(wanted),
+            next_step="check that config.json belongs to these weights",
+        )

@@ -1,0 +1,179 @@
+"""Write a pruned checkpoint: names, shapes and file of every tensor are known before a byte moves.
+
+`output_tensors` says what the new checkpoint holds, `assign_shards` where each tensor goes, so any
+writer can write any shard without waiting for another. `write_shard` puts the header down first and
+streams; it holds about three tensors. Index and config come last: a checkpoint without them is an
+unfinished one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tenp_dist.artifacts import atomic_write, write_json
+from tenp_dist.checkpoint.families import NEURON_AXIS, Family
+from tenp_dist.checkpoint.index import INDEX_NAME, ITEM_SIZE, CheckpointIndex
+from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.errors import SourceError
+
+_CARRIED = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab"}
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How one tensor changes: `keep` of its `size` neurons on `axis`; narrowed, or zeroed in place."""
+
+    axis: int
+    layer: int
+    expert: int
+    narrow: bool
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the new checkpoint; pruning None means the source's bytes as they are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pruning: Pruning | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One output file and its tensors, in the order in which they lie in it."""
+
+    file: str
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def output_tensors(
+    index: CheckpointIndex, family: Family, kept: Mapping[int, KeptNeurons], *, narrow: bool
+) -> list[OutputTensor]:
+    """Every tensor of the pruned checkpoint, in the source's file order (reads stay sequential)."""
+    prunings = {
+        family.tensor(layer, expert, matrix): Pruning(axis, layer, expert, narrow)
+        for layer, neurons in kept.items()
+        for expert in range(neurons.num_experts)
+        for matrix, axis in NEURON_AXIS.items()
+    }
+    tensors = []
+    for name, entry in index.tensors.items():
+        pruning = prunings.get(name)
+        shape = list(entry.shape)
+        if pruning is not None and narrow:
+            shape[pruning.axis] = int(kept[pruning.layer].widths[pruning.expert])
+        tensors.append(OutputTensor(name, entry.dtype, tuple(shape), pruning))
+    return tensors
+
+
+def assign_shards(tensors: Sequence[OutputTensor], shard_size: int) -> list[OutputShard]:
+    """Fill shards of at most `shard_size` bytes in order; a tensor above it gets a shard of its own."""
+    groups: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if groups[-1] and filled + tensor.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    total = len(groups)
+    return [
+        OutputShard(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def write_shard(folder: Path, shard: OutputShard, reader: TensorReader, kept: Mapping[int, KeptNeurons]) -> int:
+    """Write one shard atomically; returns its size in bytes."""
+    with atomic_write(folder / shard.file) as stream:
+        stream.write(shard_header(shard))
+        for tensor in shard.tensors:
+            stream.write(tensor_bytes(tensor, reader, kept))
+        return stream.tell()
+
+
+def shard_header(shard: OutputShard) -> bytes:
+    """The safetensors header, padded with spaces to a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in shard.tensors:
+        offsets = [begin, begin + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        begin += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def shard_bytes(shard: OutputShard) -> int:
+    """Size that the finished file has."""
+    return len(shard_header(shard)) + shard.nbytes
+
+
+def tensor_bytes(tensor: OutputTensor, reader: TensorReader, kept: Mapping[int, KeptNeurons]) -> memoryview:
+    """The bytes of an output tensor: copied, or only the kept neurons' rows or columns."""
+    raw = reader.raw(tensor.name)
+    if tensor.pruning is None:
+        return memoryview(raw)
+    entry = reader.index.entry(tensor.name)
+    source = np.frombuffer(raw, dtype=f"u{ITEM_SIZE[entry.dtype]}").reshape(entry.shape)
+    neurons = kept[tensor.pruning.layer].of(tensor.pruning.expert)
+    if tensor.pruning.narrow:
+        return _flat(np.take(source, neurons, axis=tensor.pruning.axis))
+    zeroed = np.zeros_like(source)
+    rows = (slice(None),) * tensor.pruning.axis + (neurons,)
+    zeroed[rows] = source[rows]
+    return _flat(zeroed)
+
+
+def _flat(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def finish_checkpoint(folder: Path, shards: Sequence[OutputShard], config: Mapping, source: Path) -> None:
+    """Copy auxiliary files, then write the index, then the config: the checkpoint exists from here on."""
+    for path in auxiliary_files(source, ragged="tenp" in config):
+        with atomic_write(folder / path.name) as stream, open(path, "rb") as original:
+            shutil.copyfileobj(original, stream)
+    write_json(
+        folder / INDEX_NAME,
+        {
+            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+            "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
+        },
+    )
+    write_json(folder / "config.json", config)
+
+
+def auxiliary_files(source: Path, *, ragged: bool) -> Iterator[Path]:
+    """Tokenizer, generation config and the like; a ragged checkpoint brings its own modeling code."""
+    for path in sorted(source.iterdir()):
+        named = path.suffix in _CARRIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        weights = path.name in ("config.json", INDEX_NAME) or path.name.endswith(".index.json")
+        stale_code = ragged and path.suffix == ".py" and path.name.startswith(("modeling", "configuration"))
+        if path.is_file() and named and not weights and not stale_code:
+            yield path
+
+
+def check_finished(folder: Path) -> None:
+    """Raise SourceError where a checkpoint folder has no config: its writing was cut short."""
+    if not (folder / "config.json").is_file():
+        raise SourceError("Checkpoint is unfinished", where=folder, next_step="run `tenp-dist write` again")

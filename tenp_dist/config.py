@@ -1,0 +1,259 @@
+"""The job file: YAML -> frozen, checked objects. Every stage reads its own part and nothing else.
+
+Fractions (`retention`, `important`, `slope`, `weight`) are kept as the decimal strings of the job,
+so that the budget is computed in exact rationals. Relative paths are relative to the job file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tenp_dist.errors import JobError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: object) -> int:
+    """`5GB`, `512MiB` or a plain number of bytes -> bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"not a size: {value!r} (write 5GB, 512MiB or a number of bytes)")
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if size <= 0:
+        raise ValueError("a size must be above zero")
+    return size
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+Exact = Annotated[Decimal, BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Source(_Part):
+    """One source of text: a file (jsonl, parquet, arrow) or a `datasets` name, and its domain."""
+
+    path: Path | None = Field(None, description="file or folder: .jsonl, .json, .parquet, .arrow")
+    name: str | None = Field(None, description="a `datasets` name, with `subset` and `split`")
+    subset: str | None = Field(None, description="the configuration of a named dataset")
+    split: str = Field("train", description="split of a named dataset")
+    text_column: str = Field("text", description="column that holds plain text")
+    messages_column: str | None = Field(None, description="column of chat messages, put through the chat template")
+    domain: str = Field(description="scores are kept, balanced and reported per domain")
+    samples: int = Field(128, ge=1, description="sequences of `sequence_length` tokens to take")
+    weight: Exact = Field(Decimal(1), ge=0, description="weight of the domain when domains are added")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either path or name")
+        return self
+
+
+class Text(_Part):
+    sources: tuple[Source, ...] = Field(min_length=1, description="where the text comes from")
+    sequence_length: int = Field(2048, ge=2, description="tokens per sequence")
+    packing: Literal["concat", "document"] = Field(
+        "concat", description="concat: BOS + text + EOS joined and cut; document: one each, padded and masked"
+    )
+    seed: int = Field(0, description="order in which documents are drawn")
+
+
+class Calibration(Text):
+    """Tokens that the model is scored on."""
+
+
+class Evaluation(Text):
+    """Held-out tokens that source, pruned and random-control models are compared on."""
+
+    batch_tokens: Size = Field(8192, description="tokens per microbatch")
+
+
+class Score(_Part):
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute dtype; auto: float32 on CPU, bfloat16 on accelerators"
+    )
+    batch_tokens: Size = Field(8192, description="tokens per microbatch")
+
+
+class Budget(_Part):
+    method: str = Field("tenp", description="a registered method: tenp, enp, random")
+    retention: Exact = Field(Decimal("0.6"), description="routed-expert parameters kept, 0 < rho <= 1")
+    important: Exact | None = Field(None, description="share of experts kept whole, 0 <= alpha <= rho; default rho/3")
+    slope: Exact = Field(Decimal(1), ge=-1, le=1, description="0 rectangle, 1 no whole experts in the first layer")
+    align: int = Field(1, ge=1, description="narrow widths are multiples of this")
+    max_widths: int = Field(2, ge=1, description="distinct widths per layer")
+    minimum_important: int = Field(0, ge=0, description="whole experts that every layer keeps at least")
+    never_routed: Literal["narrow", "whole"] = Field("narrow", description="experts that no token reached")
+    seed: int = Field(0, description="seed of `random` and of the random control")
+
+    @model_validator(mode="after")
+    def _feasible(self) -> Budget:
+        if not 0 < self.retention <= 1:
+            raise ValueError(f"retention must be above 0 and at most 1, found {self.retention}")
+        if self.important is not None and not 0 <= self.important <= self.retention:
+            raise ValueError(f"important must lie between 0 and retention ({self.retention}), found {self.important}")
+        return self
+
+    @property
+    def retention_exact(self) -> Fraction:
+        return Fraction(self.retention)
+
+    @property
+    def important_exact(self) -> Fraction:
+        """alpha; the default is rho / 3, an ENP plan has none."""
+        if self.method == "enp":
+            return Fraction(0)
+        return self.retention_exact / 3 if self.important is None else Fraction(self.important)
+
+
+class Output(_Part):
+    layouts: tuple[Literal["ragged", "padded"], ...] = Field(("ragged",), description="checkpoint layouts to write")
+    shard_size: Size = Field(5 * 10**9, description="largest output shard (one tensor may exceed it)")
+    dtype: Literal["source"] = Field("source", description="dtype of pruned tensors")
+
+
+class Cluster(_Part):
+    shards: Literal[1] = Field(1, description="layer shards (this version runs one)")
+    tensor_parallel: Literal[1] = Field(1, description="ranks per shard (this version runs one)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an accelerator where there is one")
+    writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
+
+
+class Job(_Part):
+    """One YAML file is one whole run."""
+
+    model: Path = Field(description="folder with config.json, safetensors and tokenizer")
+    run_dir: Path = Field(description="folder that receives everything the run writes")
+    calibration: Calibration
+    score: Score = Score()
+    budget: Budget = Budget()
+    output: Output = Output()
+    evaluation: Evaluation | None = None
+    cluster: Cluster = Cluster()
+
+
+def load_job(path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> Job:
+    """Read a job file, apply `key.sub=value` overrides, resolve paths.
+
+    Raises:
+        JobError: unreadable file, unknown key (with a suggestion), value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise JobError("Job file not found", where=path, next_step="give the path of a YAML job file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise JobError("Job file is not valid YAML", where=path, found=str(error).replace("\n", " ")) from error
+    if not isinstance(values, dict):
+        raise JobError("Job file holds no mapping", where=path, wanted="keys such as model, run_dir, calibration")
+    for override in overrides:
+        _apply_override(values, override)
+    if run_dir is not None:
+        values["run_dir"] = str(Path(run_dir).resolve())
+    return build_job(values, base=path.resolve().parent, where=path)
+
+
+def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -> Job:
+    """Check a mapping and make its paths absolute relative to `base`."""
+    try:
+        job = Job.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+    return job.model_copy(
+        update={
+            "model": _resolve(base, job.model),
+            "run_dir": _resolve(base, job.run_dir),
+            "calibration": _resolve_sources(base, job.calibration),
+            "evaluation": job.evaluation and _resolve_sources(base, job.evaluation),
+        }
+    )
+
+
+def _resolve(base: Path, path: Path) -> Path:
+    return (base / path.expanduser()).resolve()
+
+
+def _resolve_sources(base: Path, text: Text) -> Text:
+    sources = tuple(
+        source.model_copy(update={"path": _resolve(base, source.path)}) if source.path else source
+        for source in text.sources
+    )
+    return text.model_copy(update={"sources": sources})
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise JobError("--set wants key=value", found=override, wanted="--set budget.retention=0.5")
+    *parents, last = key.strip().split(".")
+    target: Any = values
+    for parent in parents:
+        target = target[_index(parent, target)] if isinstance(target, list) else target.setdefault(parent, {})
+        if not isinstance(target, dict | list):
+            raise JobError("--set goes through a value that has no keys", where=key, found=target)
+    value = yaml.safe_load(text)
+    if isinstance(target, list):
+        target[_index(last, target)] = value
+    else:
+        target[last] = value
+
+
+def _index(text: str, items: list) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise JobError("--set names a list item that is not there", found=text, wanted=f"0 to {len(items) - 1}")
+    return int(text)
+
+
+def _explain(error: ValidationError, where: object) -> JobError:
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if not str(part).startswith("function-")]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return JobError(
+            "Unknown key in the job file",
+            where=f"{where}: {key}",
+            found=location[-1],
+            wanted=f"one of {', '.join(known)}",
+            next_step=f"did you mean `{close[0]}`?" if close else "remove the key",
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    found = None if first["type"] == "missing" else first.get("input")
+    return JobError(
+        f"Job file: {message[0].lower()}{message[1:]}",
+        where=f"{where}: {key}" if key else where,
+        found=found if not isinstance(found, dict) else None,
+        next_step="correct the value, or override it with --set",
+    )
+
+
+def _known_keys(location: Sequence[object]) -> list[str]:
+    model: Any = Job
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        model = next((item for item in (annotation, *_arguments(annotation)) if _is_part(item)), model)
+    return list(model.model_fields)
+
+
+def _arguments(annotation: Any) -> tuple:
+    return getattr(annotation, "__args__", ())
+
+
+def _is_part(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, BaseModel)

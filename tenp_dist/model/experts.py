@@ -1,0 +1,121 @@
+"""The routed experts' forward, open to an observer and to neuron masks.
+
+Registered in transformers' experts interface under the name `tenp`: routing, dispatch weights and
+chosen experts are what the model's own router hands over. The arithmetic is that of transformers'
+`grouped_mm` implementation (transformers/integrations/moe.py), so that scoring sees the numbers
+of a plain forward.
+
+Shape letters: T tokens, K experts per token, S = T * K dispatched slots without padding, in
+ascending order of expert; D model width, F neurons of an expert, P = 2F, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+IMPLEMENTATION = "tenp"
+
+
+@dataclass
+class Dispatch:
+    """What one experts call computed, for an observer.
+
+    x_SD inputs, m_SF gated activations, y_SD unweighted outputs, g_S dispatch weights, token_S and
+    expert_S ids per slot, offsets_E ends of the experts' runs (int32), routed_TD the block's output.
+    """
+
+    x_SD: torch.Tensor
+    m_SF: torch.Tensor
+    y_SD: torch.Tensor
+    g_S: torch.Tensor
+    token_S: torch.Tensor
+    expert_S: torch.Tensor
+    offsets_E: torch.Tensor
+    routed_TD: torch.Tensor
+    down_EDF: torch.Tensor
+
+
+Observer = Callable[[Dispatch], None]
+
+
+@dataclass
+class ExpertsState:
+    """Module state of one experts call: set before a layer runs, cleared after it.
+
+    valid_T: positions that are not padding, None for all; padding reaches no expert.
+    mask_EF: neurons that count, None for all.
+    observer: called once per experts call.
+    """
+
+    valid_T: torch.Tensor | None = None
+    mask_EF: torch.Tensor | None = None
+    observer: Observer | None = field(default=None, repr=False)
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts forward for `ALL_EXPERTS_FUNCTIONS`: hidden_states [T, D] -> routed output [T, D]."""
+    state: ExpertsState = getattr(self, "tenp_state", None) or ExpertsState()
+    slot_S, expert_S, offsets_E = _dispatch(top_k_index, self.num_experts, state.valid_T)
+    token_S = slot_S // top_k_index.shape[-1]
+    x_SD = hidden_states[token_S]
+    m_SF = self._apply_gate(_grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E))
+    if state.mask_EF is not None:
+        m_SF = m_SF * state.mask_EF[expert_S]
+    y_SD = _grouped(m_SF, self.down_proj.transpose(1, 2), offsets_E)
+    g_S = top_k_weights.reshape(-1)[slot_S]
+    routed_TD = _combine(y_SD * g_S.unsqueeze(-1), slot_S, top_k_index.shape).to(hidden_states.dtype)
+    if state.observer is not None:
+        state.observer(
+            Dispatch(x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj)
+        )
+    return routed_TD
+
+
+def register() -> None:
+    """Make `experts_implementation="tenp"` known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def _dispatch(
+    top_k_index: torch.Tensor, num_experts: int, valid_T: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots in order of expert (stable: by token inside an expert), their experts, run ends [E] int32."""
+    expert_of_slot = top_k_index.reshape(-1)
+    if valid_T is not None:  # padding sorts behind the last expert and is cut off
+        invalid = ~valid_T.repeat_interleave(top_k_index.shape[-1])
+        expert_of_slot = expert_of_slot.masked_fill(invalid, num_experts)
+    expert_S, slot_S = torch.sort(expert_of_slot, stable=True)
+    counts = torch.bincount(expert_S, minlength=num_experts + 1)[:num_experts]
+    offsets_E = torch.cumsum(counts, 0).to(torch.int32)
+    if valid_T is not None:
+        used = int(offsets_E[-1])
+        expert_S, slot_S = expert_S[:used], slot_S[:used]
+    return slot_S, expert_S, offsets_E
+
+
+def _grouped(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Row s times the weight of its expert: [S, I] x [E, I, O] -> [S, O]."""
+    from transformers.integrations.moe import _grouped_mm
+
+    return _grouped_mm(input_SI, weight_EIO, offsets_E)
+
+
+def _combine(weighted_SD: torch.Tensor, slot_S: torch.Tensor, shape_TK: torch.Size) -> torch.Tensor:
+    """Add the K weighted outputs of every token, in the order of its slots; no atomics."""
+    tokens, top_k = shape_TK
+    if slot_S.numel() == tokens * top_k:
+        inverse = torch.empty_like(slot_S)
+        inverse[slot_S] = torch.arange(slot_S.numel(), device=slot_S.device)
+        by_slot = weighted_SD[inverse]
+    else:
+        by_slot = weighted_SD.new_zeros(tokens * top_k, weighted_SD.shape[-1])
+        by_slot[slot_S] = weighted_SD
+    return by_slot.view(tokens, top_k, -1).sum(dim=1)

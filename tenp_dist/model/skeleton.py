@@ -1,0 +1,191 @@
+"""The model's structure without its weights, and the weights one module at a time.
+
+The skeleton is transformers' own model built on the `meta` device from config.json. A decoder
+layer gets its weights from the checkpoint by range when its turn comes and goes back to `meta`
+afterwards; routed experts arrive in the fused tensors that the modeling code uses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tenp_dist.checkpoint.facts import layers_of
+from tenp_dist.checkpoint.families import DOWN, GATE, UP, Family, family_of
+from tenp_dist.checkpoint.index import CheckpointIndex, open_index
+from tenp_dist.checkpoint.reader import TensorReader, check_shape
+from tenp_dist.errors import SourceError, UnsupportedModelError
+
+_NOT_IN_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store this constant
+
+
+class Skeleton:
+    """A causal language model on `meta`, and the reader that fills it.
+
+    Args:
+        folder: a source checkpoint, or a ragged or padded one that tenp-dist wrote.
+        dtype: compute dtype; modules that transformers keeps in float32 stay in float32.
+        device: where materialised weights live.
+        experts_implementation: name in transformers' experts interface.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, device: torch.device, experts_implementation: str = "grouped_mm"
+    ):
+        self.index: CheckpointIndex = open_index(folder)
+        self.config_dict = source_config(self.index.config)
+        self.family: Family = family_of(self.config_dict)
+        self.dtype = dtype
+        self.device = device
+        self.model = _build(self.config_dict, dtype, experts_implementation)
+        self.reader = TensorReader(self.index)
+        self._names: dict[int, list[str]] = layers_of(self.index, self.family)
+        self._check_interface()
+        _restore_rotary(self.model, device)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.base_model.layers
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config_dict["num_hidden_layers"])
+
+    def experts_of(self, layer: nn.Module) -> nn.Module | None:
+        """The routed experts of a decoder layer, None if it is dense."""
+        module = layer
+        for part in self.family.experts.split("."):
+            module = getattr(module, part, None)
+        return module if hasattr(module, "gate_up_proj") else None
+
+    def moe_layers(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if self.experts_of(layer) is not None]
+
+    def read_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        """The state of one decoder layer in compute dtype, keyed as in its `state_dict()`.
+
+        Raises:
+            SourceError: a tensor is missing, unknown to the model, or of another shape.
+        """
+        module, prefix = self.layers[layer], self.family.layer.format(layer=layer)
+        state: dict[str, torch.Tensor] = {}
+        used: set[str] = set()
+        for key, parameter in module.state_dict().items():
+            if key in (f"{self.family.experts}.gate_up_proj", f"{self.family.experts}.down_proj"):
+                continue
+            used.add(prefix + key)
+            state[key] = self._read(prefix + key, parameter, f"model.layers.{layer}.{key}")
+        if self.experts_of(module) is not None:
+            state |= self._read_experts(layer, used)
+        unknown = [name for name in self._names.get(layer, []) if name not in used and not _NOT_IN_MODEL.search(name)]
+        if unknown:
+            raise SourceError(
+                "Checkpoint holds a tensor that the model does not have",
+                where=self.index.folder,
+                found=unknown[0],
+                wanted=f"tensors of {type(self.model).__name__}",
+                next_step="check that config.json belongs to these weights",
+            )
+        return {key: tensor.to(self.device) for key, tensor in state.items()}
+
+    def load_layer(self, layer: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Put a state that `read_layer` returned into the skeleton's layer."""
+        module = self.layers[layer]
+        module.load_state_dict(dict(state), assign=True, strict=True)
+        return module.eval().requires_grad_(False)
+
+    def unload_layer(self, layer: int) -> None:
+        self.layers[layer].to("meta")
+
+    def load_module(self, name: str) -> nn.Module:
+        """Fill a module outside the layers (`model.embed_tokens`, `lm_head`), tied weights included."""
+        module = self.model.get_submodule(name)
+        tied = name == "lm_head" and self.config_dict.get("tie_word_embeddings") and "lm_head.weight" not in self.index.tensors
+        source = _embedding_name(self.model) if tied else name
+        state = {
+            key: self._read(f"{source}.{key}", parameter, f"{name}.{key}").to(self.device)
+            for key, parameter in module.state_dict().items()
+        }
+        module.load_state_dict(state, assign=True, strict=True)
+        return module.eval().requires_grad_(False)
+
+    def _read(self, name: str, parameter: torch.Tensor, path: str) -> torch.Tensor:
+        check_shape(self.index.entry(name), parameter.shape, self.index.folder)
+        return self.reader.tensor(name).to(self._dtype_of(path))
+
+    def _dtype_of(self, path: str) -> torch.dtype:
+        kept = (self.model._keep_in_fp32_modules or set()) | (self.model._keep_in_fp32_modules_strict or set())
+        parts = path.split(".")
+        return torch.float32 if any(name in parts for name in kept) else self.dtype
+
+    def _read_experts(self, layer: int, used: set[str]) -> dict[str, torch.Tensor]:
+        """Fused experts: gate_up [E, 2F, D], down [E, D, F]; a ragged checkpoint's are padded with zeros."""
+        experts = self.experts_of(self.layers[layer])
+        num_experts, hidden = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
+        names = {(e, m): self.family.tensor(layer, e, m) for e in range(num_experts) for m in (GATE, UP, DOWN)}
+        used.update(names.values())
+        full = experts.down_proj.shape[2]
+        gate_up_EPD = torch.zeros(num_experts, 2 * full, hidden, dtype=self.dtype)
+        down_EDF = torch.zeros(num_experts, hidden, full, dtype=self.dtype)
+        for e in range(num_experts):
+            width = self._expert_width(names[e, GATE], full)
+            for matrix, target, wanted in (
+                (GATE, gate_up_EPD[e, :width], (width, hidden)),
+                (UP, gate_up_EPD[e, full : full + width], (width, hidden)),
+                (DOWN, down_EDF[e, :, :width], (hidden, width)),
+            ):
+                check_shape(self.index.entry(names[e, matrix]), wanted, self.index.folder)
+                target.copy_(self.reader.tensor(names[e, matrix]))
+        return {f"{self.family.experts}.gate_up_proj": gate_up_EPD, f"{self.family.experts}.down_proj": down_EDF}
+
+    def _expert_width(self, name: str, width: int) -> int:
+        return self.index.entry(name).shape[0] if "tenp" in self.index.config else width
+
+    def _check_interface(self) -> None:
+        for layer in self.moe_layers():
+            experts = self.experts_of(self.layers[layer])
+            if experts.has_bias or experts.is_transposed or not experts.has_gate or experts.has_post_expert_norm:
+                raise UnsupportedModelError(
+                    "Experts of a form that is not scored yet",
+                    where=f"{type(experts).__name__}, layer {layer}",
+                    wanted="gated experts without biases, in [F, D] layout",
+                )
+
+
+def source_config(config: Mapping) -> dict:
+    """The stock config of a checkpoint: itself, or what a ragged checkpoint was made from."""
+    plain = {key: value for key, value in config.items() if key not in ("tenp", "auto_map")}
+    if "tenp" in config:
+        plain["model_type"] = config["tenp"]["source"]["model_type"]
+        plain["architectures"] = config["tenp"]["source"]["architectures"]
+    return plain
+
+
+def _build(config_dict: Mapping, dtype: torch.dtype, experts_implementation: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[config_dict["model_type"]].from_dict(dict(config_dict))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts_implementation
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _restore_rotary(model: nn.Module, device: torch.device) -> None:
+    """Rotary tables are buffers that no checkpoint holds: compute them where the model runs."""
+    for name, module in list(model.named_modules()):
+        if "inv_freq" in module._buffers:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            with torch.device(device):
+                setattr(parent, name.rpartition(".")[2], type(module)(module.config))
+
+
+def _embedding_name(model: nn.Module) -> str:
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)

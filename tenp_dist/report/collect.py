@@ -1,0 +1,309 @@
+"""Reads the files of a run into one dictionary, which is `report.json`.
+
+The page, the charts and the model card are made from this dictionary and from nothing else. It
+holds no absolute paths, host names or times: the same run gives the same bytes.
+
+| key         | what it holds                                                                   |
+|-------------|---------------------------------------------------------------------------------|
+| model       | `facts.json`, the parts a reader needs                                          |
+| headline    | the figures at the top of the page; None where a stage was not run              |
+| plan        | method, budget, totals and warnings of `plan.json`                              |
+| layers      | one entry per MoE layer: plan, importance [E] and routed tokens [E]             |
+| routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
+| checkpoints | layout -> files and bytes on disk                                               |
+| evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
+| verify      | `verify.json`, or None                                                          |
+| job         | what was asked for, paths cut to their last part                                |
+| provenance  | digests of inputs and stages, versions of the libraries                         |
+| absent      | one sentence for every part that is not there                                   |
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from tenp_dist.artifacts import read_json
+from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.errors import StaleError
+from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
+
+SCHEMA_VERSION = 1
+STARVED_SHARE = 0.1
+"""An expert with fewer tokens than this share of an even split is called starved."""
+
+LIBRARIES = ("tenp-dist", "torch", "transformers", "safetensors", "numpy", "matplotlib")
+STAGES = ("inspect", "calibrate", "score", "plan", "write", "verify", "evaluate")
+LAYOUTS = ("ragged", "uniform", "padded")
+MODEL_KEYS = (
+    "family architecture num_layers moe_layers mtp_layers num_experts top_k hidden_size intermediate_size vocab_size "
+    "dtypes parameters bytes shards tensors"
+).split()
+PLAN_KEYS = "method budget retention experts narrow_width leftover_neurons".split()
+
+
+def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of `report.json` for the run in `run_dir`.
+
+    Raises:
+        StaleError: `facts.json` or `plan.json` is missing, or they are of different models.
+    """
+    facts = _required(run_dir / "facts.json", "inspect")
+    plan = _required(run_dir / "plan.json", "plan")
+    if plan["source_fingerprint"] != facts["fingerprint"]:
+        raise StaleError(
+            "The plan was made from another model",
+            where=run_dir / "plan.json",
+            found=plan["source_fingerprint"],
+            wanted=facts["fingerprint"],
+            next_step="plan again for this model, or report on the run that the plan belongs to",
+        )
+    verify = _optional(run_dir / "verify.json")
+    evaluation = _evaluation(_optional(run_dir / "evaluation.json"))
+    checkpoints = _checkpoints(run_dir)
+    weights = _domain_weights(job)
+    layers = [_layer(run_dir, int(layer), entry, weights) for layer, entry in _in_depth(plan["layers"])]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {"name": facts["model"], **{key: facts.get(key) for key in MODEL_KEYS}},
+        "headline": _headline(facts, plan, checkpoints, evaluation, verify),
+        "warnings": list(plan.get("warnings", [])),
+        "absent": _absent(layers, checkpoints, verify, evaluation),
+        "plan": {key: plan.get(key) for key in PLAN_KEYS},
+        "routing": _routing_total(layers),
+        "layers": layers,
+        "checkpoints": checkpoints,
+        "verify": verify and verify["layouts"],
+        "evaluation": evaluation,
+        "job": _job(job),
+        "provenance": _provenance(run_dir, facts, plan),
+    }
+
+
+def importance_of(layer: LayerStatistics, weights: Mapping[str, float]) -> list[float]:
+    """Expert importance over domains, [E]: L2-normalise each domain's vector, then add (TENP Eq. 6)."""
+    mixed_E = np.zeros(layer["expert_importance_sum"].shape[1])
+    for name, vector_E in zip(layer.domains, layer["expert_importance_sum"].numpy(), strict=True):
+        norm = np.linalg.norm(vector_E)
+        if norm > 0:
+            mixed_E += weights.get(name, 1.0) * vector_E / norm
+    return mixed_E.tolist()
+
+
+def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
+    """Which experts of one layer the calibration text did not reach, from routed tokens per expert [E].
+
+    `uniform_share` is what every expert would get from an even split; `starved` lists the experts
+    above zero and under STARVED_SHARE of it, `unreached` those at zero.
+    """
+    uniform = sum(tokens) / len(tokens)
+    return {
+        "total": sum(tokens),
+        "uniform_share": uniform,
+        "minimum": min(tokens),
+        "median": statistics.median(tokens),
+        "maximum": max(tokens),
+        "unreached": [expert for expert, seen in enumerate(tokens) if seen == 0],
+        "starved": [expert for expert, seen in enumerate(tokens) if 0 < seen < STARVED_SHARE * uniform],
+    }
+
+
+def _layer(run_dir: Path, layer: int, entry: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+    neurons = entry["experts"] * entry["intermediate_size"]
+    kept = sum(int(width) * experts for width, experts in entry["widths"].items())
+    whole = len(entry["whole"]) * entry["intermediate_size"]
+    found: dict[str, Any] = {"domains": None, "importance": None, "tokens": None, "routing": None}
+    path = run_dir / "scores" / f"{layer_name(layer)}.safetensors"
+    if path.exists():
+        scores = read_statistics(path, ["expert_importance_sum", "token_count"], weight_norm=False)
+        tokens = scores["token_count"].sum(dim=0).tolist()
+        found = {
+            "domains": list(scores.domains),
+            "importance": importance_of(scores, weights),
+            "tokens": tokens,
+            "routing": routing_of(tokens),
+        }
+    return {
+        "layer": layer,
+        **{key: entry[key] for key in ("experts", "intermediate_size", "whole", "widths", "retention", "activated")},
+        "share_whole": whole / neurons,
+        "share_narrow": (kept - whole) / neurons,
+        **found,
+    }
+
+
+def _routing_total(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    routed = [layer["routing"] for layer in layers if layer["routing"]]
+    if not routed:
+        return None
+    return {
+        "tokens": sum(layer["total"] for layer in routed),
+        "unreached": sum(len(layer["unreached"]) for layer in routed),
+        "starved": sum(len(layer["starved"]) for layer in routed),
+        "starved_share": STARVED_SHARE,
+    }
+
+
+def _headline(facts, plan, checkpoints, evaluation, verify) -> dict[str, Any]:
+    layout = _main_layout(checkpoints, evaluation)
+    means = {name: variant["mean"] for name, variant in (evaluation or {"variants": {}})["variants"].items()}
+
+    def mean(variant: str, key: str) -> float | None:
+        return means[variant][key] if variant in means else None
+
+    return {
+        "retention_asked": float(plan["retention"]["asked"]),
+        "retention_realised": plan["retention"]["realised"],
+        "activated": plan["retention"]["activated"],
+        "layout": layout,
+        "bytes_before": facts["bytes"]["total"],
+        "bytes_after": checkpoints[layout]["bytes"] if layout else None,
+        "nll_before": mean("source", "nll"),
+        "nll_after": mean("pruned", "nll"),
+        "nll_random": mean("random", "nll"),
+        "top1_agreement": mean("pruned", "top1_agreement"),
+        "top1_agreement_random": mean("random", "top1_agreement"),
+        "verified": None if verify is None else all(entry["ok"] for entry in verify["layouts"].values()),
+    }
+
+
+def _main_layout(checkpoints: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str | None:
+    """The layout that was evaluated; else the first of LAYOUTS that is there."""
+    evaluated = PurePath(evaluation["pruned_from"]).name if evaluation and evaluation.get("pruned_from") else None
+    return evaluated if evaluated in checkpoints else next(iter(checkpoints), None)
+
+
+def _checkpoints(run_dir: Path) -> dict[str, dict[str, int]]:
+    folders = {path.parent.name: path.parent for path in (run_dir / "checkpoint").glob("*/config.json")}
+    order = sorted(folders, key=lambda name: (LAYOUTS.index(name) if name in LAYOUTS else len(LAYOUTS), name))
+    sizes = {name: [path.stat().st_size for path in folders[name].glob("*.safetensors")] for name in order}
+    return {name: {"files": len(found), "bytes": sum(found)} for name, found in sizes.items()}
+
+
+def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """`evaluation.json` with `nll_increase` (nats per token over the source) beside every NLL."""
+    if evaluation is None:
+        return None
+    source = evaluation["variants"]["source"]
+
+    def extended(variant: Mapping[str, Any]) -> dict[str, Any]:
+        rows = {
+            domain: {**row, "nll_increase": row["nll"] - source["domains"][domain]["nll"]}
+            for domain, row in variant["domains"].items()
+        }
+        mean = {**variant["mean"], "nll_increase": variant["mean"]["nll"] - source["mean"]["nll"]}
+        return {"domains": rows, "mean": mean}
+
+    return {
+        "sequence_length": evaluation["sequence_length"],
+        "pruned_from": evaluation.get("pruned_from"),
+        "variants": {name: extended(variant) for name, variant in evaluation["variants"].items()},
+    }
+
+
+def _absent(layers, checkpoints, verify, evaluation) -> list[str]:
+    unscored = [layer["layer"] for layer in layers if layer["importance"] is None]
+    findings = [
+        (bool(unscored), f"Scores of {len(unscored)} of {len(layers)} layers are not in the run folder."),
+        (not checkpoints, "No finished checkpoint is in the run folder: size after pruning unknown, no model card."),
+        (verify is None, "The checkpoint was not verified against the plan (no verify.json)."),
+        (evaluation is None, "Quality was not measured (no evaluation.json): give the job an `evaluation` part."),
+        (
+            evaluation is not None and "random" not in evaluation["variants"],
+            "No random control was measured: the quality figures have nothing of the same size to stand against.",
+        ),
+    ]
+    return [sentence for is_absent, sentence in findings if is_absent]
+
+
+def _provenance(run_dir: Path, facts: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    records = {stage: _optional(run_dir / "stages" / f"{stage}.json") for stage in STAGES}
+    return {
+        "source_fingerprint": facts["fingerprint"],
+        "scores_digest": plan.get("scores_digest"),
+        "stages": {
+            stage: {"digest": record["digest"], "summary": _plain(record.get("summary", {}))}
+            for stage, record in records.items()
+            if record
+        },
+        "versions": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _domain_weights(job: Mapping[str, Any]) -> dict[str, float]:
+    sources = (job.get("calibration") or {}).get("sources") or []
+    return {source["domain"]: float(source.get("weight", 1)) for source in sources}
+
+
+def _job(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, without folders of the machine that asked."""
+    return {
+        "calibration": _text(job.get("calibration")),
+        "evaluation": _text(job.get("evaluation")),
+        "score": _plain(job.get("score")),
+        "budget": _plain(job.get("budget")),
+        "output": _plain(job.get("output")),
+    }
+
+
+def _text(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    sources = [
+        {
+            "domain": source.get("domain"),
+            "origin": _origin(source),
+            "samples": source.get("samples"),
+            "weight": None if source.get("weight") is None else str(source["weight"]),
+        }
+        for source in part.get("sources") or []
+    ]
+    return {"sources": sources, **{key: part.get(key) for key in ("sequence_length", "packing", "seed")}}
+
+
+def _origin(source: Mapping[str, Any]) -> str:
+    if source.get("path"):
+        return PurePath(str(source["path"])).name
+    return " / ".join(str(source[key]) for key in ("name", "subset", "split") if source.get(key))
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only; an absolute path becomes its last part, anything else its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return PurePath(str(value)).name if PurePath(str(value)).is_absolute() else str(value)
+
+
+def _in_depth(layers: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(layers.items(), key=lambda item: int(item[0]))
+
+
+def _required(path: Path, stage: str) -> Any:
+    if not path.exists():
+        raise StaleError(
+            f"The report needs {path.name}",
+            where=path,
+            found="no such file",
+            next_step=f"run the {stage} stage of this job first",
+        )
+    return read_json(path)
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path) if path.exists() else None

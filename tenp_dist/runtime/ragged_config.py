@@ -1,0 +1,122 @@
+"""The config.json of a ragged checkpoint: which expert of which layer has which width.
+
+    "model_type": "tenp_deepseek_v3",
+    "tenp": {"format_version": 1, "source": {...}, "retention": "0.6",
+             "widths": [48, 128], "layers": {"1": "0110...", ...}}
+
+`layers` has one string per pruned decoder layer and one character per expert: `chr(48 + i)` stands
+for `widths[i]`, so '0' is the narrowest. A layer that is not listed keeps its full width.
+Pure Python: the writer needs no torch for it, and the modeling files carry a copy of this text.
+"""
+
+import copy
+
+FORMAT_VERSION = 1
+PREFIX = "tenp_"
+# source model_type -> prefix of the stock classes; a new family is one line
+FAMILIES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
+}
+FIRST_CODE = ord("0")
+MAX_WIDTHS = ord("~") - FIRST_CODE + 1  # the printable ASCII characters from '0' on
+
+
+def class_prefix(family: str) -> str:
+    """Prefix of the ragged classes of a family: deepseek_v3 -> TenpDeepseekV3.
+
+    Raises:
+        ValueError: the family has no line in `FAMILIES`.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"no ragged runtime for model_type {family!r}; supported: {', '.join(FAMILIES)}")
+    return f"Tenp{FAMILIES[family]}"
+
+
+def modeling_module(family: str) -> str:
+    """Name of the modeling file of a family without `.py`: modeling_tenp_deepseek_v3."""
+    return f"modeling_{PREFIX}{family}"
+
+
+def auto_map(family: str) -> dict[str, str]:
+    """Where `trust_remote_code=True` finds the classes of a family."""
+    reference = f"{modeling_module(family)}.{class_prefix(family)}"
+    return {"AutoConfig": f"{reference}Config", "AutoModelForCausalLM": f"{reference}ForCausalLM"}
+
+
+def ragged_config(
+    source_config: dict, *, widths_by_layer: dict[int, list[int]], retention: str, fingerprint: str
+) -> dict:
+    """config.json of the ragged checkpoint made from a source with `source_config`.
+
+    Args:
+        source_config: parsed config.json of the source; it is not modified.
+        widths_by_layer: decoder layer -> width of each expert, in order of expert id.
+        retention: kept share of the routed neurons as the job states it, a decimal string.
+        fingerprint: fingerprint of the source checkpoint.
+
+    Raises:
+        ValueError: unknown family, a source that is already ragged, a retention that is not a
+            string, a width outside 0..moe_intermediate_size, too many distinct widths.
+    """
+    family = source_config.get("model_type")
+    if "tenp" in source_config:
+        raise ValueError(f"the source is already a ragged checkpoint (model_type {family!r}); prune its source instead")
+    if not isinstance(retention, str):
+        raise ValueError(f"retention is {retention!r}, wanted the decimal string of the job")
+    prefix = class_prefix(family)
+    table, layers = _encode(widths_by_layer, source_config.get("moe_intermediate_size"))
+    config = copy.deepcopy(source_config)
+    config["model_type"] = PREFIX + family
+    config["architectures"] = [f"{prefix}ForCausalLM"]
+    config["auto_map"] = auto_map(family)
+    config["tenp"] = {
+        "format_version": FORMAT_VERSION,
+        "source": {
+            "model_type": family,
+            "architectures": list(source_config.get("architectures") or []),
+            "fingerprint": fingerprint,
+        },
+        "retention": retention,
+        "widths": table,
+        "layers": layers,
+    }
+    return config
+
+
+def widths_by_layer(config: dict) -> dict[int, list[int]]:
+    """Decoder layer -> width of each expert, the inverse of `ragged_config`.
+
+    Raises:
+        ValueError: no `tenp` entry, another format version, a character without a width.
+    """
+    tenp = config.get("tenp")
+    if tenp is None:
+        raise ValueError("config.json has no `tenp` entry: not a ragged checkpoint")
+    if tenp.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"ragged format_version {tenp.get('format_version')!r}, this runtime reads {FORMAT_VERSION}; "
+            "install the tenp-dist that wrote the checkpoint or a newer one"
+        )
+    return {int(layer): _decode(layer, codes, tenp["widths"]) for layer, codes in tenp["layers"].items()}
+
+
+def _encode(widths: dict[int, list[int]], limit: int | None) -> tuple[list[int], dict[str, str]]:
+    """Width table and one string of codes per layer."""
+    table = sorted({int(width) for layer in widths.values() for width in layer})
+    if len(table) > MAX_WIDTHS:
+        raise ValueError(f"{len(table)} distinct expert widths, at most {MAX_WIDTHS} fit the format; raise the alignment")
+    if table and (table[0] < 0 or (limit is not None and table[-1] > limit)):
+        raise ValueError(f"expert widths {table[0]}..{table[-1]}, wanted 0..{limit} (moe_intermediate_size)")
+    code = {width: chr(FIRST_CODE + index) for index, width in enumerate(table)}
+    return table, {str(layer): "".join(code[int(w)] for w in widths[layer]) for layer in sorted(widths)}
+
+
+def _decode(layer: str, codes: str, table: list[int]) -> list[int]:
+    """Width of each expert of one layer."""
+    indices = [ord(code) - FIRST_CODE for code in codes]
+    if any(not 0 <= index < len(table) for index in indices):
+        raise ValueError(f"layer {layer} of the ragged config names a width outside its table of {len(table)}")
+    return [table[index] for index in indices]

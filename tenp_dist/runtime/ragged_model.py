@@ -1,0 +1,137 @@
+"""Ragged checkpoints in `transformers`: the models and how their tensors are loaded and saved.
+
+Checkpoints hold one tensor per expert and matrix under the source's names; models hold buckets.
+Needs torch and transformers only: the modeling files next to the weights carry a copy of this text.
+"""
+
+import torch
+import transformers
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from tenp_dist.runtime.ragged import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
+from tenp_dist.runtime.ragged_config import FAMILIES, PREFIX, class_prefix
+
+
+class ToBuckets(ConversionOps):
+    """Checkpoint to model: the per-expert tensors of one layer become its bucket parameters.
+
+    The experts module itself knows the widths and does the work, so that modeling files of several
+    checkpoints can share one registration. Full names are returned: transformers leaves them alone.
+    """
+
+    supports_many_to_many = True
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
+        path, _, parameter = full_layer_name.partition(".buckets.")
+        name = parameter.rpartition(".")[2]
+        tensors = {matrix: input_dict.pop(_expert_pattern(matrix), []) for matrix in PARAMETERS[name][0]}
+        values = model.get_submodule(path).to_buckets(name, tensors)
+        return {f"{path}.{key}": value for key, value in values.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FromBuckets()
+
+
+class FromBuckets(ConversionOps):
+    """Model to checkpoint: inverse of `ToBuckets`, also for a shard that holds some buckets only."""
+
+    supports_many_to_many = True
+
+    @torch.no_grad
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
+        path = full_layer_name.partition(".*.")[0]
+        values = {pattern.removeprefix("mlp.experts."): value for pattern, (value,) in input_dict.items()}
+        tensors = model.get_submodule(path).from_buckets(values)
+        return {f"{path}.{key}": tensor for key, tensor in tensors.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return ToBuckets()
+
+
+class RaggedForCausalLM:
+    """Goes in front of a stock ForCausalLM class: narrow experts, strict loading.
+
+    Every MoE layer gets `BucketedExperts`, a layer that was not pruned with one bucket of full
+    width: the conversion is registered per class and cannot tell layers apart.
+    """
+
+    _can_compile_fullgraph = False  # the ends of the buckets are read on the host
+
+    def __init__(self, config, *args, **kwargs):
+        if config.tenp is None:
+            raise ValueError(f"{type(config).__name__} has no `tenp` entry: not the config of a ragged checkpoint")
+        super().__init__(config, *args, **kwargs)
+        widths_of = config.expert_widths()
+        for index, layer in enumerate(self.model.layers):
+            stock = getattr(layer.mlp, "experts", None)
+            if stock is not None:
+                widths = widths_of.pop(index, [stock.intermediate_dim] * stock.num_experts)
+                path = f"model.layers.{index}.mlp.experts"
+                layer.mlp.experts = BucketedExperts(stock, widths, path, config.initializer_range)
+        if widths_of:
+            raise ValueError(f"config.json has expert widths for layers {sorted(widths_of)}, which are no MoE layers")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Like stock, but tensors that contradict config.json are an error, never random weights.
+
+        Raises:
+            ValueError: an expert is missing or has another width than config.json says.
+        """
+        reasons: list[str] = []
+        token = contradictions.set(reasons)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if not reasons:
+                raise
+            raise ValueError(_refusal(pretrained_model_name_or_path, reasons)) from error
+        finally:
+            contradictions.reset(token)
+        model, info = loaded
+        missing = sorted(key for key in info["missing_keys"] if ".experts.buckets." in key)
+        if missing:
+            absent = [f"no expert tensors for {key}" for key in missing]
+            raise ValueError(_refusal(pretrained_model_name_or_path, absent))
+        return (model, info) if output_loading_info else model
+
+
+def _refusal(source: str, reasons: list[str]) -> str:
+    shown = "\n  ".join(reasons[:10] + [f"... and {len(reasons) - 10} more"] * (len(reasons) > 10))
+    return f"the experts in {source} contradict its config.json; write or download the checkpoint again:\n  {shown}"
+
+
+def _expert_pattern(matrix: str) -> str:
+    return f"mlp.experts.*.{matrix}.weight"
+
+
+def _register_conversion(class_name: str) -> None:
+    converters = [
+        WeightConverter(
+            [_expert_pattern(matrix) for matrix in matrices],
+            [f"mlp.experts.buckets.{index}.{name}" for index in range(MAX_BUCKETS)],
+            [ToBuckets()],
+        )
+        for name, (matrices, _) in PARAMETERS.items()
+    ]
+    # modeling files of several checkpoints may be loaded in one process
+    register_checkpoint_conversion_mapping(class_name, converters, overwrite=True)
+
+
+def ragged_model_class(config_class: type, module: str) -> type:
+    """Model class that belongs to a config class, e.g. TenpDeepseekV3ForCausalLM; registers its conversion.
+
+    Args:
+        config_class: made by `ragged_config_class`.
+        module: name of the module that will hold the class.
+    """
+    family = config_class.model_type.removeprefix(PREFIX)
+    name = f"{class_prefix(family)}ForCausalLM"
+    stock = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")
+    doc = f"{stock.__name__} with experts of different widths."
+    _register_conversion(name)
+    return type(name, (RaggedForCausalLM, stock), {"__module__": module, "__doc__": doc, "config_class": config_class})

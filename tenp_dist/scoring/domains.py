@@ -1,0 +1,125 @@
+"""How scores of several calibration domains become one: normalise inside a domain, then add.
+
+Shapes: N domains, E routed experts, F neurons of an expert. Domains are added in the order of their
+names and expert norms are summed exactly, so neither the order of the domains nor that of the experts
+can move a single bit of a score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+
+from tenp_dist.errors import JobError, NumericalError, StaleError
+from tenp_dist.scoring.statistics import WEIGHT_NORM, LayerStatistics
+
+DomainWeights = Mapping[str, Fraction | float]
+
+
+def mix_experts(statistics: LayerStatistics, name: str, weights: DomainWeights) -> torch.Tensor:
+    """TENP Eq. 6: each domain's vector of E scores scaled to length 1, times its weight, added.
+
+    Args:
+        name: an expert statistic, [N, E].
+        weights: domain -> weight; a domain that is not named weighs 1.
+
+    Returns:
+        float64 [E]. A domain whose vector is zero adds nothing.
+    """
+    scores_NE = statistics[name]
+    mixed_E = torch.zeros(scores_NE.shape[1], dtype=torch.float64)
+    for row, weight in _rows(statistics, weights):
+        norm = _norm(scores_NE[row])
+        if norm > 0:
+            mixed_E += scores_NE[row] * (weight / norm)
+    return mixed_E
+
+
+def mix_neurons(statistics: LayerStatistics, name: str, weights: DomainWeights, layer: int) -> torch.Tensor:
+    """The same for neurons, per expert: its mean vector of F scores scaled to length 1, weighted, added.
+
+    The paper says nothing about neurons and domains; this rule is ours. Mean and sum over tokens point the
+    same way, so the token count cancels in the scaling and is only asked for "did a token come". An expert
+    that no token of a weighted domain reached takes its row of `neuron_weight_norm`.
+
+    Args:
+        name: a neuron statistic, [N, E, F], summed over tokens.
+        layer: decoder index, for messages.
+
+    Returns:
+        float64 [E, F].
+
+    Raises:
+        StaleError: an expert needs `neuron_weight_norm` and the scores lack it.
+        NumericalError: NaN or Inf in a row of `neuron_weight_norm` that is needed.
+    """
+    sums_NEF, count_NE = statistics[name], statistics["token_count"]
+    mixed_EF = torch.zeros(sums_NEF.shape[1:], dtype=torch.float64)
+    seen_E = torch.zeros(sums_NEF.shape[1], dtype=torch.bool)
+    for row, weight in _rows(statistics, weights):
+        routed_E = count_NE[row] > 0
+        norm_E = torch.linalg.vector_norm(sums_NEF[row], dim=1)
+        scale_E = torch.where(routed_E & (norm_E > 0), weight / norm_E, 0.0)
+        mixed_EF.addcmul_(sums_NEF[row], scale_E[:, None])
+        seen_E |= routed_E
+    unseen_E = ~seen_E
+    if unseen_E.any():
+        mixed_EF[unseen_E] = _weight_norm(statistics, unseen_E, layer)
+    return mixed_EF
+
+
+def never_routed(statistics: LayerStatistics) -> torch.Tensor:
+    """Boolean [E], true for an expert that no token of any domain reached."""
+    return (statistics["token_count"] == 0).all(dim=0)
+
+
+def _rows(statistics: LayerStatistics, weights: DomainWeights) -> list[tuple[int, float]]:
+    """(row, weight) of every domain that counts, in the order of the domain names."""
+    unknown = sorted(set(weights) - set(statistics.domains))
+    if unknown:
+        raise JobError(
+            "A weight is given for a domain that the scores do not hold",
+            found=", ".join(unknown),
+            wanted=f"one of {', '.join(statistics.domains)}",
+            next_step="correct the name, or score with that domain",
+        )
+    named = sorted((domain, row) for row, domain in enumerate(statistics.domains))
+    rows = [(row, float(weights.get(domain, 1))) for domain, row in named]
+    counting = [(row, weight) for row, weight in rows if weight > 0]
+    if not counting:
+        raise JobError(
+            "Every domain has weight 0",
+            where="calibration.sources",
+            found=", ".join(statistics.domains),
+            wanted="at least one weight above 0",
+        )
+    return counting
+
+
+def _norm(vector: torch.Tensor) -> float:
+    values = vector.tolist()
+    largest = max(map(abs, values), default=0.0)
+    # fsum rounds once, so the result does not depend on the order of the experts.
+    return largest * math.sqrt(math.fsum((value / largest) ** 2 for value in values)) if largest else 0.0
+
+
+def _weight_norm(statistics: LayerStatistics, rows_E: torch.Tensor, layer: int) -> torch.Tensor:
+    if statistics.weight_norm is None:
+        raise StaleError(
+            f"The scores lack {WEIGHT_NORM}, which ranks the neurons of experts that no token reached",
+            where=f"layer {layer}",
+            found=f"{int(rows_E.sum())} such experts",
+            next_step="score again with this version",
+        )
+    norms = statistics.weight_norm[rows_E]
+    if not torch.isfinite(norms).all():
+        raise NumericalError(
+            "NaN or Inf in a statistic",
+            where=f"layer {layer}, {WEIGHT_NORM}",
+            wanted="finite numbers",
+            next_step="check the source checkpoint for NaN, then score again",
+        )
+    return norms

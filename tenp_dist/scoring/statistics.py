@@ -1,0 +1,154 @@
+"""The statistics of one scoring pass: what each is, how parts merge, how a layer is stored.
+
+Shapes: N domains, E routed experts, F neurons of an expert. All tensors are float64 [N, E] or
+[N, E, F]. Notation (DESIGN.md section 2): for a token routed to an expert, x the tensor the expert
+receives, m = act(W_gate x) * W_up x, y = W_down m, g the dispatch weight that multiplies y, w_j
+column j of W_down, h the residual stream before the MoE block, r the block's routed output.
+
+| name                      | shape | sum (or max) over the tokens routed to the expert | source              |
+|---------------------------|-------|---------------------------------------------------|---------------------|
+| token_count               | E     | 1                                                 | SEER-MoE            |
+| gate_sum                  | E     | g                                                 | SEER-MoE            |
+| output_norm_sum           | E     | |y|                                               | REAP's baseline EAN |
+| output_norm_squared_sum   | E     | |y|^2                                             | arXiv 2606.15716    |
+| gated_norm_sum            | E     | g |y|                                             | REAP, 2510.13999    |
+| expert_importance_sum     | E     | g |y| (1 - cos(x, y))                             | TENP Eq. 3-5        |
+| easy_ep_sum               | E     | g |y| max(1 - cos(h, h + r), 0)                   | EASY-EP, 2504.06792 |
+| neuron_projection_sum     | E, F  | m_j <w_j, y> / (|y| + 1e-8)                       | TENP Eq. 8-10       |
+| neuron_l2_sum             | E, F  | |m_j| |w_j|                                       | TENP's ablation     |
+| neuron_energy_sum         | E, F  | g^2 m_j^2 |w_j|^2                                 | ours                |
+| neuron_abs_max            | E, F  | max of g |m_j|                                    | CAMERA              |
+
+A score file also holds `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
+neurons of experts that no token reached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
+from tenp_dist.errors import StaleError
+
+EXPERT_STATISTICS = {
+    "token_count": "sum",
+    "gate_sum": "sum",
+    "output_norm_sum": "sum",
+    "output_norm_squared_sum": "sum",
+    "gated_norm_sum": "sum",
+    "expert_importance_sum": "sum",
+    "easy_ep_sum": "sum",
+}
+NEURON_STATISTICS = {
+    "neuron_projection_sum": "sum",
+    "neuron_l2_sum": "sum",
+    "neuron_energy_sum": "sum",
+    "neuron_abs_max": "max",
+}
+MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS}
+WEIGHT_NORM = "neuron_weight_norm"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one MoE layer.
+
+    tensors: name -> float64 [N, E] or [N, E, F]; may hold only the names that were asked for.
+    domains: the N domain names, in the order of the first axis.
+    weight_norm: float64 [E, F], or None where it was not asked for.
+    """
+
+    domains: tuple[str, ...]
+    tensors: Mapping[str, torch.Tensor]
+    weight_norm: torch.Tensor | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @classmethod
+    def zeros(
+        cls, domains: Sequence[str], num_experts: int, intermediate_size: int, device: str | torch.device = "cpu"
+    ) -> LayerStatistics:
+        shape_NE = (len(domains), num_experts)
+        shape_NEF = (*shape_NE, intermediate_size)
+        shapes = {name: shape_NE for name in EXPERT_STATISTICS} | {name: shape_NEF for name in NEURON_STATISTICS}
+        tensors = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+        return cls(domains=tuple(domains), tensors=tensors)
+
+
+def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:
+    """Combine parts of one layer in the order given (waves, or token shards of equal experts)."""
+    first = parts[0]
+    for part in parts[1:]:
+        if part.domains != first.domains:
+            raise StaleError(
+                "Score parts disagree on their domains",
+                found=part.domains,
+                wanted=first.domains,
+                next_step="remove scores/parts and score again",
+            )
+    tensors = {name: _merge_tensor(name, [part[name] for part in parts]) for name in first.tensors}
+    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=first.weight_norm)
+
+
+def _merge_tensor(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        if MERGE_RULES[name] == "max":
+            torch.maximum(total, tensor, out=total)
+        else:
+            total += tensor
+    return total
+
+
+def write_statistics(path: Path, statistics: LayerStatistics, *, layer: int, key: str) -> None:
+    """Store a layer; `key` is the score stage's key and says what the file was made from."""
+    from safetensors.torch import save
+
+    metadata = {
+        "schema_version": str(SCHEMA_VERSION),
+        "layer": str(layer),
+        "key": key,
+        "domains": json.dumps(statistics.domains),
+        "merge": json.dumps(dict(MERGE_RULES)),
+    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in statistics.tensors.items()}
+    if statistics.weight_norm is not None:
+        tensors[WEIGHT_NORM] = statistics.weight_norm.cpu().contiguous()
+    with atomic_write(path) as stream:
+        stream.write(save(tensors, metadata=metadata))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def read_statistics(path: Path, names: Sequence[str] | None = None, *, weight_norm: bool = True) -> LayerStatistics:
+    """Load a layer, only the statistics in `names` (default: all that the file holds)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        wanted = [name for name in MERGE_RULES if name in stored] if names is None else list(names)
+        missing = [name for name in wanted if name not in stored]
+        if missing:
+            raise StaleError(
+                "Score file lacks a statistic",
+                where=path,
+                found=sorted(stored),
+                wanted=missing,
+                next_step="score again with this version",
+            )
+        return LayerStatistics(
+            domains=tuple(json.loads(file.metadata()["domains"])),
+            tensors={name: file.get_tensor(name) for name in wanted},
+            weight_norm=file.get_tensor(WEIGHT_NORM) if weight_norm and WEIGHT_NORM in stored else None,
+        )
