@@ -61,7 +61,7 @@ SHAPE = {
 
 SEQUENCE = 256
 BATCH = 8
-DOMAIN_WEIGHTS = {"code": 0.5, "docstrings": 0.25, "math": 0.25}
+DOMAIN_WEIGHTS = {"code": 0.5, "docstrings": 0.3, "math": 0.2}
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 FINAL_LR_SHARE = 0.03
@@ -267,7 +267,7 @@ def score_table(scores: dict[str, Score]) -> Table:
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(1), default=2400, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=1600, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Model folder to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)

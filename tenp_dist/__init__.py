@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_configs(_module):
+def _register_configs(module):
     from tenp_dist.runtime.transformers import register_configs
 
-    register_configs()
+    register_configs(module)
 
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register_models(_module):
+def _register_models(module):
     from tenp_dist.runtime.transformers import register_models
 
-    register_models()
+    register_models(module)

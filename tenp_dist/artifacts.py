@@ -44,7 +44,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             raise DiskFullError(
                 "No space left on the device",
                 where=path,
-                found=f"{_free_bytes(path.parent) / 1e9:.2f} GB free",
+                found=f"{free_bytes(path.parent) / 1e9:.2f} GB free",
                 next_step="free space, or point run_dir at a larger file system; finished files are kept and the "
                 "same command goes on from them",
             ) from error
@@ -81,6 +81,7 @@ class StageRecord:
     key: digest of the job fields read, the upstream digests and the schema version.
     digest: digest of what was written; part of the keys downstream.
     files: path relative to the run directory -> size in bytes, to notice deleted or cut files.
+    inputs: what the key was made from, so that a mismatch can be explained.
     """
 
     stage: str
@@ -88,6 +89,7 @@ class StageRecord:
     digest: str
     files: Mapping[str, int]
     summary: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def write(self, run_dir: Path) -> None:
@@ -128,6 +130,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _free_bytes(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written to the file system of `folder`."""
     stats = os.statvfs(folder)
     return stats.f_bavail * stats.f_frsize

@@ -4,6 +4,7 @@ Every family gets a small random model, a copy whose pruned columns of `down_pro
 masked model: same function, stock code) and a ragged folder cut by hand from the saved tensors.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -130,7 +131,16 @@ def cut_folder(source, folder, family, kept):
     return widths
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than these matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     return {family: make_case(family, tmp_path_factory.mktemp(family)) for family in SETTINGS}
 
@@ -179,8 +189,8 @@ def test_bfloat16_within_rounding(case):
     model = auto_load(case.folder, dtype=torch.bfloat16)
     expected = logits(auto_load_masked(case, torch.bfloat16))
     assert model.model.layers[-1].mlp.experts.buckets[0].down_proj.dtype == torch.bfloat16
-    # 2**-8 is half a unit in the last place of bfloat16 at 1; both sides round once per operation
-    assert (logits(model) - expected).abs().max() <= 4 * 2**-8 * expected.abs().max()
+    # one unit in the last place of bfloat16 at the largest logit is at most 2**-7 of it
+    assert (logits(model) - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 def auto_load_masked(case, dtype):
@@ -244,8 +254,8 @@ def experts_pair(widths):
             gate, up = stock.gate_up_proj[expert].chunk(2)
             tensors["gate_proj"].append(gate[:width]), tensors["up_proj"].append(up[:width])
             tensors["down_proj"].append(stock.down_proj[expert, :, :width])
-    bucketed = BucketedExperts(stock, widths, "experts", 0.02)
-    values = {**bucketed.to_buckets("gate_up_proj", tensors), **bucketed.to_buckets("down_proj", tensors)}
+        bucketed = BucketedExperts(stock, widths, "experts", 0.02)
+        values = {**bucketed.to_buckets("gate_up_proj", tensors), **bucketed.to_buckets("down_proj", tensors)}
     bucketed.load_state_dict(values)
     return stock, bucketed
 
@@ -295,7 +305,9 @@ def test_save_is_a_round_trip(case, tmp_path):
     assert torch.equal(logits(again), logits(model))
     differing = {"_name_or_path", "transformers_version"}
     left, right = again.config.to_dict(), model.config.to_dict()
-    assert {k: v for k, v in left.items() if k not in differing} == {k: v for k, v in right.items() if k not in differing}
+    assert {k: v for k, v in left.items() if k not in differing} == {
+        k: v for k, v in right.items() if k not in differing
+    }
 
 
 def test_tokenizer_and_sharded_save(cases, tmp_path):
@@ -394,11 +406,14 @@ def test_contradicting_config_is_refused(cases, tmp_path, change, message):
         auto_load(folder)
 
 
-def test_stock_class_refuses(cases):
+def test_stock_class_by_name_reports_every_expert_missing(cases):
+    """Only the Auto classes look at model_type: a stock class named by hand loads, and says what it lacks."""
     from transformers import Qwen3MoeForCausalLM
 
-    with pytest.raises(RuntimeError, match="conversion of the weights"):
-        Qwen3MoeForCausalLM.from_pretrained(cases["qwen3_moe"].folder)
+    _, info = Qwen3MoeForCausalLM.from_pretrained(cases["qwen3_moe"].folder, output_loading_info=True)
+    assert info["missing_keys"] == {
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in range(3) for name in ("gate_up_proj", "down_proj")
+    }
 
 
 # other interpreters
@@ -436,12 +451,12 @@ else:
     raise AssertionError("a broken checkpoint was loaded")
 """
 
-AFTER_TRANSFORMERS = """
+OTHER_ORDERS = """
 import json, sys
 job = json.load(sys.stdin)
 sys.path.insert(0, job["root"])
+exec(job["imports"])
 from transformers import AutoConfig, AutoModelForCausalLM
-import tenp_dist
 model = AutoModelForCausalLM.from_pretrained(job["folder"], trust_remote_code=True)
 assert type(model).__module__ == "tenp_dist.runtime.transformers", type(model)
 assert type(AutoConfig.from_pretrained(job["folder"])) is type(model.config)
@@ -482,9 +497,26 @@ def test_remote_code_without_the_package(cases, tmp_path):
         assert (Path(target) / f"modeling_tenp_{family}.py").read_text() == modeling_source(family)
 
 
-def test_import_after_transformers(cases, tmp_path):
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from transformers import AutoConfig, AutoModelForCausalLM; import tenp_dist",
+        # the Auto modules are then imported from the middle of a config module that ours derives from
+        "import tenp_dist; from transformers import DeepseekV2Config",
+    ],
+)
+def test_import_in_other_orders(cases, tmp_path, imports):
     root = str(Path(tenp_dist.__file__).parent.parent)
-    run_isolated(AFTER_TRANSFORMERS, {"root": root, "folder": str(cases["deepseek_v2"].folder)}, tmp_path)
+    run_isolated(OTHER_ORDERS, {"root": root, "imports": imports, "folder": str(cases["deepseek_v2"].folder)}, tmp_path)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_modeling_file_is_self_contained(family):
+    nodes = list(ast.walk(ast.parse(modeling_source(family))))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    roots = {module.partition(".")[0] for module in modules}
+    assert {"torch", "transformers"} <= roots <= {"torch", "transformers", *sys.stdlib_module_names}
 
 
 def test_import_is_cheap(tmp_path):
@@ -493,7 +525,6 @@ def test_import_is_cheap(tmp_path):
 
 # config.json
 
-
 LAYERS = st.dictionaries(
     st.integers(0, 200), st.lists(st.integers(0, 64), min_size=1, max_size=20), min_size=0, max_size=6
 )
@@ -501,7 +532,12 @@ LAYERS = st.dictionaries(
 
 @given(widths=LAYERS, family=st.sampled_from(sorted(FAMILIES)))
 def test_config_round_trip(widths, family):
-    source = {"model_type": family, "architectures": ["X"], "moe_intermediate_size": 64, "auto_map": {"AutoConfig": "y.Z"}}
+    source = {
+        "model_type": family,
+        "architectures": ["X"],
+        "moe_intermediate_size": 64,
+        "auto_map": {"AutoConfig": "y.Z"},
+    }
     before = json.dumps(source)
     config = ragged_config(source, widths_by_layer=widths, retention="0.6", fingerprint="abc")
     assert json.dumps(source) == before
@@ -513,9 +549,7 @@ def test_config_round_trip(widths, family):
 def test_config_by_hand():
     # widths 48 and 128: '0' stands for 48, '1' for 128
     source = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
-    config = ragged_config(
-        source, widths_by_layer={10: [48, 48], 2: [48, 128]}, retention="0.6", fingerprint="abc"
-    )
+    config = ragged_config(source, widths_by_layer={10: [48, 48], 2: [48, 128]}, retention="0.6", fingerprint="abc")
     assert config["model_type"] == "tenp_deepseek_v3" and config["architectures"] == ["TenpDeepseekV3ForCausalLM"]
     assert config["tenp"]["widths"] == [48, 128]
     assert list(config["tenp"]["layers"].items()) == [("2", "01"), ("10", "00")]

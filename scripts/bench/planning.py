@@ -38,10 +38,10 @@ def main(layers, experts, neurons, domains, method, align, repeat, folder, measu
         scores = Path(temporary)
         started = time.perf_counter()
         size = synthesise(scores, sizes, domains)
+        click.echo(f"model       {layers} layers x {experts} experts x {neurons} neurons, {domains} domains")
         click.echo(
-            f"scores      {layers} layers x {experts} experts x {neurons} neurons x {domains} domains, ", nl=False
+            f"scores      {size / 1e9:.2f} GB, made in {time.perf_counter() - started:.0f} s (not counted below)"
         )
-        click.echo(f"{size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s (not counted below)")
         click.echo("run  method  planning s  whole process s  peak RSS GB  anonymous at end GB  plan files MB")
         for run in range(1, repeat + 1):
             report(run, method, scores)

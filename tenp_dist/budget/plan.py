@@ -285,12 +285,14 @@ def write_plan(folder: Path, plan: Plan, *, source_fingerprint: str, scores_dige
         DiskFullError: no space left.
     """
     document = describe(plan, source_fingerprint=source_fingerprint, scores_digest=scores_digest)
-    metadata = {
-        "schema_version": str(SCHEMA_VERSION),
+    origin = {
+        "schema_version": SCHEMA_VERSION,
         "source_fingerprint": source_fingerprint,
         "scores_digest": scores_digest,
         "plan_digest": digest_of(document),
     }
+    # One key: safetensors writes several in an order that changes from run to run.
+    metadata = {"plan": json.dumps(origin)}
     tensors, text = Path(folder) / PLAN_TENSORS, Path(folder) / PLAN_JSON
     write_kept(tensors, plan.kept, metadata)
     with atomic_write(text) as stream:
@@ -343,8 +345,9 @@ def _plan_digest(path: Path) -> str | None:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return (file.metadata() or {}).get("plan_digest")
-    except SafetensorError as error:
+            metadata = file.metadata() or {}
+        return json.loads(metadata.get("plan", "{}")).get("plan_digest")
+    except (SafetensorError, ValueError) as error:
         raise _stale("plan.safetensors cannot be read", path, "the file as it was written") from error
 
 

@@ -48,6 +48,21 @@ def check_names(source: CheckpointIndex, written: CheckpointIndex) -> None:
         raise VerifyError("A weight file is in no index", where=written.folder, found=sorted(stray)[0])
 
 
+def check_config(written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> None:
+    """A ragged config's widths are those of the plan, in the checkpoint's own coding of them."""
+    tenp = written.config.get("tenp") or {}
+    table, codes = tenp.get("widths") or [], tenp.get("layers") or {}
+    for layer, neurons in kept.items():
+        stated = [table[ord(code) - ord("0")] for code in codes.get(str(layer), "")]
+        if stated != neurons.widths.tolist():
+            raise VerifyError(
+                "Config states other expert widths than the plan",
+                where=f"{written.folder / 'config.json'}: tenp.layers.{layer}",
+                found=f"{len(stated)} widths",
+                wanted=f"{neurons.num_experts} widths of the plan",
+            )
+
+
 def verify_tensors(
     names: Sequence[str],
     source: TensorReader,

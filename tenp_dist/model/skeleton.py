@@ -44,12 +44,9 @@ class Skeleton:
         self.model = _build(self.config_dict, dtype, experts_implementation)
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
+        self.layers: nn.ModuleList = self.model.base_model.layers  # kept: Frame swaps the model's own
         self._check_interface()
         _restore_rotary(self.model, device)
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.model.base_model.layers
 
     @property
     def num_layers(self) -> int:

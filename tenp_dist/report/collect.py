@@ -26,11 +26,10 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
 from tenp_dist.artifacts import read_json
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.errors import StaleError
+from tenp_dist.scoring.domains import mix_experts
 from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
 
 SCHEMA_VERSION = 1
@@ -41,10 +40,23 @@ LIBRARIES = ("tenp-dist", "torch", "transformers", "safetensors", "numpy", "matp
 STAGES = ("inspect", "calibrate", "score", "plan", "write", "verify", "evaluate")
 LAYOUTS = ("ragged", "uniform", "padded")
 MODEL_KEYS = (
-    "family architecture num_layers moe_layers mtp_layers num_experts top_k hidden_size intermediate_size vocab_size "
-    "dtypes parameters bytes shards tensors"
-).split()
-PLAN_KEYS = "method budget retention experts narrow_width leftover_neurons".split()
+    "family",
+    "architecture",
+    "num_layers",
+    "moe_layers",
+    "mtp_layers",
+    "num_experts",
+    "top_k",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "dtypes",
+    "parameters",
+    "bytes",
+    "shards",
+    "tensors",
+)
+PLAN_KEYS = ("method", "budget", "retention", "experts", "narrow_width", "leftover_neurons")
 
 
 def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,13 +98,9 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def importance_of(layer: LayerStatistics, weights: Mapping[str, float]) -> list[float]:
-    """Expert importance over domains, [E]: L2-normalise each domain's vector, then add (TENP Eq. 6)."""
-    mixed_E = np.zeros(layer["expert_importance_sum"].shape[1])
-    for name, vector_E in zip(layer.domains, layer["expert_importance_sum"].numpy(), strict=True):
-        norm = np.linalg.norm(vector_E)
-        if norm > 0:
-            mixed_E += weights.get(name, 1.0) * vector_E / norm
-    return mixed_E.tolist()
+    """Expert importance over domains, [E]: L2-normalise each domain's vector, weigh, add (TENP Eq. 6)."""
+    known = {name: weight for name, weight in weights.items() if name in layer.domains}
+    return mix_experts(layer, "expert_importance_sum", known).tolist()
 
 
 def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
@@ -212,7 +220,7 @@ def _absent(layers, checkpoints, verify, evaluation) -> list[str]:
         (bool(unscored), f"Scores of {len(unscored)} of {len(layers)} layers are not in the run folder."),
         (not checkpoints, "No finished checkpoint is in the run folder: size after pruning unknown, no model card."),
         (verify is None, "The checkpoint was not verified against the plan (no verify.json)."),
-        (evaluation is None, "Quality was not measured (no evaluation.json): give the job an `evaluation` part."),
+        (evaluation is None, "Quality was not measured (no evaluation.json): give the job an evaluation part."),
         (
             evaluation is not None and "random" not in evaluation["variants"],
             "No random control was measured: the quality figures have nothing of the same size to stand against.",

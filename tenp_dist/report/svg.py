@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,6 +25,34 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line"}
 _STEPS = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Legend:
+    """One entry: `background` is CSS (a colour or a gradient); `low`, `high` label a gradient's ends.
+
+    An entry without a background stands for a dashed line.
+    """
+
+    label: str
+    background: str = ""
+    low: str = ""
+    high: str = ""
+
+    @property
+    def dashed(self) -> bool:
+        return not self.background
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One chart: its SVGs (several if a phone gets its own drawing) and its words."""
+
+    name: str
+    title: str
+    svgs: tuple[str, ...]
+    legend: tuple[Legend, ...]
+    explanation: str
+
+
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
     """Settings for building and saving the chart `name`; the same chart gives the same bytes."""
@@ -30,7 +60,10 @@ def drawing(name: str) -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "text.parse_math": False,
-        "font.size": 11,
+        "font.size": 12,
+        "axes.labelsize": 12,
+        "xtick.labelsize": 12,
+        "ytick.labelsize": 12,
         "text.color": INK,
         "axes.edgecolor": LINE,
         "axes.labelcolor": MUTED,
@@ -60,6 +93,12 @@ def every(items: int, length: float, spacing: float) -> list[int]:
     """Positions of ticks at least `spacing` pixels apart, for `items` cells over `length` pixels."""
     step = next((step for step in _STEPS if step * length / items >= spacing), items)
     return list(range(0, items, step))
+
+
+def layer_ticks(setter: Callable[..., Any], layers: Sequence[Mapping[str, Any]], length: float, spacing: float) -> None:
+    """Name layers by decoder index on an axis of `length` pixels, at least `spacing` pixels apart."""
+    places = every(len(layers), length, spacing)
+    setter(places, [str(layers[place]["layer"]) for place in places])
 
 
 def shorten(name: str, characters: int) -> str:

@@ -86,7 +86,8 @@ class BucketedExperts(nn.Module):
         std: standard deviation of fresh weights.
 
     Raises:
-        ValueError: as many widths as experts are wanted, none above the stock width, few buckets.
+        ValueError: another number of widths than experts, a width above the stock one, or more
+            than `MAX_BUCKETS` buckets.
         NotImplementedError: the stock experts are not plain gated ones.
     """
 
@@ -94,9 +95,9 @@ class BucketedExperts(nn.Module):
         super().__init__()
         _check_layout(stock)
         self.path = path
-        if len(widths) != stock.num_experts or max(widths) > stock.intermediate_dim:
+        if len(widths) != stock.num_experts or max(widths, default=0) > stock.intermediate_dim:
             raise ValueError(
-                f"{path}: config.json has {len(widths)} expert widths up to {max(widths)} for a layer of "
+                f"{path}: config.json has {len(widths)} expert widths up to {max(widths, default=0)} for a layer of "
                 f"{stock.num_experts} experts of width {stock.intermediate_dim}"
             )
         self.num_experts, self.hidden_dim, self.act_fn = stock.num_experts, stock.hidden_dim, stock.act_fn
@@ -152,7 +153,7 @@ class BucketedExperts(nn.Module):
             like = tensors[matrices[0]][bucket.ids[0]]
             value = like.new_zeros(getattr(bucket, name).shape)
             for position, expert in enumerate(bucket.ids):
-                for matrix, block in zip(matrices, bucket.blocks(name, value, position)):
+                for matrix, block in zip(matrices, bucket.blocks(name, value, position), strict=True):
                     block.copy_(tensors[matrix][expert])
             values[f"buckets.{index}.{name}"] = value
         return values
@@ -164,7 +165,7 @@ class BucketedExperts(nn.Module):
             _, index, name = key.split(".")
             bucket = self.buckets[int(index)]
             for position, expert in enumerate(bucket.ids):
-                for matrix, block in zip(PARAMETERS[name][0], bucket.blocks(name, value, position)):
+                for matrix, block in zip(PARAMETERS[name][0], bucket.blocks(name, value, position), strict=True):
                     tensors[f"{expert}.{matrix}.weight"] = block.contiguous()
         return tensors
 
@@ -197,7 +198,7 @@ class BucketedExperts(nn.Module):
         if len(tensors) != self.num_experts:
             self._contradict(f"{len(tensors)} {matrix} tensors, config.json wants {self.num_experts}")
         for bucket in self.buckets:
-            for expert, width in zip(bucket.ids, bucket.widths):
+            for expert, width in zip(bucket.ids, bucket.widths, strict=True):
                 wanted = [self.hidden_dim, width] if matrix == "down_proj" else [width, self.hidden_dim]
                 if list(tensors[expert].shape) != wanted:
                     found = list(tensors[expert].shape)
@@ -213,8 +214,14 @@ class BucketedExperts(nn.Module):
 
 def _check_layout(stock: nn.Module) -> None:
     """Raises NotImplementedError unless the stock experts compute down(act(gate) * up)."""
-    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    wanted["has_post_expert_norm"] = False
-    odd = {name: getattr(stock, name, None) for name, value in wanted.items() if getattr(stock, name, None) != value}
+    wanted = {
+        "has_gate": True,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+    }
+    found = {name: getattr(stock, name, None) for name in wanted}
+    odd = {name: value for name, value in found.items() if value != wanted[name]}
     if odd:
         raise NotImplementedError(f"{type(stock).__name__} has {odd}, the ragged runtime needs {wanted}")

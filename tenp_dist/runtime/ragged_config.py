@@ -107,7 +107,9 @@ def _encode(widths: dict[int, list[int]], limit: int | None) -> tuple[list[int],
     """Width table and one string of codes per layer."""
     table = sorted({int(width) for layer in widths.values() for width in layer})
     if len(table) > MAX_WIDTHS:
-        raise ValueError(f"{len(table)} distinct expert widths, at most {MAX_WIDTHS} fit the format; raise the alignment")
+        raise ValueError(
+            f"{len(table)} distinct expert widths, at most {MAX_WIDTHS} fit the format; raise the alignment"
+        )
     if table and (table[0] < 0 or (limit is not None and table[-1] > limit)):
         raise ValueError(f"expert widths {table[0]}..{table[-1]}, wanted 0..{limit} (moe_intermediate_size)")
     code = {width: chr(FIRST_CODE + index) for index, width in enumerate(table)}

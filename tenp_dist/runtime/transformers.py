@@ -7,12 +7,16 @@ import functools
 import importlib
 import inspect
 import re
+import sys
+from types import ModuleType
 
-from tenp_dist.runtime import pretrained_config, ragged_config
+from tenp_dist.runtime import ragged_config
 
 _INTERNAL_IMPORT = re.compile(r"^from tenp_dist\.\S+ import (\([^)]*\)|.*)\n", re.MULTILINE)
 
 _PARTS = ("ragged_config", "pretrained_config", "ragged", "ragged_model")
+
+_HEADER = "# The runtime of this checkpoint, written by tenp-dist. Needs torch and transformers only.\n"
 
 _FOOTER = """
 
@@ -38,29 +42,40 @@ def modeling_source(family: str) -> str:
     prefix = ragged_config.class_prefix(family)
     parts = [inspect.getsource(importlib.import_module(f"tenp_dist.runtime.{name}")) for name in _PARTS]
     footer = _FOOTER.format(family=family, config=f"{prefix}Config", model=f"{prefix}ForCausalLM")
-    return _INTERNAL_IMPORT.sub("", "\n\n".join(parts)) + footer
+    return _HEADER + _INTERNAL_IMPORT.sub("", "\n\n".join(parts)) + footer
 
 
-def register_configs() -> None:
-    """Register the config classes with AutoConfig. Imports no modeling code."""
-    from transformers import AutoConfig
+def register_configs(configuration_auto: ModuleType) -> None:
+    """Register the config classes with AutoConfig, by name.
 
+    The public `AutoConfig.register` wants classes. They cannot be made yet: this runs while
+    transformers is being imported, perhaps from the very config module that a class derives from
+    (its docstring decorator imports the Auto modules). So names go into the lazy mapping, like those
+    of stock families, and the mapping asks `__getattr__` below when a class is wanted.
+    """
+    mapping = configuration_auto.CONFIG_MAPPING
     for family in ragged_config.FAMILIES:
-        AutoConfig.register(ragged_config.PREFIX + family, config_class(family), exist_ok=True)
+        model_type = ragged_config.PREFIX + family
+        mapping._mapping[model_type] = f"{ragged_config.class_prefix(family)}Config"
+        mapping._modules[model_type] = sys.modules[__name__]
 
 
-def register_models() -> None:
-    """Register the model classes with AutoModelForCausalLM."""
-    from transformers import AutoModelForCausalLM
-
+def register_models(modeling_auto: ModuleType) -> None:
+    """Register the model classes with AutoModelForCausalLM, by name (see `register_configs`)."""
+    mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     for family in ragged_config.FAMILIES:
-        AutoModelForCausalLM.register(config_class(family), model_class(family), exist_ok=True)
+        model_type, prefix = ragged_config.PREFIX + family, ragged_config.class_prefix(family)
+        mapping._model_mapping[model_type] = f"{prefix}ForCausalLM"
+        mapping._reverse_config_mapping[f"{prefix}Config"] = model_type
+        mapping._modules[model_type] = sys.modules[__name__]
 
 
 @functools.cache
 def config_class(family: str) -> type:
     """Config class of a family, e.g. TenpDeepseekV3Config for "deepseek_v3"."""
-    made = pretrained_config.ragged_config_class(family, __name__)
+    from tenp_dist.runtime.pretrained_config import ragged_config_class
+
+    made = ragged_config_class(family, __name__)
     # these classes do not live in a modeling file that transformers could copy when it saves
     made.modeling_source = _ModelingText()
     return made
@@ -82,7 +97,7 @@ class _ModelingText:
 
 
 def __getattr__(name: str) -> type:
-    """The classes by name, for unpickling."""
+    """The classes by name, made on first use: for the lazy mappings of transformers and for unpickling."""
     for family in ragged_config.FAMILIES:
         prefix = ragged_config.class_prefix(family)
         if name == f"{prefix}Config":

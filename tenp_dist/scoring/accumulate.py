@@ -124,3 +124,13 @@ def _cosine(x_SD: torch.Tensor, y_SD: torch.Tensor) -> torch.Tensor:
     dot = torch.linalg.vecdot(x_SD, y_SD).double()
     norms = torch.linalg.vector_norm(x_SD, dim=1).double() * torch.linalg.vector_norm(y_SD, dim=1).double()
     return dot / norms.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def weight_norms(experts: nn.Module) -> torch.Tensor:
+    """|gate_j| |up_j| |down_j| per neuron, [E, F] float64: the rank of neurons no token reached."""
+    gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
+    norms = [
+        torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float32).double()
+        for weight, dim in ((gate_EFD, 2), (up_EFD, 2), (experts.down_proj, 1))
+    ]
+    return norms[0] * norms[1] * norms[2]

@@ -1,0 +1,156 @@
+"""The command line. Thin: parse, load the job, hand it to the coordinator, draw what it tells.
+
+Nothing heavy is imported before a command runs, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tenp_dist import __version__
+from tenp_dist.errors import Interrupted, TenpError
+
+STAGES = {
+    "inspect": "Read config and safetensors headers; write facts.json.",
+    "calibrate": "Tokenise the calibration text; write calibration/calibration.arrow.",
+    "score": "Run the model over the tokens layer by layer; write scores/layer_*.safetensors.",
+    "plan": "Choose whole experts and kept neurons; write plan.json and plan.safetensors.",
+    "write": "Write the pruned checkpoint in every layout of the job.",
+    "verify": "Compare the written checkpoint with source and plan, byte by byte.",
+    "evaluate": "Compare source, pruned and a random control on held-out text.",
+    "report": "Write report/index.html, report/report.json and the model card.",
+}
+EXAMPLES = {
+    "run": ["JOB.yaml", "JOB.yaml --set budget.retention=0.5 --run-dir runs/half", "JOB.yaml --json > result.json"],
+    "inspect": ["JOB.yaml --set model=/models/DeepSeek-V3"],
+    "calibrate": ["JOB.yaml --set calibration.sources.0.samples=8"],
+    "score": ["JOB.yaml --set score.dtype=float32"],
+    "plan": ["JOB.yaml --set budget.retention=0.45 --overwrite"],
+    "write": ["JOB.yaml --set 'output.layouts=[ragged, padded]'"],
+    "verify": ["JOB.yaml"],
+    "evaluate": ["JOB.yaml --set evaluation.sequence_length=1024"],
+    "report": ["JOB.yaml"],
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tenp-dist")
+def cli() -> None:
+    """Prune Mixture-of-Experts language models with TENP and write a checkpoint that can be served.
+
+    \b
+    tenp-dist run jobs/quickstart.yaml        the whole pipeline; finished stages are skipped
+    tenp-dist plan JOB.yaml --set budget.retention=0.45 --overwrite
+                                              plan again from stored scores, in seconds
+    """
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        [
+            click.argument("job", type=click.Path(path_type=Path)),
+            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a job field."),
+            click.option("--run-dir", type=click.Path(path_type=Path), help="Write here instead of the job's run_dir."),
+            click.option("--overwrite", is_flag=True, help="Replace what was made from other settings."),
+            click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
+            click.option("--debug", is_flag=True, help="Run in this process, without Ray, and show tracebacks."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _execute(
+    names: list[str] | None,
+    job: Path,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Run stages (None: all of the job) and print the outcome; errors become their exit code."""
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        _execute_stages(names, job, overrides, run_dir, overwrite, as_json, debug)
+    except (TenpError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted(
+                "Interrupted", next_step="run the same command again: finished stages, layers and shards are kept"
+            )
+        if debug:
+            raise
+        _fail(error, as_json)
+
+
+def _execute_stages(
+    names: list[str] | None,
+    job: Path,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from tenp_dist.config import load_job
+
+    loaded = load_job(job, overrides, run_dir)
+
+    from tenp_dist.cli.stages import stages_for
+    from tenp_dist.cli.view import View, print_summary, quieten
+    from tenp_dist.engine.coordinator import Coordinator
+    from tenp_dist.engine.pool import InProcessPool, RayPool
+
+    quieten()
+    stages = stages_for(loaded)
+    chosen = names or [stage.name for stage in stages]
+    if set(chosen) - {stage.name for stage in stages}:
+        raise TenpError("The job has no `evaluation`", where=job, next_step="add an `evaluation:` part to the job file")
+    with View(total=len(chosen)) as view:
+        make_pool = InProcessPool if debug else RayPool
+        coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
+        records = coordinator.run(chosen)
+    result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_summary(loaded, result["stages"])
+
+
+def _fail(error: TenpError, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"error": type(error).__name__, "message": error.what, **error.details()}, indent=2))
+    click.echo(click.style("Error: ", fg="red", bold=True) + str(error), err=True)
+    sys.exit(error.exit_code)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _help(name: str, text: str) -> str:
+    examples = "\n".join(f"  tenp-dist {name} {example}" for example in EXAMPLES[name])
+    return f"{text}\n\n\b\nExamples:\n{examples}"
+
+
+def _add_command(name: str, names: list[str] | None, text: str) -> None:
+    @cli.command(name, help=_help(name, text))
+    @_options
+    def command(**options: Any) -> None:
+        _execute(names, **options)
+
+
+_add_command("run", None, "Run every stage of a job and skip those already done.")
+for _name, _text in STAGES.items():
+    _add_command(_name, [_name], _text)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,322 @@
+"""The pipeline as data: every stage, what it reads, and the few lines that call the rooms below.
+
+inspect -> calibrate -> score -> plan -> write -> verify -> evaluate -> report; every arrow is a file.
+"""
+
+from __future__ import annotations
+
+import functools
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, read_json, write_json
+from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics, read_plan, write_plan
+from tenp_dist.budget.shape import MoeLayer
+from tenp_dist.calibration.corpus import build_corpus, read_corpus, seen_share, write_corpus
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.kept import layer_name, read_kept
+from tenp_dist.config import Budget, Job, Text
+from tenp_dist.engine.checkpoints import verify_layout, write_layout
+from tenp_dist.engine.coordinator import Context, Output, Stage
+from tenp_dist.engine.shard import Compute, Progress, ScoreTask, score_shard
+from tenp_dist.evaluation.streams import SOURCE, EvaluateTask, Metrics, Pass, evaluate_shard
+from tenp_dist.report.page import write_report
+from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
+from tenp_dist.runtime.transformers import modeling_source
+from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
+
+CORPUS = "calibration/calibration.arrow"
+HELD_OUT = "evaluation/evaluation.arrow"
+SEEN_LIMIT = 0.01
+
+
+@functools.cache
+def _index(model: Path):
+    return open_index(model)
+
+
+def _inspect(context: Context) -> Output:
+    facts = checkpoint_facts(_index(context.job.model))
+    path = context.run_dir / "facts.json"
+    write_json(path, facts)
+    keys = ("model", "family", "num_layers", "num_experts", "intermediate_size", "top_k")
+    summary = {key: facts[key] for key in keys} | {"moe_layers": len(facts["moe_layers"]), "bytes": facts["bytes"]["total"]}
+    return Output([path], digest_of(facts), summary)
+
+
+def _calibrate(context: Context) -> Output:
+    corpus = build_corpus(context.job.calibration, context.job.model, _facts(context)["vocab_size"])
+    path = context.run_dir / CORPUS
+    write_corpus(path, corpus)
+    return Output([path], corpus.digest, {"tokens": corpus.tokens_by_domain(), "sequences": len(corpus.tokens_NS)})
+
+
+def _score(context: Context) -> Output:
+    job, scores = context.job, context.run_dir / "scores"
+    compute = Compute(job.cluster.device, job.score.dtype, job.score.batch_tokens, context.pool.threads)
+    task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute)
+    seconds = tokens = 0.0
+    for progress in context.pool.stream(score_shard, task, gpus=_gpus(context)):
+        context.progress(progress)
+        seconds, tokens = seconds + progress.seconds, progress.tokens
+    files = _score_files(context)
+    digest = digest_of({path.name: file_digest(path) for path in files})
+    rate = round(tokens / seconds) if seconds else None
+    return Output(files, digest, {"layers": len(files), "tokens": int(tokens), "tokens_per_second": rate})
+
+
+def _plan(context: Context) -> Output:
+    budget = context.job.budget
+    plan = make_plan(
+        budget, _moe_layers(context), _statistics(context, budget), domain_weights=_domain_weights(context.job)
+    )
+    files = _write_plan(context, context.run_dir, plan)
+    document = read_plan(context.run_dir)
+    keys = ("retention", "experts", "narrow_width", "leftover_neurons", "warnings")
+    digest = digest_of({path.name: file_digest(path) for path in files})
+    return Output(files, digest, {key: document[key] for key in keys})
+
+
+def _write(context: Context) -> Output:
+    job, facts = context.job, _facts(context)
+    files, summary = [], {}
+    for layout in job.output.layouts:
+        written = write_layout(
+            context.pool,
+            index=_index(job.model),
+            kept=read_kept(context.run_dir / "plan.safetensors"),
+            folder=context.run_dir / "checkpoint" / layout,
+            layout=layout,
+            **_layout_files(context, layout),
+            shard_size=job.output.shard_size,
+            writers=job.cluster.writers,
+            key=digest_of([context.key, layout]),
+            overwrite=context.overwrite,
+            progress=context.progress,
+        )
+        files += written.files
+        summary[layout] = {
+            "folder": f"checkpoint/{layout}",
+            "bytes": written.nbytes,
+            "bytes_before": facts["bytes"]["total"],
+            "shards": written.shards,
+            "reused_shards": written.reused,
+        }
+    digest = digest_of([context.digests, {name: _index_digest(context, name) for name in summary}])
+    return Output(files, digest, {"layouts": summary})
+
+
+def _layout_files(context: Context, layout: str) -> dict[str, Any]:
+    """config.json of a layout and the files of its own that it brings."""
+    index = _index(context.job.model)
+    if layout == "padded":
+        return {"config": index.config, "extra_files": {}}
+    kept = read_kept(context.run_dir / "plan.safetensors")
+    widths = {layer: neurons.widths.tolist() for layer, neurons in kept.items()}
+    retention, family = str(context.job.budget.retention), str(index.config["model_type"])
+    config = ragged_config(
+        dict(index.config), widths_by_layer=widths, retention=retention, fingerprint=index.fingerprint
+    )
+    return {"config": config, "extra_files": {f"{modeling_module(family)}.py": modeling_source(family)}}
+
+
+def _verify(context: Context) -> Output:
+    job = context.job
+    layouts = {}
+    for layout in job.output.layouts:
+        verified = verify_layout(
+            context.pool,
+            source=_index(job.model),
+            folder=context.run_dir / "checkpoint" / layout,
+            plan=context.run_dir / "plan.safetensors",
+            layout=layout,
+            progress=context.progress,
+        )
+        layouts[layout] = {
+            "ok": True,
+            "tensors": verified.tensors,
+            "bytes": verified.nbytes,
+            "pruned_tensors": verified.pruned_tensors,
+            "untouched_tensors": verified.untouched_tensors,
+        }
+    path = context.run_dir / "verify.json"
+    document = {"schema_version": SCHEMA_VERSION, "layouts": layouts}
+    write_json(path, document)
+    return Output([path], digest_of(document), {"layouts": layouts})
+
+
+def _evaluate(context: Context) -> Output:
+    job, run_dir = context.job, context.run_dir
+    corpus = build_corpus(job.evaluation, job.model, _facts(context)["vocab_size"])
+    write_corpus(run_dir / HELD_OUT, corpus)
+    control = make_plan(
+        control_budget(job.budget), _moe_layers(context), _statistics(context, control_budget(job.budget))
+    )
+    control_files = _write_plan(context, run_dir / "evaluation" / "random", control)
+    layout = "ragged" if "ragged" in job.output.layouts else job.output.layouts[0]
+    random = run_dir / "evaluation" / "random" / "plan.safetensors"
+    passes = (
+        Pass(job.model, {SOURCE: None, "random": random}),
+        Pass(run_dir / "checkpoint" / layout, {"pruned": None}),
+    )
+    compute = Compute(job.cluster.device, job.score.dtype, job.evaluation.batch_tokens, context.pool.threads)
+    variants = _measure(context, EvaluateTask(passes, run_dir / HELD_OUT, compute))
+    seen = seen_share(corpus, read_corpus(run_dir / CORPUS))
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "sequence_length": job.evaluation.sequence_length,
+        "variants": {name: variants[name] for name in (SOURCE, "pruned", "random")},
+        "pruned_from": f"checkpoint/{layout}",
+        "seen_in_calibration": seen,
+        "warnings": _seen_warnings(seen),
+    }
+    path = run_dir / "evaluation.json"
+    write_json(path, document)
+    files = [path, run_dir / HELD_OUT, *control_files]
+    return Output(files, digest_of(document), document)
+
+
+def _measure(context: Context, task: EvaluateTask) -> dict[str, Any]:
+    for event in context.pool.stream(evaluate_shard, task, gpus=_gpus(context)):
+        if isinstance(event, Progress):
+            context.progress(event)
+        elif isinstance(event, Metrics):
+            return event.summary()
+    raise AssertionError("an evaluation yields its metrics last")
+
+
+def _report(context: Context) -> Output:
+    files = write_report(context.run_dir, job=context.job.model_dump(mode="json"))
+    written = [files.page, files.data]  # cards lie in the checkpoint folders, which the write stage owns
+    return Output(written, digest_of([file_digest(path) for path in written]), {"page": "report/index.html"})
+
+
+def stages_for(job: Job) -> list[Stage]:
+    """The stages of a job in order; `evaluate` is there if the job asks for it."""
+    evaluate = ("evaluate",) if job.evaluation else ()
+    stages = [
+        Stage("inspect", "Inspect the source", (), _inspect_fields, _inspect, ("facts.json",)),
+        Stage("calibrate", "Tokenise calibration text", ("inspect",), _calibrate_fields, _calibrate, ("calibration",)),
+        Stage("score", "Score experts and neurons", ("inspect", "calibrate"), _score_fields, _score, ("scores",)),
+        Stage("plan", "Plan the budget", ("inspect", "score"), _plan_fields, _plan, ("plan.json", "plan.safetensors")),
+        Stage("write", "Write the checkpoint", ("inspect", "plan"), _write_fields, _write, ("checkpoint",)),
+        Stage("verify", "Verify the checkpoint", ("plan", "write"), _no_fields, _verify, ("verify.json",)),
+        Stage(
+            "evaluate",
+            "Evaluate on held-out text",
+            ("inspect", "calibrate", "plan", "write"),
+            _evaluate_fields,
+            _evaluate,
+            ("evaluation", "evaluation.json"),
+        ),
+        Stage(
+            "report", "Write the report", ("score", "plan", "write", "verify", *evaluate), _no_fields, _report, ("report",)
+        ),
+    ]
+    return [stage for stage in stages if stage.name != "evaluate" or job.evaluation]
+
+
+def _no_fields(job: Job) -> dict:
+    return {}
+
+
+def _inspect_fields(job: Job) -> dict:
+    return {"model": _index(job.model).fingerprint}
+
+
+def _calibrate_fields(job: Job) -> dict:
+    return _text_fields(job, job.calibration) | {"tokenizer": _tokenizer_digest(job.model)}
+
+
+def _score_fields(job: Job) -> dict:
+    return job.score.model_dump(mode="json") | {"device": job.cluster.device}
+
+
+def _plan_fields(job: Job) -> dict:
+    weights = {domain: str(weight) for domain, weight in _domain_weights(job).items()}
+    return job.budget.model_dump(mode="json") | {"weights": weights}
+
+
+def _write_fields(job: Job) -> dict:
+    return job.output.model_dump(mode="json")
+
+
+def _evaluate_fields(job: Job) -> dict:
+    compute = {"dtype": job.score.dtype, "device": job.cluster.device}
+    return _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
+
+
+def _text_fields(job: Job, text: Text) -> dict:
+    """The text's settings; files enter by content, so that moving them changes nothing."""
+    fields = text.model_dump(mode="json")
+    for source, values in zip(text.sources, fields["sources"], strict=True):
+        values.pop("weight")
+        if source.path is not None:
+            values["path"] = file_digest(source.path) if source.path.is_file() else str(source.path)
+    return fields
+
+
+def _tokenizer_digest(model: Path) -> str:
+    names = sorted(path for path in model.glob("*token*") if path.is_file())
+    names += sorted(path for pattern in ("vocab*", "merges*", "*.model", "chat_template*") for path in model.glob(pattern))
+    return digest_of({path.name: file_digest(path) for path in names})
+
+
+def _facts(context: Context) -> dict:
+    return read_json(context.run_dir / "facts.json")
+
+
+def _moe_layers(context: Context) -> list[MoeLayer]:
+    facts = _facts(context)
+    return [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
+
+
+def _score_files(context: Context) -> list[Path]:
+    return [context.run_dir / "scores" / f"{layer_name(layer)}.safetensors" for layer in _facts(context)["moe_layers"]]
+
+
+def _statistics(context: Context, budget: Budget):
+    """layer -> its statistics, only those that the budget's method reads."""
+    names = planning_statistics(budget)
+
+    def read(layer: int) -> LayerStatistics:
+        return read_statistics(context.run_dir / "scores" / f"{layer_name(layer)}.safetensors", names)
+
+    return read
+
+
+def _write_plan(context: Context, folder: Path, plan) -> list[Path]:
+    return write_plan(
+        folder,
+        plan,
+        source_fingerprint=_index(context.job.model).fingerprint,
+        scores_digest=context.digests.get("score", context.digests.get("plan", "")),
+    )
+
+
+def _domain_weights(job: Job) -> dict[str, Fraction]:
+    """Domain -> weight: the weight of its first source."""
+    weights: dict[str, Decimal] = {}
+    for source in job.calibration.sources:
+        weights.setdefault(source.domain, source.weight)
+    return {domain: Fraction(weight) for domain, weight in weights.items()}
+
+
+def _index_digest(context: Context, layout: str) -> str:
+    return open_index(context.run_dir / "checkpoint" / layout).fingerprint
+
+
+def _gpus(context: Context) -> int:
+    device = context.job.cluster.device
+    return int(device == "cuda" or (device == "auto" and context.pool.gpus > 0))
+
+
+def _seen_warnings(seen: dict[str, float]) -> list[str]:
+    return [
+        f"{share:.1%} of the evaluation text of domain {domain} was also calibrated on: its figures flatter"
+        for domain, share in seen.items()
+        if share > SEEN_LIMIT
+    ]

@@ -1,0 +1,212 @@
+"""What a person sees: one line a stage, a bar with rate and ETA while it runs, a summary at the end.
+
+Progress goes to standard error, the summary to standard output.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tenp_dist.artifacts import StageRecord
+from tenp_dist.config import Job
+from tenp_dist.engine.coordinator import Listener, Stage
+from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.shard import Progress as Step
+
+_PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+
+
+def quieten() -> None:
+    """No chatter from libraries; their errors still come through as exceptions."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("transformers", "datasets", "ray", "torch", "fsspec", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class View(Listener):
+    """Draws a run. A context manager."""
+
+    def __init__(self, total: int):
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.total = total
+        self.number = 0
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def announce(self, make_pool: Callable[[], Pool]) -> Callable[[], Pool]:
+        """The same factory, saying where the work will run."""
+
+        def make() -> Pool:
+            pool = make_pool()
+            self.console.print(f"[dim]running on {pool.describe()}[/dim]")
+            return pool
+
+        return make
+
+    def skipped(self, stage: Stage, record: StageRecord) -> None:
+        self.number += 1
+        self.console.print(f"{self._label(stage)} [dim]already done[/dim]")
+
+    def started(self, stage: Stage) -> None:
+        self.number += 1
+        self._last_line = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self._label(stage), total=None, rate="")
+
+    def progress(self, stage: Stage, progress: Step) -> None:
+        rate = _rate(progress)
+        if self._bar is not None:
+            self._bar.update(self._task, total=progress.total, completed=progress.done, rate=rate)
+        elif time.monotonic() - self._last_line > _PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            self.console.print(f"{self._label(stage)} {progress.done}/{progress.total} {rate}")
+
+    def finished(self, stage: Stage, record: StageRecord, seconds: float) -> None:
+        self._close()
+        self.console.print(f"{self._label(stage)} [green]done[/green] [dim]{seconds:.1f} s  {_gist(record)}[/dim]")
+        for warning in record.summary.get("warnings", ()):
+            self.console.print(f"      [yellow]warning:[/yellow] {warning}")
+
+    def _label(self, stage: Stage) -> str:
+        return f"[{self.number}/{self.total}] {stage.title:<28}".replace("[", "\\[", 1)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _rate(progress: Step) -> str:
+    if progress.seconds <= 0:
+        return ""
+    if progress.note == "bytes":
+        return f"{progress.done / progress.seconds / 1e6:,.0f} MB/s"
+    return f"{progress.note}, {progress.tokens / progress.seconds:,.0f} tokens/s"
+
+
+def _gist(record: StageRecord) -> str:
+    """The few words of a stage's summary that belong on its line."""
+    summary = record.summary
+    if record.stage == "inspect":
+        return (
+            f"{summary['family']}, {summary['moe_layers']} MoE layers x {summary['num_experts']} experts"
+            f" x {summary['intermediate_size']} neurons, {size(summary['bytes'])}"
+        )
+    if record.stage == "calibrate":
+        return ", ".join(f"{domain} {count:,}" for domain, count in summary["tokens"].items()) + " tokens"
+    if record.stage == "score":
+        return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s"
+    if record.stage == "plan":
+        return f"kept {summary['retention']['realised']:.2%} of routed parameters"
+    if record.stage in ("write", "verify"):
+        return ", ".join(f"{name} {size(layout['bytes'])}" for name, layout in summary["layouts"].items())
+    return summary.get("page", "")
+
+
+def print_summary(job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """What was written, the figures, and what to do next."""
+    console = Console(highlight=False)
+    console.print()
+    if "plan" in stages:
+        _print_plan(console, stages)
+    if "evaluate" in stages:
+        _print_evaluation(console, stages["evaluate"])
+    _print_places(console, job, stages)
+
+
+def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    plan = stages["plan"]
+    retention, experts = plan["retention"], plan["experts"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    asked = f"{float(retention['asked']):.2%}"
+    table.add_row("Retention asked", asked)
+    table.add_row("Retention realised", f"{retention['realised']:.2%} of routed-expert parameters")
+    if retention.get("activated") is not None:
+        table.add_row("Activated share", f"{retention['activated']:.2%} of what a routed token used to meet")
+    table.add_row("Whole experts", f"{experts['whole']} of {experts['total']}, the others keep {plan['narrow_width']} neurons")
+    for name, layout in stages.get("write", {}).get("layouts", {}).items():
+        table.add_row(f"Size, {name}", f"{size(layout['bytes_before'])} -> {size(layout['bytes'])}")
+    console.print(table)
+    console.print()
+
+
+def _print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
+    variants = evaluation["variants"]
+    table = Table(title="Held-out text", title_justify="left", title_style="bold")
+    table.add_column("domain")
+    for heading in ("NLL before", "after", "random control", "same top-1 after", "random control"):
+        table.add_column(heading, justify="right")
+    names = [*variants["source"]["domains"], None]
+    for name in names:
+        source, pruned, random = (
+            variants[v]["mean"] if name is None else variants[v]["domains"][name] for v in ("source", "pruned", "random")
+        )
+        table.add_row(
+            name or "mean",
+            *(f"{row['nll']:.4f}" for row in (source, pruned, random)),
+            *(f"{row['top1_agreement']:.1%}" for row in (pruned, random)),
+            style="bold" if name is None else None,
+            end_section=name == names[-2],
+        )
+    console.print(table)
+    console.print("[dim]NLL in nats per token. The random control keeps as many experts whole and neurons, drawn by chance.[/dim]")
+    console.print()
+
+
+def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    layouts = stages.get("write", {}).get("layouts", {})
+    for name, layout in layouts.items():
+        console.print(f"Checkpoint ({name}): {job.run_dir / layout['folder']}", soft_wrap=True)
+    if "report" in stages:
+        console.print(f"Report: {job.run_dir / stages['report']['page']}", soft_wrap=True)
+    if "ragged" in layouts:
+        folder = job.run_dir / layouts["ragged"]["folder"]
+        console.print("\nNext, load it:")
+        console.print(
+            "  python -c \"import tenp_dist; from transformers import AutoModelForCausalLM as A; "
+            f"print(A.from_pretrained('{folder}'))\"",
+            soft_wrap=True,
+        )
+        console.print("or plan another size from the same scores:")
+        console.print("  tenp-dist run JOB.yaml --set budget.retention=0.45 --overwrite")
+    elif not layouts:
+        console.print(f"Run directory: {job.run_dir}", soft_wrap=True)
+
+
+def size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

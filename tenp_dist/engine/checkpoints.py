@@ -1,0 +1,165 @@
+"""Write and verify checkpoints on a pool: one task per output shard, index and config last.
+
+An unfinished folder carries `.writing.json` with the key of what is being written; the same command
+finds it, keeps the shards that are complete and writes the rest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from tenp_dist.artifacts import free_bytes, read_json, write_json
+from tenp_dist.checkpoint.families import family_of
+from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
+from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
+from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.verify import Verified, check_config, check_names, verify_tensors
+from tenp_dist.checkpoint.writer import (
+    OutputShard,
+    assign_shards,
+    auxiliary_files,
+    finish_checkpoint,
+    output_tensors,
+    shard_bytes,
+    write_shard,
+)
+from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.shard import Progress
+from tenp_dist.errors import DiskFullError, OutputError
+
+_MARK = ".writing.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """files of a finished checkpoint, bytes of its tensors, shards in all and reused."""
+
+    files: Sequence[Path]
+    nbytes: int
+    shards: int
+    reused: int
+
+
+def write_layout(
+    pool: Pool,
+    *,
+    index: CheckpointIndex,
+    kept: Mapping[int, KeptNeurons],
+    folder: Path,
+    layout: str,
+    config: Mapping,
+    extra_files: Mapping[str, str],
+    shard_size: int,
+    writers: int | None,
+    key: str,
+    overwrite: bool,
+    progress: Callable[[Progress], None],
+) -> Written:
+    """Write one layout. config: its config.json; extra_files: name -> text, written before the index.
+
+    Raises:
+        OutputError: the folder holds something else and `overwrite` is off.
+        DiskFullError: the file system is too small for what is left to write, before a byte is written.
+    """
+    tensors = output_tensors(index, family_of(index.config), kept, narrow=layout == "ragged")
+    shards = assign_shards(tensors, shard_size)
+    _claim(folder, key, overwrite)
+    due = [shard for shard in shards if not _complete(folder / shard.file, shard)]
+    _check_space(folder, due)
+    started, done = monotonic(), 0
+    shared = pool.share((index, dict(kept)))
+    for size in pool.map(_write_one, [(shared, folder, shard) for shard in due], limit=writers):
+        done += size
+        progress(Progress(done, sum(map(shard_bytes, due)), 0, monotonic() - started, "bytes"))
+    for name, text in extra_files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    finish_checkpoint(folder, shards, config, index.folder)
+    (folder / _MARK).unlink()
+    names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra_files]
+    names += [path.name for path in auxiliary_files(index.folder, ragged=layout == "ragged")]
+    files = [folder / name for name in names]
+    return Written(files, sum(shard.nbytes for shard in shards), len(shards), len(shards) - len(due))
+
+
+def _write_one(shared: tuple[CheckpointIndex, dict[int, KeptNeurons]], folder: Path, shard: OutputShard) -> int:
+    index, kept = shared
+    with TensorReader(index) as reader:
+        return write_shard(folder, shard, reader, kept)
+
+
+def _claim(folder: Path, key: str, overwrite: bool) -> None:
+    """Make the folder ours: empty, ours from an interrupted run, or cleared because we may."""
+    mark = folder / _MARK
+    ours = mark.is_file() and read_json(mark).get("key") == key
+    if not ours and folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise OutputError(
+                "Output folder is not empty",
+                where=folder,
+                found=sorted(path.name for path in folder.iterdir())[0],
+                next_step="add --overwrite to replace it, or choose another --run-dir",
+            )
+        shutil.rmtree(folder)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    write_json(mark, {"key": key})
+
+
+def _complete(path: Path, shard: OutputShard) -> bool:
+    return path.exists() and path.stat().st_size == shard_bytes(shard)
+
+
+def _check_space(folder: Path, due: Sequence[OutputShard]) -> None:
+    needed, free = sum(map(shard_bytes, due)), free_bytes(folder)
+    if needed > free:
+        raise DiskFullError(
+            "Not enough space for the checkpoint",
+            where=folder,
+            found=f"{free / 1e9:.2f} GB free",
+            wanted=f"{needed / 1e9:.2f} GB",
+            next_step="free space or point run_dir at a larger file system; nothing was written yet",
+        )
+
+
+def verify_layout(
+    pool: Pool,
+    *,
+    source: CheckpointIndex,
+    folder: Path,
+    plan: Path,
+    layout: str,
+    progress: Callable[[Progress], None],
+) -> Verified:
+    """Compare a written layout with source and plan, one task per file.
+
+    Raises:
+        VerifyError: the first difference.
+    """
+    written, kept = open_index(folder), read_kept(plan)
+    check_names(source, written)
+    if layout == "ragged":
+        check_config(written, kept)
+    by_file: dict[str, list[str]] = {}
+    for name, entry in written.tensors.items():
+        by_file.setdefault(entry.file, []).append(name)
+    shared = pool.share((source, written, kept))
+    started, parts = monotonic(), []
+    for part in pool.map(_verify_one, [(shared, names, layout) for names in by_file.values()]):
+        parts.append(part)
+        done = sum(part.nbytes for part in parts)
+        progress(Progress(done, written.nbytes, 0, monotonic() - started, "bytes"))
+    return Verified(*(sum(values) for values in zip(*(_counts(part) for part in parts), strict=True)))
+
+
+def _verify_one(shared: tuple, names: Sequence[str], layout: str) -> Verified:
+    source, written, kept = shared
+    with TensorReader(source) as reader, TensorReader(written) as check:
+        return verify_tensors(names, reader, check, family_of(source.config), kept, narrow=layout == "ragged")
+
+
+def _counts(part: Verified) -> tuple[int, int, int, int]:
+    return part.tensors, part.pruned_tensors, part.untouched_tensors, part.nbytes

@@ -1,0 +1,215 @@
+"""Drives stages: decides which are due, runs them in order, records what they wrote.
+
+A plain object. A stage is data: what it reads (job fields and upstream stages) and a function that
+does it; where the work runs is the pool's business. A stage is skipped when its key is already there:
+sha256 of the job fields that it reads, the digests of the stages it needs, and the schema version.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.artifacts import SCHEMA_VERSION, StageRecord, digest_of, read_record, record_path, sizes
+from tenp_dist.config import Job
+from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.shard import Progress
+from tenp_dist.errors import OutputError, StaleError
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a stage wrote: files, a digest of their content, a summary for people and `--json`."""
+
+    files: Sequence[Path]
+    digest: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage function gets. key: the stage's own; digests: of the stages it needs."""
+
+    job: Job
+    pool: Pool
+    key: str
+    digests: Mapping[str, str]
+    progress: Callable[[Progress], None]
+    overwrite: bool
+
+    @property
+    def run_dir(self) -> Path:
+        return self.job.run_dir
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of the pipeline.
+
+    needs: stages whose digests enter the key. fields: the job fields that the stage reads.
+    owns: paths in the run directory that the stage replaces as a whole.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    fields: Callable[[Job], Any]
+    run: Callable[[Context], Output]
+    owns: tuple[str, ...]
+
+
+class Listener:
+    """What the coordinator tells while it works; the command line draws it. Does nothing itself."""
+
+    def skipped(self, stage: Stage, record: StageRecord) -> None: ...
+
+    def started(self, stage: Stage) -> None: ...
+
+    def progress(self, stage: Stage, progress: Progress) -> None: ...
+
+    def finished(self, stage: Stage, record: StageRecord, seconds: float) -> None: ...
+
+
+class Coordinator:
+    """Runs stages of one job on one pool.
+
+    `pool` is made on first use: a run that finds everything done starts no Ray.
+    """
+
+    def __init__(
+        self, job: Job, stages: Sequence[Stage], make_pool: Callable[[], Pool], listener: Listener, *, overwrite: bool
+    ):
+        self.job = job
+        self.stages = {stage.name: stage for stage in stages}
+        self.listener = listener
+        self.overwrite = overwrite
+        self._make_pool = make_pool
+        self._pool: Pool | None = None
+
+    def run(self, names: Sequence[str]) -> dict[str, StageRecord]:
+        """Run the named stages in order, skipping finished ones; returns their records.
+
+        Raises:
+            StaleError: an upstream stage is missing or was made from something else.
+            OutputError: a stage's files are there, made from other settings, and overwrite is off.
+        """
+        try:
+            return {name: self._run_one(self.stages[name]) for name in names}
+        finally:
+            if self._pool is not None:
+                self._pool.close()
+
+    @property
+    def pool(self) -> Pool:
+        if self._pool is None:
+            self._pool = self._make_pool()
+        return self._pool
+
+    def _run_one(self, stage: Stage) -> StageRecord:
+        inputs = self.inputs(stage)
+        key = digest_of({"stage": stage.name, "schema": SCHEMA_VERSION, "inputs": inputs})
+        record = read_record(self.job.run_dir, stage.name)
+        if record is not None and record.key == key and record.intact(self.job.run_dir):
+            self.listener.skipped(stage, record)
+            return record
+        self._make_room(stage, record, key, inputs)
+        self.listener.started(stage)
+        started = time.monotonic()
+        context = Context(
+            job=self.job,
+            pool=self.pool,
+            key=key,
+            digests=inputs["needs"],
+            progress=lambda progress: self.listener.progress(stage, progress),
+            overwrite=self.overwrite,
+        )
+        output = stage.run(context)
+        record = StageRecord(
+            stage=stage.name,
+            key=key,
+            digest=output.digest,
+            files=sizes(self.job.run_dir, output.files),
+            summary=output.summary,
+            inputs=inputs,
+        )
+        record.write(self.job.run_dir)
+        self.listener.finished(stage, record, time.monotonic() - started)
+        return record
+
+    def inputs(self, stage: Stage) -> dict[str, Any]:
+        """Everything that a stage's key is made from."""
+        return {"fields": stage.fields(self.job), "needs": {name: self._upstream(name) for name in stage.needs}}
+
+    def _upstream(self, name: str) -> str:
+        """Digest of an upstream stage, proved to belong to this job and to be still there."""
+        stage, run_dir = self.stages[name], self.job.run_dir
+        record = read_record(run_dir, name)
+        if record is None:
+            raise StaleError(
+                f"Stage `{name}` has not finished in this run directory",
+                where=run_dir,
+                next_step=f"run `tenp-dist {name}` first, or `tenp-dist run` for everything",
+            )
+        inputs = self.inputs(stage)
+        if record.inputs != _plain(inputs):
+            raise StaleError(
+                f"Stage `{name}` was made from something else",
+                where=record_path(run_dir, name),
+                found=difference(record.inputs, _plain(inputs)),
+                next_step=f"run `tenp-dist {name} --overwrite`, or choose another --run-dir",
+            )
+        if not record.intact(run_dir):
+            raise StaleError(
+                f"Files of stage `{name}` are missing or cut",
+                where=run_dir,
+                next_step=f"run `tenp-dist {name}` again",
+            )
+        return record.digest
+
+    def _make_room(self, stage: Stage, record: StageRecord | None, key: str, inputs: Mapping) -> None:
+        """Refuse to replace finished work that differs, unless asked to; clear it where asked."""
+        if record is None or record.key == key:
+            return
+        if not self.overwrite:
+            raise OutputError(
+                f"Stage `{stage.name}` is already there, made from other settings",
+                where=self.job.run_dir,
+                found=difference(record.inputs, _plain(inputs)),
+                next_step="add --overwrite to replace it, or --run-dir to keep both",
+            )
+        record_path(self.job.run_dir, stage.name).unlink()
+        for name in stage.owns:
+            path = self.job.run_dir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def difference(old: Any, new: Any, path: str = "") -> str:
+    """The first place at which two inputs differ, as `path: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key):
+                return difference(old.get(key), new.get(key), f"{path}.{key}".strip("."))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (left, right) in enumerate(zip(old, new, strict=True)):
+            if left != right:
+                return difference(left, right, f"{path}.{i}")
+    return f"{path.removeprefix('fields.')}: {_short(old)} -> {_short(new)}"
+
+
+def _plain(value: Any) -> Any:
+    """The value as it comes back from a JSON file."""
+    import json
+
+    return json.loads(json.dumps(value, default=str))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."
