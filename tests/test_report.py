@@ -420,7 +420,7 @@ def test_infinite_perplexity_is_shown_and_breaks_nothing(run_dir):
 
 def test_names_from_files_are_inert(tmp_path):
     evil = '<script>alert("x")</script> & $x$ | `a` {{ 7 * 7 }}'
-    domain = "<img src=x onerror=alert(1)>\"' $\\frac$"
+    domain = "<img src=x onerror=alert(1)>\"' | $\\frac$"
     run_dir = make_run(tmp_path, layers=2, experts=4, name=evil, domains=(domain, "日本語"))
     edit(run_dir / "plan.json", lambda plan: plan.update(warnings=["</style></svg><b onclick=x>"]))
     job = {**JOB, "calibration": {"sources": [{"name": "<i>data</i>", "domain": domain, "samples": 1}]}}

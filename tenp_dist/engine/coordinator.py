@@ -35,11 +35,16 @@ class Context:
     """What a stage function gets. key: the stage's own; digests: of the stages it needs."""
 
     job: Job
-    pool: Pool
+    get_pool: Callable[[], Pool]
     key: str
     digests: Mapping[str, str]
     progress: Callable[[Progress], None]
     overwrite: bool
+
+    @property
+    def pool(self) -> Pool:
+        """Where work runs; started by the first stage that asks."""
+        return self.get_pool()
 
     @property
     def run_dir(self) -> Path:
@@ -103,7 +108,6 @@ class Coordinator:
             if self._pool is not None:
                 self._pool.close()
 
-    @property
     def pool(self) -> Pool:
         if self._pool is None:
             self._pool = self._make_pool()
@@ -121,7 +125,7 @@ class Coordinator:
         started = time.monotonic()
         context = Context(
             job=self.job,
-            pool=self.pool,
+            get_pool=self.pool,
             key=key,
             digests=inputs["needs"],
             progress=lambda progress: self.listener.progress(stage, progress),

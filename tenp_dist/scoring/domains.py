@@ -1,8 +1,8 @@
 """How scores of several calibration domains become one: normalise inside a domain, then add.
 
-Shapes: N domains, E routed experts, F neurons of an expert. Domains are added in the order of their
-names and expert norms are summed exactly, so neither the order of the domains nor that of the experts
-can move a single bit of a score.
+Shapes: N domains, E routed experts, F neurons of an expert; tensors on the CPU. Domains are added in
+the order of their names and expert norms are summed exactly, so neither the order of the domains nor
+that of the experts can move a single bit of a score.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 from tenp_dist.errors import JobError, NumericalError, StaleError
@@ -56,19 +57,20 @@ def mix_neurons(statistics: LayerStatistics, name: str, weights: DomainWeights, 
         StaleError: an expert needs `neuron_weight_norm` and the scores lack it.
         NumericalError: NaN or Inf in a row of `neuron_weight_norm` that is needed.
     """
-    sums_NEF, count_NE = statistics[name], statistics["token_count"]
-    mixed_EF = torch.zeros(sums_NEF.shape[1:], dtype=torch.float64)
-    seen_E = torch.zeros(sums_NEF.shape[1], dtype=torch.bool)
+    # NumPy on one thread: the pass is bound by memory, and PyTorch's threads spin when cores are shared.
+    sums_NEF, count_NE = statistics[name].numpy(), statistics["token_count"].numpy()
+    mixed_EF = np.zeros(sums_NEF.shape[1:])
+    seen_E = np.zeros(sums_NEF.shape[1], dtype=bool)
     for row, weight in _rows(statistics, weights):
         routed_E = count_NE[row] > 0
-        norm_E = torch.linalg.vector_norm(sums_NEF[row], dim=1)
-        scale_E = torch.where(routed_E & (norm_E > 0), weight / norm_E, 0.0)
-        mixed_EF.addcmul_(sums_NEF[row], scale_E[:, None])
+        norm_E = np.sqrt(np.einsum("ef,ef->e", sums_NEF[row], sums_NEF[row]))
+        scale_E = np.divide(weight, norm_E, out=np.zeros_like(norm_E), where=routed_E & (norm_E > 0))
+        mixed_EF += sums_NEF[row] * scale_E[:, None]
         seen_E |= routed_E
     unseen_E = ~seen_E
     if unseen_E.any():
         mixed_EF[unseen_E] = _weight_norm(statistics, unseen_E, layer)
-    return mixed_EF
+    return torch.from_numpy(mixed_EF)
 
 
 def never_routed(statistics: LayerStatistics) -> torch.Tensor:
@@ -106,7 +108,7 @@ def _norm(vector: torch.Tensor) -> float:
     return largest * math.sqrt(math.fsum((value / largest) ** 2 for value in values)) if largest else 0.0
 
 
-def _weight_norm(statistics: LayerStatistics, rows_E: torch.Tensor, layer: int) -> torch.Tensor:
+def _weight_norm(statistics: LayerStatistics, rows_E: np.ndarray, layer: int) -> np.ndarray:
     if statistics.weight_norm is None:
         raise StaleError(
             f"The scores lack {WEIGHT_NORM}, which ranks the neurons of experts that no token reached",
@@ -114,8 +116,8 @@ def _weight_norm(statistics: LayerStatistics, rows_E: torch.Tensor, layer: int) 
             found=f"{int(rows_E.sum())} such experts",
             next_step="score again with this version",
         )
-    norms = statistics.weight_norm[rows_E]
-    if not torch.isfinite(norms).all():
+    norms = statistics.weight_norm.numpy()[rows_E]
+    if not np.isfinite(norms).all():
         raise NumericalError(
             "NaN or Inf in a statistic",
             where=f"layer {layer}, {WEIGHT_NORM}",

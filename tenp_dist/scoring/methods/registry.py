@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 from tenp_dist.errors import JobError, NumericalError
@@ -89,7 +90,9 @@ def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int
     """Raise NumericalError, naming layer, statistic, domain and expert, at the first NaN or Inf."""
     for name in names:
         # The sum is one pass without a mask; only a sum that is not finite is worth a second look.
-        if math.isfinite(statistics[name].sum().item()):
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = statistics[name].numpy().sum()
+        if math.isfinite(total):
             continue
         bad = (~torch.isfinite(statistics[name])).nonzero()
         if len(bad):

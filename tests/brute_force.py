@@ -1,0 +1,154 @@
+"""The statistics by their definitions: the stock model in one piece, loops over experts, float64.
+
+Shares no code with tenp_dist. The stock experts run (`eager`), hooks take what goes in and out, and
+every sum is formed as METHODS and the TENP paper write it, the F x T x D tensor of single-neuron
+outputs included (Eq. 8-10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+CHUNK = 64  # tokens whose F x D neuron outputs exist at once
+
+
+class Tap:
+    """Keeps the inputs of every experts call and the residual stream before its block."""
+
+    def __init__(self, layer: torch.nn.Module):
+        self.calls: list[dict[str, torch.Tensor]] = []
+        self.experts = layer.mlp.experts
+        self._residual: torch.Tensor | None = None
+        self._handles = [
+            layer.post_attention_layernorm.register_forward_pre_hook(self._before_norm),
+            self.experts.register_forward_hook(self._after_experts),
+        ]
+
+    def _before_norm(self, module, inputs):
+        self._residual = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+
+    def _after_experts(self, module, inputs, output):
+        x, index, weights = inputs
+        self.calls.append(
+            {"x": x.double(), "index": index, "g": weights.double(), "h": self._residual, "r": output.double()}
+        )
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def brute_force_statistics(
+    model_folder: Path, batches: Sequence[tuple[torch.Tensor, torch.Tensor | None, int]], domains: int
+) -> dict[int, dict[str, torch.Tensor]]:
+    """layer -> statistic -> float64 [N, E] or [N, E, F].
+
+    batches: (tokens [B, S], mask [B, S] or None, domain). Padding (mask 0) counts for nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
+    ).eval()
+    layers = {i: layer for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+    taps = {i: Tap(layer) for i, layer in layers.items()}
+    with torch.no_grad():
+        for tokens, mask, _ in batches:
+            model(tokens, attention_mask=None if mask is None else mask.long())
+    result = {}
+    for i, tap in taps.items():
+        tap.close()
+        result[i] = _layer_statistics(tap, batches, domains, model.config.hidden_act)
+    return result
+
+
+def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[str, torch.Tensor]:
+    assert activation == "silu"
+    gate_up, down = tap.experts.gate_up_proj.detach().double(), tap.experts.down_proj.detach().double()
+    num_experts, hidden, width = down.shape
+    names_E = (
+        "token_count", "gate_sum", "output_norm_sum", "output_norm_squared_sum",
+        "gated_norm_sum", "expert_importance_sum", "easy_ep_sum",
+    )  # fmt: skip
+    names_EF = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum", "neuron_abs_max")
+    out = {name: torch.zeros(domains, num_experts, dtype=torch.float64) for name in names_E}
+    out |= {name: torch.zeros(domains, num_experts, width, dtype=torch.float64) for name in names_EF}
+    for (_, mask, domain), call in zip(batches, tap.calls, strict=True):
+        valid = None if mask is None else mask.reshape(-1).bool()
+        for expert in range(num_experts):
+            routed = (call["index"] == expert).any(dim=1)
+            if valid is not None:
+                routed &= valid
+            rows = routed.nonzero().squeeze(1)
+            for chunk in rows.split(CHUNK):
+                _add(out, domain, expert, chunk, call, gate_up[expert], down[expert])
+    return out
+
+
+def _add(out: Mapping[str, torch.Tensor], domain: int, expert: int, rows, call, gate_up, down) -> None:
+    width = down.shape[1]
+    x, h, r = call["x"][rows], call["h"][rows], call["r"][rows]
+    g = (call["g"][rows] * (call["index"][rows] == expert)).sum(dim=1)
+    m = torch.nn.functional.silu(x @ gate_up[:width].T) * (x @ gate_up[width:].T)
+    neuron_TFD = m[:, :, None] * down.T[None, :, :]  # Eq. 8: one neuron's own output
+    y = neuron_TFD.sum(dim=1)
+    norm = y.norm(dim=1)
+    cosine = torch.nn.functional.cosine_similarity(x, y, dim=1, eps=0)
+    moved = torch.nn.functional.cosine_similarity(h, h + r, dim=1, eps=0)
+    projection = (neuron_TFD * y[:, None, :]).sum(dim=2) / (norm[:, None] + 1e-8)  # Eq. 9
+    column = down.norm(dim=0)
+    out["token_count"][domain, expert] += len(rows)
+    out["gate_sum"][domain, expert] += g.sum()
+    out["output_norm_sum"][domain, expert] += norm.sum()
+    out["output_norm_squared_sum"][domain, expert] += (norm**2).sum()
+    out["gated_norm_sum"][domain, expert] += (g * norm).sum()
+    out["expert_importance_sum"][domain, expert] += (g * norm * (1 - cosine)).sum()
+    out["easy_ep_sum"][domain, expert] += (g * norm * (1 - moved).clamp_min(0)).sum()
+    out["neuron_projection_sum"][domain, expert] += projection.sum(dim=0)
+    out["neuron_l2_sum"][domain, expert] += (m.abs() * column).sum(dim=0)
+    out["neuron_energy_sum"][domain, expert] += ((g[:, None] * m) ** 2 * column**2).sum(dim=0)
+    largest = out["neuron_abs_max"][domain, expert]
+    torch.maximum(largest, (g.abs()[:, None] * m.abs()).amax(dim=0), out=largest)
+
+
+def brute_force_plan(
+    statistics: Mapping[int, Mapping[str, torch.Tensor]], rho: float, alpha: float, slope: float
+) -> dict[int, dict[int, list[int]]]:
+    """layer -> expert -> kept neurons, by the paper's words and DESIGN's schedule, in plain Python.
+
+    Equal experts per layer, every expert routed, alignment 1; exact for arguments of few decimals.
+    """
+    from fractions import Fraction
+
+    rho, alpha, slope = (Fraction(str(value)) for value in (rho, alpha, slope))
+    layers = sorted(statistics)
+    _, num_experts = statistics[layers[0]]["token_count"].shape
+    width = statistics[layers[0]]["neuron_l2_sum"].shape[2]
+    total = num_experts * len(layers)
+    whole = int(alpha * total)
+    depth = [1 + slope * (2 * Fraction(i, max(len(layers) - 1, 1)) - 1) for i in range(len(layers))]
+    shares = [whole * weight / sum(depth) for weight in depth]
+    counts = [int(share) for share in shares]
+    by_rest = sorted(range(len(layers)), key=lambda i: (shares[i] - counts[i], i), reverse=True)
+    for i in by_rest[: whole - sum(counts)]:
+        counts[i] += 1
+    narrow = int((rho * total - whole) * width / (total - whole))
+    plan: dict[int, dict[int, list[int]]] = {}
+    for layer, count in zip(layers, counts, strict=True):
+        tensors = statistics[layer]
+        importance = sum(row / row.norm() for row in tensors["expert_importance_sum"])
+        mean = tensors["neuron_projection_sum"] / tensors["token_count"].clamp_min(1)[:, :, None]
+        norms = mean.norm(dim=2, keepdim=True)
+        projection = torch.where(norms > 0, mean / norms.clamp_min(1e-300), torch.zeros_like(mean)).sum(dim=0)
+        ranked = sorted(range(num_experts), key=lambda e: (-float(importance[e]), e))
+        plan[layer] = {}
+        for expert in range(num_experts):
+            if expert in ranked[:count]:
+                plan[layer][expert] = list(range(width))
+            else:
+                order = sorted(range(width), key=lambda j: (-float(projection[expert, j]), j))
+                plan[layer][expert] = sorted(order[:narrow])
+    return plan
