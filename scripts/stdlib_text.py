@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import click
@@ -69,7 +69,7 @@ def _split_files(split: str) -> list[Path]:
     return files
 
 
-@lru_cache(maxsize=1)
+@cache
 def _source_files(root: Path) -> list[Path]:
     found = []
     for folder, children, names in os.walk(root):
@@ -79,7 +79,7 @@ def _source_files(root: Path) -> list[Path]:
     return [path for path in found if path.stat().st_size <= MAX_FILE_BYTES]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _code_and_prose(path: Path) -> tuple[str, str]:
     """One parse of a file gives both domains: its source without docstrings, and its docstrings."""
     source = path.read_text(encoding="utf-8", errors="replace")
@@ -178,8 +178,9 @@ def write_jsonl(domain: str, split: str, folder: Path) -> Path:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)  # temporary files are private, data sets are not
-    os.replace(file.name, target)
+    temporary = Path(file.name)
+    temporary.chmod(0o644)  # temporary files are private, data sets are not
+    temporary.replace(target)
     return target
 
 

@@ -275,6 +275,7 @@ def main(steps: int, out: Path, seed: int, threads: int) -> None:
     """Train a tokenizer and a tiny mixture-of-experts model, and save both in OUT."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)  # gathers otherwise add their gradients in any order
     console = Console()
     tokenizer = train_tokenizer()
     streams = {domain: TokenStream(tokenizer, domain, "training") for domain in DOMAINS}

@@ -83,7 +83,7 @@ def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[
             if valid is not None:
                 routed &= valid
             rows = routed.nonzero().squeeze(1)
-            for chunk in rows.split(CHUNK):
+            for chunk in rows.split(CHUNK) if len(rows) else ():
                 _add(out, domain, expert, chunk, call, gate_up[expert], down[expert])
     return out
 

@@ -7,8 +7,6 @@ The planning runs in a fresh process.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +14,9 @@ import time
 from pathlib import Path
 
 import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import print_machine, process_memory
 
 
 @click.command(help=__doc__)
@@ -33,7 +34,7 @@ def main(layers, experts, neurons, domains, method, align, repeat, folder, measu
     if measure:
         click.echo(json.dumps(plan_once(measure, sizes, method, align)))
         return
-    print_machine()
+    print_machine("torch", "numpy", "safetensors")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         scores = Path(temporary)
         started = time.perf_counter()
@@ -105,23 +106,13 @@ def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int
     paths = write_plan(folder / "plan", plan, source_fingerprint="bench", scores_digest="bench")
     seconds = time.perf_counter() - started
     assert read_plan(folder / "plan")["experts"]["total"] == layers * experts
-    memory = {line.split(":")[0]: line.split() for line in Path("/proc/self/status").read_text().splitlines()}
+    memory = process_memory()
     return {
         "seconds": seconds,
-        "peak": int(memory["VmHWM"][1]) * 1024,
-        "anonymous": int(memory["RssAnon"][1]) * 1024,
+        "peak": memory["VmHWM"],
+        "anonymous": memory["RssAnon"],
         "plan_bytes": sum(path.stat().st_size for path in paths),
     }
-
-
-def print_machine() -> None:
-    from importlib.metadata import version
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "safetensors"))
-    click.echo(f"machine     {model}, {len(os.sched_getaffinity(0))} cores")
-    click.echo(f"versions    Python {platform.python_version()}, {libraries}")
 
 
 if __name__ == "__main__":

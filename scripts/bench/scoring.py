@@ -16,6 +16,8 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
+from machine import print_machine
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @click.option("--repeat", default=5, show_default=True)
 def main(model, texts, samples, length, batch_tokens, dtype, threads, repeat):
     import torch
-    from machine import print_machine
     from transformers import AutoModelForCausalLM
 
     from tenp_dist.calibration.corpus import write_corpus

@@ -76,6 +76,13 @@ def build_corpus(text: Text, model: Path, vocab_size: int) -> Corpus:
     return Corpus(tokens_NS, mask_NS, np.asarray(domain_ids, dtype=np.int32), domains)
 
 
+def check_sources(text: Text) -> None:
+    """Raise CalibrationError where a file that a source names is not there or of no known kind."""
+    for source in text.sources:
+        if source.path is not None:
+            _builder(source.path)
+
+
 def write_corpus(path: Path, corpus: Corpus) -> None:
     """Store as an Arrow file: input_ids, attention_mask, domain; the digest in its metadata."""
     import pyarrow as pa
@@ -212,16 +219,21 @@ def _load(source: Source) -> Any:
     datasets.disable_progress_bars()
     if source.path is None:
         return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
-    if not source.path.exists():
-        raise CalibrationError("Calibration source not found", where=source.path, next_step="correct `path`")
-    if source.path.is_dir():
-        return datasets.load_from_disk(str(source.path)).to_iterable_dataset()
-    builder = _BUILDERS.get(source.path.suffix)
+    builder = _builder(source.path)
     if builder is None:
-        raise CalibrationError(
-            "Unknown kind of calibration file", where=source.path, wanted=", ".join(sorted(_BUILDERS))
-        )
+        return datasets.load_from_disk(str(source.path)).to_iterable_dataset()
     return datasets.load_dataset(builder, data_files=str(source.path), split="train", streaming=True)
+
+
+def _builder(path: Path) -> str | None:
+    """The `datasets` builder that reads a file, None for a folder saved by `datasets`."""
+    if not path.exists():
+        raise CalibrationError("Calibration source not found", where=path, next_step="correct `path`")
+    if path.is_dir():
+        return None
+    if path.suffix not in _BUILDERS:
+        raise CalibrationError("Unknown kind of calibration file", where=path, wanted=", ".join(sorted(_BUILDERS)))
+    return _BUILDERS[path.suffix]
 
 
 def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:

@@ -40,7 +40,7 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
         SourceError: an expert is missing, or its shape or dtype contradicts the config.
     """
     config = index.config
-    num_layers, num_experts = int(config["num_hidden_layers"]), int(config.get(family.experts_key) or 0)
+    num_layers, num_experts = int(config["num_hidden_layers"]), family.num_experts(config)
     width, hidden = int(config[family.width_key]), int(config["hidden_size"])
     present = {
         layer: sum(family.tensor(layer, expert, "gate") in index.tensors for expert in range(num_experts))
@@ -65,7 +65,7 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
                 "Checkpoint holds more experts than its config says",
                 where=index.folder,
                 found=extra,
-                wanted=f"{family.experts_key} = {num_experts}",
+                wanted=f"{num_experts} experts per layer",
             )
     mtp = tuple(layer for layer in present if layer >= num_layers)
     return ExpertLayers(moe, mtp, num_layers, num_experts, width, hidden)

@@ -22,7 +22,8 @@ class Family:
     """One row.
 
     model_type: `model_type` of config.json.
-    experts_key, width_key: config keys of the number of routed experts and of their width.
+    experts_keys: config keys that may hold the number of routed experts (transformers renames some).
+    width_key: config key of an expert's width.
     layer: prefix of a decoder layer's tensors.
     experts: the experts module inside a layer, as in the modeling code.
     expert_tensor: an expert's tensor inside a layer, as in the checkpoint.
@@ -34,7 +35,7 @@ class Family:
     """
 
     model_type: str
-    experts_key: str
+    experts_keys: tuple[str, ...]
     width_key: str = "moe_intermediate_size"
     layer: str = "model.layers.{layer}."
     experts: str = "mlp.experts"
@@ -46,6 +47,10 @@ class Family:
     post_expert_scale: str | None = None
     tensor_parallel: bool = False
 
+    def num_experts(self, config: Mapping[str, object]) -> int:
+        """Routed experts per layer, 0 where the config names none."""
+        return next((int(config[key]) for key in self.experts_keys if config.get(key)), 0)
+
     def tensor(self, layer: int, expert: int, matrix: str) -> str:
         """Checkpoint name of one expert matrix; `matrix` is gate, up or down."""
         inside = self.expert_tensor.format(expert=expert, matrix=self.matrices[matrix])
@@ -55,10 +60,10 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="deepseek_v2", experts_key="n_routed_experts"),
-        Family(model_type="deepseek_v3", experts_key="n_routed_experts"),
-        Family(model_type="qwen2_moe", experts_key="num_experts"),
-        Family(model_type="qwen3_moe", experts_key="num_experts"),
+        Family(model_type="deepseek_v2", experts_keys=("n_routed_experts", "num_local_experts")),
+        Family(model_type="deepseek_v3", experts_keys=("n_routed_experts", "num_local_experts")),
+        Family(model_type="qwen2_moe", experts_keys=("num_experts", "num_local_experts")),
+        Family(model_type="qwen3_moe", experts_keys=("num_experts", "num_local_experts")),
     )
 }
 

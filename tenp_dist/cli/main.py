@@ -103,12 +103,13 @@ def _execute_stages(
 
     loaded = load_job(job, overrides, run_dir)
 
-    from tenp_dist.cli.stages import stages_for
+    from tenp_dist.cli.stages import preflight, stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
     from tenp_dist.engine.coordinator import Coordinator
     from tenp_dist.engine.pool import InProcessPool, RayPool
 
     quieten()
+    preflight(loaded)
     stages = stages_for(loaded)
     chosen = names or [stage.name for stage in stages]
     if set(chosen) - {stage.name for stage in stages}:

@@ -13,8 +13,8 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, read_json, write_json
 from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics, read_plan, write_plan
-from tenp_dist.budget.shape import MoeLayer
-from tenp_dist.calibration.corpus import build_corpus, read_corpus, seen_share, write_corpus
+from tenp_dist.budget.shape import MoeLayer, plan_shape
+from tenp_dist.calibration.corpus import build_corpus, check_sources, read_corpus, seen_share, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
@@ -192,6 +192,19 @@ def _report(context: Context) -> Output:
     files = write_report(context.run_dir, job=context.job.model_dump(mode="json"))
     written = [files.page, files.data]  # cards lie in the checkpoint folders, which the write stage owns
     return Output(written, digest_of([file_digest(path) for path in written]), {"page": "report/index.html"})
+
+
+def preflight(job: Job) -> None:
+    """Everything that can be refused from headers and the job alone, before anything is computed.
+
+    Raises:
+        SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError.
+    """
+    facts = checkpoint_facts(_index(job.model))
+    layers = [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
+    plan_shape(job.budget, layers)
+    for text in filter(None, (job.calibration, job.evaluation)):
+        check_sources(text)
 
 
 def stages_for(job: Job) -> list[Stage]:

@@ -29,6 +29,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,7 @@ NEURON_STATISTICS = {
 }
 MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS}
 WEIGHT_NORM = "neuron_weight_norm"
+METADATA = "tenp"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class LayerStatistics:
     ) -> LayerStatistics:
         shape_NE = (len(domains), num_experts)
         shape_NEF = (*shape_NE, intermediate_size)
-        shapes = {name: shape_NE for name in EXPERT_STATISTICS} | {name: shape_NEF for name in NEURON_STATISTICS}
+        shapes = dict.fromkeys(EXPERT_STATISTICS, shape_NE) | dict.fromkeys(NEURON_STATISTICS, shape_NEF)
         tensors = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         return cls(domains=tuple(domains), tensors=tensors)
 
@@ -111,30 +113,40 @@ def write_statistics(path: Path, statistics: LayerStatistics, *, layer: int, key
     from safetensors.torch import save
 
     metadata = {
-        "schema_version": str(SCHEMA_VERSION),
-        "layer": str(layer),
+        "schema_version": SCHEMA_VERSION,
+        "layer": layer,
         "key": key,
-        "domains": json.dumps(statistics.domains),
-        "merge": json.dumps(dict(MERGE_RULES)),
+        "domains": statistics.domains,
+        "merge": dict(MERGE_RULES),
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in statistics.tensors.items()}
     if statistics.weight_norm is not None:
         tensors[WEIGHT_NORM] = statistics.weight_norm.cpu().contiguous()
     with atomic_write(path) as stream:
-        stream.write(save(tensors, metadata=metadata))
+        # one entry: safetensors writes several in an order that changes from call to call
+        stream.write(save(tensors, metadata={METADATA: json.dumps(metadata)}))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a score file says of itself: schema_version, layer, key, domains, merge rules.
 
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())
+    Raises:
+        StaleError: not a complete score file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})[METADATA])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StaleError("Not a score file, or cut", where=path, next_step="remove it and score again") from error
 
 
 def read_statistics(path: Path, names: Sequence[str] | None = None, *, weight_norm: bool = True) -> LayerStatistics:
     """Load a layer, only the statistics in `names` (default: all that the file holds)."""
     from safetensors import safe_open
 
+    domains = tuple(read_metadata(path)["domains"])
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())
         wanted = [name for name in MERGE_RULES if name in stored] if names is None else list(names)
@@ -148,7 +160,7 @@ def read_statistics(path: Path, names: Sequence[str] | None = None, *, weight_no
                 next_step="score again with this version",
             )
         return LayerStatistics(
-            domains=tuple(json.loads(file.metadata()["domains"])),
+            domains=domains,
             tensors={name: file.get_tensor(name) for name in wanted},
             weight_norm=file.get_tensor(WEIGHT_NORM) if weight_norm and WEIGHT_NORM in stored else None,
         )

@@ -1,0 +1,140 @@
+"""Small real checkpoints, text and job files, made once per test session."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+EXPERTS, NEURONS, HIDDEN, VOCABULARY = 8, 24, 32, 320
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "moe_intermediate_size": NEURONS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_hidden_layers": 4, "first_k_dense_replace": 1}
+SETTINGS = {
+    "deepseek_v2": {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "topk_method": "group_limited_greedy"}
+    | (LATENT | GROUPS),
+    "deepseek_v3": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "norm_topk_prob": True} | LATENT | GROUPS,
+    "qwen2_moe": {"num_experts": EXPERTS, "shared_expert_intermediate_size": 40, "num_hidden_layers": 3},
+    "qwen3_moe": {"num_experts": EXPERTS, "norm_topk_prob": True, "num_hidden_layers": 3, "head_dim": 8},
+}
+WORDS = "the expert routes a token to neurons and prunes what layer norm leaves while sum of seven times nine is".split()
+
+
+def documents(domain: int, count: int = 40) -> list[str]:
+    """Texts of one domain, each about sixty words long; the domains differ in the order of their words."""
+    steps = (3, 7)[domain % 2]
+    return [" ".join(WORDS[(i * steps + j * (i + steps)) % len(WORDS)] for j in range(60)) + "." for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model(family, dtype) -> folder of a random model: shards, index, config, tokenizer. Copy it to change it."""
+    made = {}
+
+    def make(family: str = "deepseek_v3", dtype: str = "float32") -> Path:
+        if (family, dtype) not in made:
+            made[family, dtype] = _save_model(tmp_path_factory.mktemp("models") / f"{family}-{dtype}", family, dtype)
+        return made[family, dtype]
+
+    return make
+
+
+def _save_model(folder: Path, family: str, dtype: str) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(len(family))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **SETTINGS[family]))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB")
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 10,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents(0) + documents(1), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory) -> dict[str, Path]:
+    """Domain -> jsonl file with a `text` column."""
+    folder = tmp_path_factory.mktemp("text")
+    files = {}
+    for i, domain in enumerate(("prose", "sums")):
+        files[domain] = folder / f"{domain}.jsonl"
+        files[domain].write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(i)))
+    return files
+
+
+@pytest.fixture
+def job_file(tmp_path, tiny_model, text_files):
+    """job_file(**parts) -> path of a YAML job in tmp_path; parts replace top-level keys, None leaves one out."""
+
+    def write(name: str = "job.yaml", **parts) -> Path:
+        sources = [{"path": str(path), "domain": domain, "samples": 4} for domain, path in text_files.items()]
+        job = {
+            "model": str(parts.pop("model", None) or tiny_model()),
+            "run_dir": "run",
+            "calibration": {"sources": sources, "sequence_length": 32},
+            "budget": {"retention": 0.6, "important": 0.2},
+            "output": {"shard_size": "100KB"},
+        } | parts
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({key: value for key, value in job.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tenp(monkeypatch):
+    """tenp(*arguments) -> exit_code, stdout, stderr, exception of the real command line, its pool in this process."""
+    import signal
+
+    from click.testing import CliRunner
+
+    from tenp_dist.cli import stages
+    from tenp_dist.cli.main import cli
+    from tenp_dist.engine import pool
+
+    monkeypatch.setattr(pool, "RayPool", pool.InProcessPool)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def invoke(*arguments) -> SimpleNamespace:
+        stages._index.cache_clear()  # a new process would open the checkpoint anew
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        return SimpleNamespace(
+            exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, exception=result.exception
+        )
+
+    yield invoke
+    signal.signal(signal.SIGTERM, handler)

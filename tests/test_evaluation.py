@@ -1,0 +1,137 @@
+"""Evaluation by layer streaming against whole models, and the three forms of a pruned model against each other."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_checkpoint import random_kept, write
+from test_scoring import FAMILIES, random_corpus
+
+from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.kept import write_kept
+from tenp_dist.engine.shard import Compute
+from tenp_dist.evaluation.streams import EvaluateTask, Metrics, Pass, evaluate_shard
+from tenp_dist.runtime.ragged_config import modeling_module
+from tenp_dist.runtime.transformers import modeling_source
+
+COMPUTE = Compute("cpu", "float32", batch_tokens=64, threads=1)
+
+
+def evaluate(passes, corpus, folder, compute=COMPUTE) -> dict:
+    write_corpus(folder / "held-out.arrow", corpus)
+    events = list(evaluate_shard(EvaluateTask(passes, folder / "held-out.arrow", compute)))
+    assert isinstance(events[-1], Metrics)
+    return events[-1].summary()
+
+
+def load(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def logits_of(model, corpus) -> torch.Tensor:
+    mask = torch.from_numpy(corpus.mask_NS)
+    with torch.no_grad():
+        return model(torch.from_numpy(corpus.tokens_NS).long(), attention_mask=mask.long()).logits.float()
+
+
+def masked(model, kept):
+    """The stock model with the dropped neurons' down columns set to zero."""
+    for layer, neurons in kept.items():
+        down = model.model.layers[layer].mlp.experts.down_proj
+        with torch.no_grad():
+            down *= torch.from_numpy(neurons.mask(down.shape[2]))[:, None, :]
+    return model
+
+
+def expected_figures(reference, logits, corpus, domain) -> dict[str, float]:
+    """By definition: float64, one position at a time over the predicted tokens of a domain."""
+    rows = corpus.domain_N == domain
+    log_p = torch.log_softmax(reference[rows].double(), -1)
+    log_q = torch.log_softmax(logits[rows].double(), -1)
+    tokens, mask = corpus.tokens_NS[rows], corpus.mask_NS[rows]
+    nll, kl, agree, count = 0.0, 0.0, 0, 0
+    for i in range(len(tokens)):
+        for t in range(tokens.shape[1] - 1):
+            if mask[i, t] and mask[i, t + 1]:
+                nll -= float(log_q[i, t, tokens[i, t + 1]])
+                kl += float((log_p[i, t].exp() * (log_p[i, t] - log_q[i, t])).sum())
+                agree += int(log_p[i, t].argmax() == log_q[i, t].argmax())
+                count += 1
+    return {"tokens": count, "nll": nll / count, "kl": kl / count, "top1_agreement": agree / count}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["concat", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_figures_equal_a_plain_forward(family, padded, tiny_model, tmp_path):
+    folder, corpus = tiny_model(family), random_corpus(256, padded=padded)
+    kept = random_kept(folder)
+    write_kept(tmp_path / "kept.safetensors", kept, {"plan": "test"})
+    found = evaluate([Pass(folder, {"source": None, "random": tmp_path / "kept.safetensors"})], corpus, tmp_path)
+    model = load(folder)
+    reference = logits_of(model, corpus)
+    variants = {"source": reference, "random": logits_of(masked(model, kept), corpus)}
+    for variant, logits in variants.items():
+        for i, domain in enumerate(corpus.domains):
+            expected = expected_figures(reference, logits, corpus, i)
+            figures = found[variant]["domains"][domain]
+            assert figures["tokens"] == expected["tokens"]
+            assert figures["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+            assert figures["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-7)
+            assert figures["top1_agreement"] == pytest.approx(expected["top1_agreement"])
+    means = [np.mean([d["nll"] for d in found[v]["domains"].values()]) for v in variants]
+    assert [found[v]["mean"]["nll"] for v in variants] == pytest.approx(means)
+    assert found["random"]["mean"]["kl"] > 1e-6, "the masks must reach the experts"
+
+
+def ragged_folder(family, source, kept, folder):
+    write(source, kept, folder, "ragged")
+    (folder / f"{modeling_module(family)}.py").write_text(modeling_source(family))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_padded_and_masked_give_the_same_logits(family, tiny_model, tmp_path):
+    """Float32 within 1e-4; bfloat16 equal up to its own rounding of the same products."""
+    source, corpus = tiny_model(family, dtype="bfloat16"), random_corpus(256)
+    kept = random_kept(source)
+    ragged = ragged_folder(family, source, kept, tmp_path / "ragged")
+    write(source, kept, tmp_path / "padded", "padded")
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        expected = logits_of(masked(load(source, dtype), kept), corpus)
+        unpruned = logits_of(load(source, dtype), corpus)
+        for folder in (ragged, tmp_path / "padded"):
+            found = logits_of(load(folder, dtype), corpus)
+            assert (found - expected).abs().max() < tolerance, folder.name
+        assert (unpruned - expected).abs().max() > 1e-3, "pruning must show, or the test says nothing"
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+def test_a_written_checkpoint_evaluates_like_its_masks(layout, tiny_model, tmp_path):
+    source, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    kept = random_kept(source)
+    write_kept(tmp_path / "kept.safetensors", kept, {"plan": "test"})
+    if layout == "ragged":
+        ragged_folder("deepseek_v3", source, kept, tmp_path / "out")
+    else:
+        write(source, kept, tmp_path / "out", "padded")
+    passes = [
+        Pass(source, {"source": None, "masks": tmp_path / "kept.safetensors"}),
+        Pass(tmp_path / "out", {"written": None}),
+    ]
+    found = evaluate(passes, corpus, tmp_path)
+    for key in ("nll", "kl", "top1_agreement"):
+        assert found["written"]["mean"][key] == pytest.approx(found["masks"]["mean"][key], rel=1e-6, abs=1e-9)
+
+
+def test_stock_config_of_a_ragged_checkpoint_is_its_sources(tiny_model, tmp_path):
+    from tenp_dist.model.skeleton import source_config
+
+    source = tiny_model("deepseek_v3")
+    ragged_folder("deepseek_v3", source, random_kept(source), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert source_config(written) == json.loads((source / "config.json").read_text())

@@ -1,0 +1,218 @@
+"""Scores against definitions: all statistics equal an independent brute force, for every family."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from brute_force import brute_force_plan, brute_force_statistics
+from tenp_dist.budget.plan import MoeLayer, make_plan
+from tenp_dist.calibration.corpus import Corpus, write_corpus
+from tenp_dist.config import Budget
+from tenp_dist.engine.shard import Compute, ScoreTask, microbatches, score_shard
+from tenp_dist.scoring.accumulate import BLOCK, Runs
+from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, merge, read_statistics
+
+FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe")
+COMPUTE = Compute("cpu", "float32", batch_tokens=64, threads=1)
+
+
+def random_corpus(vocab_size: int, *, sequences=6, length=24, padded=False, seed=0) -> Corpus:
+    """Two domains of random tokens; with `padded`, every other sequence is cut short."""
+    generator = np.random.default_rng(seed)
+    mask = np.ones((sequences, length), dtype=bool)
+    if padded:
+        mask[::2, length // 3 :] = False
+    tokens = generator.integers(2, vocab_size, (sequences, length)).astype(np.int32)
+    return Corpus(tokens, mask, np.arange(sequences, dtype=np.int32) % 2, ("first", "second"))
+
+
+def score(model, corpus, folder, compute=COMPUTE) -> dict[int, LayerStatistics]:
+    write_corpus(folder / "corpus.arrow", corpus)
+    for _ in score_shard(ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", compute)):
+        pass
+    return read_scores(folder)
+
+
+def read_scores(folder) -> dict[int, LayerStatistics]:
+    return {int(p.stem.split("_")[1]): read_statistics(p) for p in sorted((folder / "scores").glob("layer_*"))}
+
+
+def batches_of(corpus):
+    return [(b.tokens_BS, b.mask_BS, b.domain) for b in microbatches(corpus, COMPUTE.batch_tokens)]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["concat", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_equal_brute_force(family, padded, tiny_model, tmp_path):
+    model = tiny_model(family)
+    corpus = random_corpus(256, padded=padded)
+    scored = score(model, corpus, tmp_path)
+    expected = brute_force_statistics(model, batches_of(corpus), domains=2)
+    assert scored.keys() == expected.keys()
+    for layer, statistics in scored.items():
+        assert statistics.domains == corpus.domains
+        for name in MERGE_RULES:
+            found, wanted = statistics[name], expected[layer][name]
+            assert found.dtype == torch.float64 and found.shape == wanted.shape
+            scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+            assert ((found - wanted).abs() / scale).max() < 1e-4, (layer, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_equals_brute_force_plan(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    corpus = random_corpus(256, sequences=12)
+    scored = score(model, corpus, tmp_path)
+    expected = brute_force_plan(
+        brute_force_statistics(model, batches_of(corpus), domains=2), rho=0.6, alpha=0.2, slope=1
+    )
+    facts = [MoeLayer(i, *s["neuron_l2_sum"].shape[1:]) for i, s in scored.items()]
+    plan = make_plan(Budget(retention=0.6, important=0.2), facts, scored.__getitem__)
+    for layer, experts in expected.items():
+        for expert, neurons in experts.items():
+            assert plan.kept[layer].of(expert).tolist() == neurons, (layer, expert)
+
+
+def test_projections_of_an_expert_add_up_to_its_output_norm(tiny_model, tmp_path):
+    for statistics in score(tiny_model("deepseek_v3"), random_corpus(256), tmp_path).values():
+        torch.testing.assert_close(
+            statistics["neuron_projection_sum"].sum(dim=2), statistics["output_norm_sum"], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_projections_are_signed(tiny_model, tmp_path):
+    """An absolute value anywhere on the way would leave nothing below zero."""
+    statistics = score(tiny_model("qwen3_moe"), random_corpus(256), tmp_path)
+    assert all((s["neuron_projection_sum"] < 0).any() for s in statistics.values())
+
+
+def test_tokens_are_conserved(tiny_model, tmp_path):
+    corpus = random_corpus(256, padded=True)
+    for statistics in score(tiny_model("deepseek_v2"), corpus, tmp_path).values():
+        per_domain = [int(corpus.mask_NS[corpus.domain_N == i].sum()) for i in range(2)]
+        top_k = statistics["token_count"].sum() / sum(per_domain)
+        assert top_k == round(float(top_k))
+        assert statistics["token_count"].sum(dim=1).tolist() == [n * float(top_k) for n in per_domain]
+
+
+def test_scores_do_not_depend_on_the_microbatch(tiny_model, tmp_path):
+    model, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    whole = score(model, corpus, tmp_path / "a", Compute("cpu", "float32", 4096, 1))
+    single = score(model, corpus, tmp_path / "b", Compute("cpu", "float32", 1, 1))
+    for layer, statistics in whole.items():
+        for name, tensor in statistics.tensors.items():
+            torch.testing.assert_close(tensor, single[layer][name], rtol=1e-5, atol=1e-6)
+
+
+def test_scoring_twice_gives_the_same_bytes(tiny_model, tmp_path):
+    model, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    for folder in ("a", "b"):
+        score(model, corpus, tmp_path / folder)
+    for path in (tmp_path / "a" / "scores").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "scores" / path.name).read_bytes()
+
+
+def test_finished_layers_are_not_scored_again(tiny_model, tmp_path):
+    """Half of the layers lost: the others keep their files, the lost ones come back byte for byte."""
+    model, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    score(model, corpus, tmp_path)
+    files = sorted((tmp_path / "scores").glob("layer_*"))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    files[-1].unlink()
+    score(model, corpus, tmp_path)
+    for path, (content, changed) in before.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == changed) == (path != files[-1])
+
+
+def test_parts_merge_to_the_whole(tiny_model, tmp_path):
+    """Two halves of the text scored apart and merged equal the text scored at once."""
+    model, corpus = tiny_model("qwen2_moe"), random_corpus(256, sequences=8)
+    halves = [
+        Corpus(corpus.tokens_NS[part], corpus.mask_NS[part], corpus.domain_N[part], corpus.domains)
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    whole = score(model, corpus, tmp_path / "whole")
+    parts = [score(model, half, tmp_path / str(i)) for i, half in enumerate(halves)]
+    for layer, statistics in whole.items():
+        merged = merge([part[layer] for part in parts])
+        for name, tensor in statistics.tensors.items():
+            torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-7, msg=f"{layer} {name}")
+
+
+def test_runs_reduce_like_loops():
+    """Empty experts, runs longer than a block and a block inside two experts."""
+    counts = torch.tensor([0, 3, BLOCK * 2 + 7, 0, 1, BLOCK, 0])
+    rows = int(counts.sum())
+    values, weights = torch.randn(rows, 5), torch.rand(rows)
+    runs = Runs(torch.cumsum(counts, 0).to(torch.int32), rows)
+    groups = list(zip(values.double().split(counts.tolist()), weights.double().split(counts.tolist()), strict=True))
+    torch.testing.assert_close(runs.sum32(values), torch.stack([v.sum(0) for v, _ in groups]), rtol=1e-5, atol=1e-5)
+    weighted = torch.stack([(v * w[:, None]).sum(0) for v, w in groups])
+    torch.testing.assert_close(runs.sum32(values, weights), weighted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runs.sum64(values.double()), torch.stack([v.sum(0) for v, _ in groups]))
+    largest = torch.stack([v.abs().amax(0) if len(v) else torch.zeros(5, dtype=torch.float64) for v, _ in groups])
+    torch.testing.assert_close(runs.max32(values.abs()), largest, rtol=0, atol=0)
+
+
+def test_neuron_sums_meet_the_bound_that_is_argued():
+    """One long run of equal values: sequential float32 would drift, the bound is BLOCK units of round-off."""
+    rows = 1 << 18
+    values = torch.full((rows, 2), 0.1)
+    runs = Runs(torch.tensor([rows], dtype=torch.int32), rows)
+    exact = rows * float(values[0, 0].double())
+    error = float((runs.sum32(values) - exact).abs().max()) / exact
+    assert error <= (BLOCK - 1) * 2**-24
+
+
+def test_bfloat16_scores_stay_close(tiny_model, tmp_path):
+    """bf16 flips some routing decisions; importance and the kept neurons still agree for the most part."""
+    model, corpus = tiny_model("deepseek_v3"), random_corpus(256, sequences=12)
+    exact = score(model, corpus, tmp_path / "f32")
+    rough = score(model, corpus, tmp_path / "bf16", Compute("cpu", "bfloat16", 64, 1))
+    facts = [MoeLayer(i, *s["neuron_l2_sum"].shape[1:]) for i, s in exact.items()]
+    budget = Budget(retention=0.5, important=0, method="enp")
+    kept = [make_plan(budget, facts, scores.__getitem__).kept for scores in (exact, rough)]
+    same = sum(
+        len(set(kept[0][i].of(e)) & set(kept[1][i].of(e))) for i in kept[0] for e in range(kept[0][i].num_experts)
+    )
+    assert same / sum(int(k.offsets[-1]) for k in kept[0].values()) > 0.9
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+from pathlib import Path
+from tenp_dist.engine.shard import Compute, ScoreTask, score_shard
+folder = Path(sys.argv[1])
+task = ScoreTask(folder / "model", folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 512, 1))
+for _ in score_shard(task):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_depth(tmp_path):
+    """4 against 16 layers of 25 MB: the peaks differ by less than one layer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    peaks = {}
+    for layers in (4, 16):
+        folder = tmp_path / str(layers)
+        config = Qwen3MoeConfig(
+            vocab_size=256, hidden_size=256, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=64, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=512, intermediate_size=512,
+        )  # fmt: skip
+        Qwen3MoeForCausalLM(config).save_pretrained(folder / "model", max_shard_size="40MB")
+        write_corpus(folder / "corpus.arrow", random_corpus(256, sequences=8, length=128))
+        out = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT, str(folder)], capture_output=True, text=True, check=True
+        )
+        peaks[layers] = int(out.stdout)
+    layer_bytes = 16 * 3 * 256 * 512 * 4
+    assert abs(peaks[16] - peaks[4]) < layer_bytes, {k: f"{v / 1e6:.0f} MB" for k, v in peaks.items()}
