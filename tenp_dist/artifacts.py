@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tenp_dist.errors import DiskFullError
+from tenp_dist.errors import DiskFullError, OutputError, StaleError
 
 SCHEMA_VERSION = 1
 
@@ -28,11 +28,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         DiskFullError: the file system has no space (or quota) left; the temporary file is removed.
+        OutputError: the file cannot be written for another reason.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             yield stream
             stream.flush()
@@ -40,17 +41,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                "No space left on the device",
-                where=path,
-                found=f"{free_bytes(path.parent) / 1e9:.2f} GB free",
-                next_step="free space, or point run_dir at a larger file system; finished files are kept and the "
-                "same command goes on from them",
-            ) from error
-        raise
+        raise _not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a path that cannot be written cannot be cleared either
+            temporary.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, error: OSError) -> DiskFullError | OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            "No space left on the device",
+            where=path,
+            found=f"{error.strerror}, {free_bytes(path) / 1e9:.3f} GB free",
+            wanted="room for this file",
+            next_step="free space, or point run_dir at a larger file system; finished files are kept and the "
+            "same command goes on from them",
+        )
+    return OutputError(
+        "File cannot be written",
+        where=path,
+        found=f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""),
+        wanted="a folder that can be written to",
+        next_step="check the path and its permissions, or choose another --run-dir",
+    )
+
+
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,7 +112,11 @@ class StageRecord:
 
     def intact(self, run_dir: Path) -> bool:
         """Whether every file that the stage wrote is still there at its size."""
-        return all(_size(run_dir / name) == size for name, size in self.files.items())
+        return not self.damaged(run_dir)
+
+    def damaged(self, run_dir: Path) -> list[str]:
+        """Files that are gone or of another size than they were written with."""
+        return [name for name, size in self.files.items() if _size(run_dir / name) != size]
 
 
 def record_path(run_dir: Path, stage: str) -> Path:
@@ -109,8 +128,17 @@ def read_record(run_dir: Path, stage: str) -> StageRecord | None:
     path = record_path(run_dir, stage)
     if not path.exists():
         return None
-    value = read_json(path)
-    return StageRecord(**value) if value.get("schema_version") == SCHEMA_VERSION else None
+    try:
+        value = read_json(path)
+        return StageRecord(**value) if value.get("schema_version") == SCHEMA_VERSION else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise StaleError(
+            f"The record of stage `{stage}` cannot be read",
+            where=path,
+            found=error,
+            wanted="the file as it was written",
+            next_step=f"remove it and run `tenp-dist {stage} --overwrite`",
+        ) from error
 
 
 def sizes(run_dir: Path, paths: Sequence[Path]) -> dict[str, int]:
@@ -130,7 +158,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written to the file system of `folder`."""
-    stats = os.statvfs(folder)
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written to the file system of `path`, which need not exist yet."""
+    path = Path(path).absolute()
+    stats = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
     return stats.f_bavail * stats.f_frsize

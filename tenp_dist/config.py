@@ -155,10 +155,24 @@ def load_job(path: Path, overrides: Sequence[str] = (), run_dir: Path | None = N
         raise JobError("Job file not found", where=path, next_step="give the path of a YAML job file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise JobError("Job file is not valid YAML", where=path, found=str(error).replace("\n", " ")) from error
+    except OSError as error:
+        raise JobError("Job file cannot be read", where=path, found=error.strerror, next_step="check it") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(
+            "Job file is not valid YAML",
+            where=path,
+            found=" ".join(str(error).split()),
+            wanted="a YAML mapping in UTF-8",
+            next_step="correct the line that is named",
+        ) from error
     if not isinstance(values, dict):
-        raise JobError("Job file holds no mapping", where=path, wanted="keys such as model, run_dir, calibration")
+        raise JobError(
+            "Job file holds no mapping",
+            where=path,
+            found=type(values).__name__,
+            wanted="keys such as model, run_dir, calibration",
+            next_step="start from an example in jobs/",
+        )
     for override in overrides:
         _apply_override(values, override)
     if run_dir is not None:
@@ -197,14 +211,27 @@ def _resolve_sources(base: Path, text: Text) -> Text:
 def _apply_override(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise JobError("--set wants key=value", found=override, wanted="--set budget.retention=0.5")
+        raise JobError(
+            "--set wants key=value", found=override, wanted="--set budget.retention=0.5", next_step="correct the option"
+        )
     *parents, last = key.strip().split(".")
     target: Any = values
     for parent in parents:
         target = target[_index(parent, target)] if isinstance(target, list) else target.setdefault(parent, {})
         if not isinstance(target, dict | list):
-            raise JobError("--set goes through a value that has no keys", where=key, found=target)
-    value = yaml.safe_load(text)
+            raise JobError(
+                "--set goes through a value that has no keys",
+                where=key,
+                found=target,
+                wanted=f"a mapping or a list at `{parent}`",
+                next_step="correct the key",
+            )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(
+            "--set holds a value that is not valid YAML", where=key, found=text, next_step="quote the value"
+        ) from error
     if isinstance(target, list):
         target[_index(last, target)] = value
     else:
@@ -213,7 +240,12 @@ def _apply_override(values: dict, override: str) -> None:
 
 def _index(text: str, items: list) -> int:
     if not text.isdigit() or int(text) >= len(items):
-        raise JobError("--set names a list item that is not there", found=text, wanted=f"0 to {len(items) - 1}")
+        raise JobError(
+            "--set names a list item that is not there",
+            found=text,
+            wanted=f"0 to {len(items) - 1}",
+            next_step="correct the number",
+        )
     return int(text)
 
 
@@ -237,18 +269,34 @@ def _explain(error: ValidationError, where: object) -> JobError:
         f"Job file: {message[0].lower()}{message[1:]}",
         where=f"{where}: {key}" if key else where,
         found=found if not isinstance(found, dict) else None,
+        wanted=_description(location),
         next_step="correct the value, or override it with --set",
     )
 
 
+def _description(location: Sequence[object]) -> str | None:
+    """What a field is for and may hold."""
+    named = [i for i, part in enumerate(location) if isinstance(part, str)]
+    if not named:
+        return None
+    last = named[-1]
+    field = _part(location[:last]).model_fields.get(str(location[last]))
+    return field and field.description
+
+
 def _known_keys(location: Sequence[object]) -> list[str]:
+    return list(_part(location).model_fields)
+
+
+def _part(location: Sequence[object]) -> Any:
+    """The part of the job that a location lies in."""
     model: Any = Job
     for part in location:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[str(part)].annotation
         model = next((item for item in (annotation, *_arguments(annotation)) if _is_part(item)), model)
-    return list(model.model_fields)
+    return model
 
 
 def _arguments(annotation: Any) -> tuple:

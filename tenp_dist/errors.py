@@ -67,6 +67,11 @@ def _rebuild(cls, what, where, found, wanted, next_step):
     return cls(what, where=where, found=found, wanted=wanted, next_step=next_step)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class JobError(TenpError):
     exit_code = 2
 

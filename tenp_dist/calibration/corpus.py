@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.config import Source, Text
-from tenp_dist.errors import CalibrationError
+from tenp_dist.errors import CalibrationError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ def build_corpus(text: Text, model: Path, vocab_size: int) -> Corpus:
         rows.extend(sequences)
         domain_ids.extend([domains.index(source.domain)] * len(sequences))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = pad if pad < vocab_size else 0  # some tokenizers add a pad token that the model has no row for
     tokens_NS = np.full((len(rows), text.sequence_length), pad, dtype=np.int32)
     mask_NS = np.zeros(tokens_NS.shape, dtype=bool)
     for i, row in enumerate(rows):
@@ -194,7 +196,13 @@ def _encode_batch(
 
 def _documents(source: Source, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     column = source.messages_column or source.text_column
-    for record in _load(source).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
+    with _readable(source):
+        records = iter(_load(source).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+    while True:
+        with _readable(source):
+            record = next(records, None)
+        if record is None:
+            return
         if column not in record:
             raise CalibrationError(
                 "Source has no such column",
@@ -205,11 +213,51 @@ def _documents(source: Source, seed: int, tokenizer: PreTrainedTokenizerBase) ->
             )
         value = record[column]
         if source.messages_column is not None:
-            value = tokenizer.apply_chat_template(value, tokenize=False)
+            value = _chat_text(value, source, tokenizer)
         if not isinstance(value, str):
-            raise CalibrationError("Column holds no text", where=f"{_label(source)}: {column}", found=type(value))
+            raise CalibrationError(
+                "Column holds no text",
+                where=f"{_label(source)}: {column}",
+                found=f"{type(value).__name__} {str(value)[:40]}",
+                wanted="a string in every row",
+                next_step="set text_column or messages_column, or drop such rows",
+            )
         if value.strip():
             yield value
+
+
+@contextlib.contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    """Turn what `datasets` and the readers below it raise into a CalibrationError."""
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DatasetsError, ArrowException) as error:
+        cause = error.__cause__ or error
+        raise CalibrationError(
+            "Source cannot be read",
+            where=f"{_label(source)} (domain {source.domain})",
+            found=f"{type(cause).__name__}: {first_line(cause)}",
+            wanted="jsonl with one object a line, json, parquet, arrow, or a dataset that exists",
+            next_step="correct the file, or `path`, `name`, `subset` and `split`",
+        ) from error
+
+
+def _chat_text(messages: Any, source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CalibrationError(
+            "Messages do not go through the chat template",
+            where=f"{_label(source)}: {source.messages_column}",
+            found=f"{type(error).__name__}: {first_line(error)}",
+            wanted="a tokenizer with a chat template, and rows of [{role, content}, ...]",
+            next_step="use text_column, or correct the rows",
+        ) from error
 
 
 def _load(source: Source) -> Any:
@@ -228,11 +276,19 @@ def _load(source: Source) -> Any:
 def _builder(path: Path) -> str | None:
     """The `datasets` builder that reads a file, None for a folder saved by `datasets`."""
     if not path.exists():
-        raise CalibrationError("Calibration source not found", where=path, next_step="correct `path`")
+        raise CalibrationError(
+            "Calibration source not found", where=path, wanted="a file or a folder", next_step="correct `path`"
+        )
     if path.is_dir():
         return None
     if path.suffix not in _BUILDERS:
-        raise CalibrationError("Unknown kind of calibration file", where=path, wanted=", ".join(sorted(_BUILDERS)))
+        raise CalibrationError(
+            "Unknown kind of calibration file",
+            where=path,
+            found=path.suffix or "no suffix",
+            wanted=", ".join(sorted(_BUILDERS)),
+            next_step="convert the file to jsonl",
+        )
     return _BUILDERS[path.suffix]
 
 
@@ -245,7 +301,8 @@ def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise CalibrationError(
             "Tokenizer cannot be loaded",
             where=model,
-            found=str(error).splitlines()[0],
+            found=first_line(error),
+            wanted="tokenizer.json or what the model's tokenizer needs",
             next_step="put the model's tokenizer files next to config.json",
         ) from error
 

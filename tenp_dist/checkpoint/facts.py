@@ -14,7 +14,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex, TensorEntry
 from tenp_dist.checkpoint.reader import check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
 
-_FLOATS = ("F32", "F16", "BF16")
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
 
     Raises:
         UnsupportedModelError: no layer holds routed experts, or the experts are quantised.
-        SourceError: an expert is missing, or its shape or dtype contradicts the config.
+        SourceError: an expert or a layer is missing, or a shape or dtype contradicts the config.
     """
-    config = index.config
-    num_layers, num_experts = int(config["num_hidden_layers"]), family.num_experts(config)
-    width, hidden = int(config[family.width_key]), int(config["hidden_size"])
+    num_layers, num_experts = _number(index, "num_hidden_layers"), _num_experts(index, family)
+    width, hidden = _number(index, family.width_key), _number(index, "hidden_size")
     present = {
         layer: sum(family.tensor(layer, expert, "gate") in index.tensors for expert in range(num_experts))
         for layer in sorted(layers_of(index, family))
@@ -51,8 +50,11 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
         raise UnsupportedModelError(
             "No decoder layer holds routed experts",
             where=index.folder,
+            found=f"{num_experts} experts in config.json, {len(present)} layers without experts",
             wanted=family.tensor(0, 0, "gate").replace(".0.", ".*.", 1),
+            next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
         )
+    _check_depth(index, family, num_layers, present)
     for layer in moe:
         for expert in range(num_experts):
             for matrix, axis in NEURON_AXIS.items():
@@ -66,7 +68,10 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
                 where=index.folder,
                 found=extra,
                 wanted=f"{num_experts} experts per layer",
+                next_step="check that config.json belongs to these weights",
             )
+    for entry in index.tensors.values():
+        _check_quantised(index, entry, "A tensor is quantised or of no floating-point type")
     mtp = tuple(layer for layer in present if layer >= num_layers)
     return ExpertLayers(moe, mtp, num_layers, num_experts, width, hidden)
 
@@ -83,14 +88,61 @@ def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
 
 
 def _check_float(index: CheckpointIndex, entry: TensorEntry) -> None:
+    """An expert's dtype is a float, and the one that the config states, where it states one."""
+    _check_quantised(index, entry, "Routed experts are quantised")
+    stated = index.config.get("dtype") or index.config.get("torch_dtype")
+    if stated in _FLOATS.values() and _FLOATS[entry.dtype] != stated:
+        raise SourceError(
+            "Tensor dtype contradicts the config",
+            where=f"{index.folder / entry.file}: {entry.name}",
+            found=_FLOATS[entry.dtype],
+            wanted=f"{stated}, the dtype in config.json",
+            next_step="check that config.json belongs to these weights",
+        )
+
+
+def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> None:
     if entry.dtype not in _FLOATS:
         raise UnsupportedModelError(
-            "Routed experts are quantised",
+            what,
             where=f"{index.folder / entry.file}: {entry.name}",
             found=entry.dtype,
             wanted=f"one of {', '.join(_FLOATS)}",
             next_step="dequantise the checkpoint to bf16 first",
         )
+
+
+def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, present: Mapping[int, int]) -> None:
+    absent = sorted(set(range(num_layers)) - set(present))
+    if absent:
+        raise SourceError(
+            "Checkpoint lacks a decoder layer",
+            where=index.folder,
+            found=f"no tensor of {family.layer.format(layer=absent[0])}*",
+            wanted=f"num_hidden_layers = {num_layers}",
+            next_step="download the checkpoint again, or correct config.json",
+        )
+
+
+def _num_experts(index: CheckpointIndex, family: Family) -> int:
+    """The number of routed experts that the config states, 0 for none."""
+    for key in family.experts_keys:
+        if index.config.get(key):
+            _number(index, key)
+    return family.num_experts(index.config)
+
+
+def _number(index: CheckpointIndex, key: str) -> int:
+    value = index.config.get(key)
+    if type(value) is not int or value < 1:
+        raise SourceError(
+            "config.json lacks a number that the model needs",
+            where=f"{index.folder / 'config.json'}: {key}",
+            found=repr(value),
+            wanted="a whole number above 0",
+            next_step="download config.json again",
+        )
+    return value
 
 
 def checkpoint_facts(index: CheckpointIndex) -> dict:
@@ -120,7 +172,7 @@ def checkpoint_facts(index: CheckpointIndex) -> dict:
         "top_k": index.config.get("num_experts_per_tok"),
         "hidden_size": layers.hidden_size,
         "intermediate_size": layers.intermediate_size,
-        "vocab_size": index.config.get("vocab_size"),
+        "vocab_size": _number(index, "vocab_size"),
         "dtypes": dict(sorted(dtypes.items())),
         "parameters": {"total": _parameters(index.tensors), "routed": routed},
         "bytes": {

@@ -79,12 +79,21 @@ def family_of(config: Mapping[str, object]) -> Family:
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if "tenp" in config:
+        raise UnsupportedModelError(
+            "The model is already pruned",
+            where="config.json",
+            found=f"model_type {model_type}",
+            wanted=f"one of {', '.join(FAMILIES)}",
+            next_step="set `model` to the checkpoint that it was made from",
+        )
     if not any(config.get(key) for key in _EXPERT_KEYS):
         raise UnsupportedModelError(
             "Not a Mixture-of-Experts model",
             where="config.json",
             found=f"model_type {model_type}, no expert count",
             wanted=f"one of {', '.join(FAMILIES)}",
+            next_step="set `model` to a Mixture-of-Experts checkpoint",
         )
     close = difflib.get_close_matches(model_type, FAMILIES, n=1)
     raise UnsupportedModelError(

@@ -101,9 +101,19 @@ def open_index(folder: Path) -> CheckpointIndex:
 def read_config(folder: Path) -> dict:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise SourceError("Model folder not found", where=folder, next_step="set `model` to a checkpoint folder")
+        raise SourceError(
+            "Model folder not found",
+            where=folder,
+            wanted="a folder with config.json and safetensors",
+            next_step="set `model` to a checkpoint folder",
+        )
     if not path.is_file():
-        raise SourceError("Model folder has no config.json", where=folder)
+        raise SourceError(
+            "Model folder has no config.json",
+            where=folder,
+            wanted="config.json",
+            next_step="download it, or give the folder of a finished checkpoint",
+        )
     return _load_json(path)
 
 
@@ -111,7 +121,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if (folder / INDEX_NAME).is_file():
         weight_map = _load_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError("Index holds no weight_map", where=folder / INDEX_NAME)
+            raise SourceError(
+                "Index holds no weight_map",
+                where=folder / INDEX_NAME,
+                wanted="weight_map: tensor name -> file name",
+                next_step="download the index again",
+            )
         _check_inside(folder, weight_map.values())
         return weight_map
     if (folder / SINGLE_NAME).is_file():
@@ -123,19 +138,22 @@ def _weight_map(folder: Path) -> dict[str, str]:
         where=folder,
         found=", ".join(pickles[:3]) or "no weights",
         wanted=f"{INDEX_NAME} or {SINGLE_NAME}",
-        next_step="convert pickled weights to safetensors (only safetensors is read)" if pickles else None,
+        next_step="convert pickled weights to safetensors (only safetensors is read)"
+        if pickles
+        else "download the weights",
     )
 
 
 def _check_inside(folder: Path, files: Iterable[str]) -> None:
-    for file in set(files):
+    for file in files:
         path = PurePosixPath(str(file))
-        if path.is_absolute() or ".." in path.parts or "\\" in str(file):
+        if not isinstance(file, str) or path.is_absolute() or ".." in path.parts or "\\" in file:
             raise SourceError(
                 "Index points outside the model folder",
                 where=folder / INDEX_NAME,
                 found=file,
                 wanted="a file name inside the folder",
+                next_step="do not use this checkpoint, or download its index again",
             )
 
 
@@ -146,37 +164,72 @@ def _read_header(folder: Path, file: str) -> tuple[dict, int, int]:
         raise SourceError(
             "Checkpoint shard is missing", where=path, wanted=file, next_step="download the shard, then run again"
         )
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= min(_MAX_HEADER, size - 8):
-            raise SourceError("Not a safetensors file, or cut in its header", where=path, found=f"{size} bytes")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise SourceError("Safetensors header is not valid JSON", where=path, found=error) from error
+    try:
+        with open(path, "rb") as stream:
+            size = path.stat().st_size
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            text = stream.read(length) if 0 < length <= min(_MAX_HEADER, size - 8) else None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if text is None:
+        raise SourceError(
+            "Not a safetensors file, or cut in its header",
+            where=path,
+            found=f"{size} bytes" + (f", a header of {length} bytes announced" if length >= 0 else ""),
+            wanted="a header that ends inside the file",
+            next_step="download the shard again",
+        )
+    return _header(path, text), 8 + length, size
+
+
+def _header(path: Path, text: bytes) -> dict:
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise SourceError(
+            "Safetensors header is not valid JSON", where=path, found=error, next_step="download the shard again"
+        ) from error
     if not isinstance(header, dict):
-        raise SourceError("Safetensors header is not a mapping", where=path)
-    return header, 8 + length, size
+        raise SourceError(
+            "Safetensors header is not a mapping",
+            where=path,
+            found=type(header).__name__,
+            wanted="tensor name -> dtype, shape, data_offsets",
+            next_step="download the shard again",
+        )
+    return header
 
 
 def _entry(path: Path, file: str, name: str, value: dict, data: int, size: int) -> TensorEntry:
     try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        dtype, shape, (begin, end) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError("not a count")
     except (KeyError, TypeError, ValueError) as error:
-        raise SourceError("Malformed safetensors entry", where=f"{path}: {name}", found=value) from error
+        raise SourceError(
+            "Malformed safetensors entry",
+            where=f"{path}: {name}",
+            found=value,
+            wanted="dtype, shape and data_offsets, counts from 0",
+            next_step="download the shard again",
+        ) from error
     if dtype not in ITEM_SIZE:
         raise SourceError(
-            "Unknown tensor dtype", where=f"{path}: {name}", found=dtype, wanted=f"one of {', '.join(ITEM_SIZE)}"
+            "Unknown tensor dtype",
+            where=f"{path}: {name}",
+            found=dtype,
+            wanted=f"one of {', '.join(ITEM_SIZE)}",
+            next_step="download the shard again, or save the model in one of these",
         )
     expected = math.prod(shape) * ITEM_SIZE[dtype]
-    if begin < 0 or end - begin != expected:
+    if end - begin != expected:
         raise SourceError(
             "Tensor size contradicts its shape",
             where=f"{path}: {name}",
             found=f"{end - begin} bytes",
             wanted=f"{expected} bytes for {dtype} {list(shape)}",
+            next_step="download the shard again",
         )
     if data + end > size:
         raise SourceError(
@@ -192,11 +245,28 @@ def _entry(path: Path, file: str, name: str, value: dict, data: int, size: int) 
 def _load_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValueError as error:
-        raise SourceError("Not valid JSON", where=path, found=error) from error
+        raise SourceError("Not valid JSON", where=path, found=error, next_step="download the file again") from error
     if not isinstance(value, dict):
-        raise SourceError("Not a JSON mapping", where=path)
+        raise SourceError(
+            "Not a JSON mapping",
+            where=path,
+            found=type(value).__name__,
+            wanted="a mapping",
+            next_step="download the file again",
+        )
     return value
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(
+        "File of the checkpoint cannot be read",
+        where=path,
+        found=error.strerror or error,
+        next_step="check its permissions and the disk",
+    )
 
 
 def _canonical(value: object) -> bytes:

@@ -52,15 +52,25 @@ class TensorReader:
         return torch.frombuffer(self.raw(name), dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
     def _fill(self, entry: TensorEntry, view: memoryview) -> None:
-        descriptor = self._open(entry.file)
-        done = 0
+        path, done = self.index.folder / entry.file, 0
         while done < entry.nbytes:
-            count = os.preadv(descriptor, [view[done:]], entry.start + done)
+            try:
+                count = os.preadv(self._open(entry.file), [view[done:]], entry.start + done)
+            except OSError as error:
+                raise SourceError(
+                    "Checkpoint shard cannot be read",
+                    where=path,
+                    found=error.strerror or error,
+                    wanted=f"{entry.nbytes} bytes of {entry.name}",
+                    next_step="check that the file is still there, its permissions and the disk",
+                ) from error
             if count == 0:
                 raise SourceError(
                     "Checkpoint shard became shorter while it was read",
-                    where=self.index.folder / entry.file,
+                    where=path,
+                    found=f"{done} bytes",
                     wanted=f"{entry.nbytes} bytes of {entry.name}",
+                    next_step="download the shard again, then run again",
                 )
             done += count
 

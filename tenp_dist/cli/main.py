@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from tenp_dist import __version__
-from tenp_dist.errors import Interrupted, TenpError
+from tenp_dist.errors import Interrupted, JobError, TenpError, first_line
 
 STAGES = {
     "inspect": "Read config and safetensors headers; write facts.json.",
@@ -88,6 +88,10 @@ def _execute(
         if debug:
             raise
         _fail(error, as_json)
+    except Exception as error:  # outermost: whatever no stage foresaw still ends in a message
+        if debug:
+            raise
+        _fail(_unexpected(error), as_json)
 
 
 def _execute_stages(
@@ -113,7 +117,7 @@ def _execute_stages(
     stages = stages_for(loaded)
     chosen = names or [stage.name for stage in stages]
     if set(chosen) - {stage.name for stage in stages}:
-        raise TenpError("The job has no `evaluation`", where=job, next_step="add an `evaluation:` part to the job file")
+        raise JobError("The job has no `evaluation`", where=job, next_step="add an `evaluation:` part to the job file")
     with View(total=len(chosen)) as view:
         make_pool = InProcessPool if debug else RayPool
         coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
@@ -123,6 +127,14 @@ def _execute_stages(
         click.echo(json.dumps(result, indent=2))
     else:
         print_summary(loaded, result["stages"])
+
+
+def _unexpected(error: Exception) -> TenpError:
+    cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
+    return TenpError(
+        f"Unexpected {type(cause).__name__}: {first_line(cause)}",
+        next_step="run again with --debug for the traceback; finished stages, layers and shards are kept",
+    )
 
 
 def _fail(error: TenpError, as_json: bool) -> None:

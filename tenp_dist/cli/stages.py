@@ -41,6 +41,7 @@ def _index(model: Path):
 def _inspect(context: Context) -> Output:
     facts = checkpoint_facts(_index(context.job.model))
     path = context.run_dir / "facts.json"
+    context.replace()
     write_json(path, facts)
     keys = ("model", "family", "num_layers", "num_experts", "intermediate_size", "top_k")
     summary = {key: facts[key] for key in keys} | {"moe_layers": len(facts["moe_layers"]), "bytes": facts["bytes"]["total"]}
@@ -50,6 +51,7 @@ def _inspect(context: Context) -> Output:
 def _calibrate(context: Context) -> Output:
     corpus = build_corpus(context.job.calibration, context.job.model, _facts(context)["vocab_size"])
     path = context.run_dir / CORPUS
+    context.replace()
     write_corpus(path, corpus)
     return Output([path], corpus.digest, {"tokens": corpus.tokens_by_domain(), "sequences": len(corpus.tokens_NS)})
 
@@ -59,6 +61,7 @@ def _score(context: Context) -> Output:
     compute = Compute(job.cluster.device, job.score.dtype, job.score.batch_tokens, context.pool.threads)
     task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute)
     seconds = tokens = 0.0
+    context.replace()
     for progress in context.pool.stream(score_shard, task, gpus=_gpus(context)):
         context.progress(progress)
         seconds, tokens = seconds + progress.seconds, progress.tokens
@@ -73,6 +76,7 @@ def _plan(context: Context) -> Output:
     plan = make_plan(
         budget, _moe_layers(context), _statistics(context, budget), domain_weights=_domain_weights(context.job)
     )
+    context.replace()
     files = _write_plan(context, context.run_dir, plan)
     document = read_plan(context.run_dir)
     keys = ("retention", "experts", "narrow_width", "leftover_neurons", "warnings")
@@ -82,6 +86,7 @@ def _plan(context: Context) -> Output:
 
 def _write(context: Context) -> Output:
     job, facts = context.job, _facts(context)
+    read_plan(context.run_dir)  # its two files belong together
     files, summary = [], {}
     for layout in job.output.layouts:
         written = write_layout(
@@ -95,6 +100,8 @@ def _write(context: Context) -> Output:
             writers=job.cluster.writers,
             key=digest_of([context.key, layout]),
             overwrite=context.overwrite,
+            repair=context.repair,
+            replace=context.replace,
             progress=context.progress,
         )
         files += written.files
@@ -144,6 +151,7 @@ def _verify(context: Context) -> Output:
         }
     path = context.run_dir / "verify.json"
     document = {"schema_version": SCHEMA_VERSION, "layouts": layouts}
+    context.replace()
     write_json(path, document)
     return Output([path], digest_of(document), {"layouts": layouts})
 
@@ -151,6 +159,7 @@ def _verify(context: Context) -> Output:
 def _evaluate(context: Context) -> Output:
     job, run_dir = context.job, context.run_dir
     corpus = build_corpus(job.evaluation, job.model, _facts(context)["vocab_size"])
+    context.replace()
     write_corpus(run_dir / HELD_OUT, corpus)
     control = make_plan(
         control_budget(job.budget), _moe_layers(context), _statistics(context, control_budget(job.budget))
@@ -189,6 +198,7 @@ def _measure(context: Context, task: EvaluateTask) -> dict[str, Any]:
 
 
 def _report(context: Context) -> Output:
+    context.replace()
     files = write_report(context.run_dir, job=context.job.model_dump(mode="json"))
     written = [files.page, files.data]  # cards lie in the checkpoint folders, which the write stage owns
     return Output(written, digest_of([file_digest(path) for path in written]), {"page": "report/index.html"})

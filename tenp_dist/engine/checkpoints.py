@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from tenp_dist.artifacts import free_bytes, read_json, write_json
+from tenp_dist.artifacts import atomic_write, free_bytes, read_json, write_json
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
@@ -57,9 +57,14 @@ def write_layout(
     writers: int | None,
     key: str,
     overwrite: bool,
+    repair: bool,
+    replace: Callable[[], None],
     progress: Callable[[Progress], None],
 ) -> Written:
     """Write one layout. config: its config.json; extra_files: name -> text, written before the index.
+
+    repair: the folder was finished under this key and lost files since. replace: called once nothing
+    speaks against writing, before the first byte.
 
     Raises:
         OutputError: the folder holds something else and `overwrite` is off.
@@ -67,16 +72,21 @@ def write_layout(
     """
     tensors = output_tensors(index, family_of(index.config), kept, narrow=layout == "ragged")
     shards = assign_shards(tensors, shard_size)
-    _claim(folder, key, overwrite)
-    due = [shard for shard in shards if not _complete(folder / shard.file, shard)]
-    _check_space(folder, due)
+    ours = repair or _is_ours(folder, key)
+    if not ours and not overwrite:
+        _check_empty(folder)
+    due = [shard for shard in shards if not (ours and _complete(folder / shard.file, shard))]
+    _check_space(folder, due, freed=0 if ours else _tree_bytes(folder))
+    replace()
+    _claim(folder, key, ours)
     started, done = monotonic(), 0
     shared = pool.share((index, dict(kept)))
     for size in pool.map(_write_one, [(shared, folder, shard) for shard in due], limit=writers):
         done += size
         progress(Progress(done, sum(map(shard_bytes, due)), 0, monotonic() - started, "bytes"))
     for name, text in extra_files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        with atomic_write(folder / name) as stream:
+            stream.write(text.encode())
     finish_checkpoint(folder, shards, config, index.folder)
     (folder / _MARK).unlink()
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra_files]
@@ -91,36 +101,48 @@ def _write_one(shared: tuple[CheckpointIndex, dict[int, KeptNeurons]], folder: P
         return write_shard(folder, shard, reader, kept)
 
 
-def _claim(folder: Path, key: str, overwrite: bool) -> None:
-    """Make the folder ours: empty, ours from an interrupted run, or cleared because we may."""
+def _is_ours(folder: Path, key: str) -> bool:
+    """Whether an interrupted run of the same key left the folder."""
     mark = folder / _MARK
-    ours = mark.is_file() and read_json(mark).get("key") == key
-    if not ours and folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise OutputError(
-                "Output folder is not empty",
-                where=folder,
-                found=sorted(path.name for path in folder.iterdir())[0],
-                next_step="add --overwrite to replace it, or choose another --run-dir",
-            )
+    return mark.is_file() and read_json(mark).get("key") == key
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(
+            "Output folder is not empty",
+            where=folder,
+            found=sorted(path.name for path in folder.iterdir())[0],
+            wanted="an empty folder, or none",
+            next_step="add --overwrite to replace it, or choose another --run-dir",
+        )
+
+
+def _claim(folder: Path, key: str, ours: bool) -> None:
+    """Make the folder ours: cleared, or without the leftovers of an interrupted run."""
+    if folder.exists() and not ours:
         shutil.rmtree(folder)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
-    write_json(mark, {"key": key})
+    write_json(folder / _MARK, {"key": key})
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _complete(path: Path, shard: OutputShard) -> bool:
     return path.exists() and path.stat().st_size == shard_bytes(shard)
 
 
-def _check_space(folder: Path, due: Sequence[OutputShard]) -> None:
-    needed, free = sum(map(shard_bytes, due)), free_bytes(folder)
+def _check_space(folder: Path, due: Sequence[OutputShard], *, freed: int) -> None:
+    needed, free = sum(map(shard_bytes, due)), free_bytes(folder) + freed
     if needed > free:
         raise DiskFullError(
             "Not enough space for the checkpoint",
             where=folder,
-            found=f"{free / 1e9:.2f} GB free",
-            wanted=f"{needed / 1e9:.2f} GB",
+            found=f"{free / 1e9:.3f} GB free",
+            wanted=f"{needed / 1e9:.3f} GB",
             next_step="free space or point run_dir at a larger file system; nothing was written yet",
         )
 

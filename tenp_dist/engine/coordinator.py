@@ -32,7 +32,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage function gets. key: the stage's own; digests: of the stages it needs."""
+    """What a stage function gets.
+
+    key: the stage's own; digests: of the stages it needs. replace: to be called before the first file is
+    written, removes what --overwrite replaces; until then a stage that fails has cost nothing. repair: the
+    stage had finished with this key and lost files since.
+    """
 
     job: Job
     get_pool: Callable[[], Pool]
@@ -40,6 +45,8 @@ class Context:
     digests: Mapping[str, str]
     progress: Callable[[Progress], None]
     overwrite: bool
+    replace: Callable[[], None] = lambda: None
+    repair: bool = False
 
     @property
     def pool(self) -> Pool:
@@ -120,7 +127,7 @@ class Coordinator:
         if record is not None and record.key == key and record.intact(self.job.run_dir):
             self.listener.skipped(stage, record)
             return record
-        self._make_room(stage, record, key, inputs)
+        self._check_room(stage, record, key, inputs)
         self.listener.started(stage)
         started = time.monotonic()
         context = Context(
@@ -130,6 +137,8 @@ class Coordinator:
             digests=inputs["needs"],
             progress=lambda progress: self.listener.progress(stage, progress),
             overwrite=self.overwrite,
+            replace=lambda: self._clear(stage, record, key),
+            repair=record is not None and record.key == key,
         )
         output = stage.run(context)
         record = StageRecord(
@@ -168,25 +177,30 @@ class Coordinator:
             )
         if not record.intact(run_dir):
             raise StaleError(
-                f"Files of stage `{name}` are missing or cut",
-                where=run_dir,
+                f"Files of stage `{name}` are missing, cut or edited",
+                where=run_dir / record.damaged(run_dir)[0],
+                found=f"{len(record.damaged(run_dir))} of {len(record.files)} files differ in size",
+                wanted=f"{record.files[record.damaged(run_dir)[0]]} bytes",
                 next_step=f"run `tenp-dist {name}` again",
             )
         return record.digest
 
-    def _make_room(self, stage: Stage, record: StageRecord | None, key: str, inputs: Mapping) -> None:
-        """Refuse to replace finished work that differs, unless asked to; clear it where asked."""
-        if record is None or record.key == key:
-            return
-        if not self.overwrite:
+    def _check_room(self, stage: Stage, record: StageRecord | None, key: str, inputs: Mapping) -> None:
+        """Refuse to replace finished work that differs, unless asked to."""
+        if record is not None and record.key != key and not self.overwrite:
             raise OutputError(
                 f"Stage `{stage.name}` is already there, made from other settings",
                 where=self.job.run_dir,
                 found=difference(record.inputs, _plain(inputs)),
                 next_step="add --overwrite to replace it, or --run-dir to keep both",
             )
-        record_path(self.job.run_dir, stage.name).unlink()
-        for name in stage.owns:
+
+    def _clear(self, stage: Stage, record: StageRecord | None, key: str) -> None:
+        """Remove what is about to be made again: all of it, or the damaged files of the same key."""
+        if record is None:
+            return
+        record_path(self.job.run_dir, stage.name).unlink(missing_ok=True)
+        for name in record.damaged(self.job.run_dir) if record.key == key else stage.owns:
             path = self.job.run_dir / name
             if path.is_dir():
                 shutil.rmtree(path)

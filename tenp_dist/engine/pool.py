@@ -7,14 +7,18 @@ parallel and gives results in the order of completion.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from tenp_dist.errors import ClusterError, DeviceError, TenpError
+from tenp_dist.errors import ClusterError, DeviceError, TenpError, first_line
 
 T = TypeVar("T")
+_CONNECT_SECONDS = 10.0
 
 
 class Pool(Protocol):
@@ -80,13 +84,19 @@ class RayPool:
         if not address:
             options |= {"num_cpus": available_cores(), "include_dashboard": False}
         try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address:
+                _check_reachable(address)
+            with _own_sigterm():
+                ray.init(address=address, **options)
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 "Ray cannot be reached" if address else "Local Ray does not start",
                 where=address or "this machine",
-                found=str(error).splitlines()[0],
-                next_step="check `ray status`, RAY_ADDRESS and the cluster's token",
+                found=first_line(error),
+                wanted="a running Ray cluster" if address else None,
+                next_step="check `ray status`, RAY_ADDRESS and the cluster's token"
+                if address
+                else "check free memory, and space in /tmp and /dev/shm",
             ) from error
         self._ray = ray
         self._address = address
@@ -104,7 +114,13 @@ class RayPool:
 
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
         if gpus > self.gpus:
-            raise DeviceError("The cluster has no accelerator to run on", where=self.describe(), wanted=f"{gpus} GPU")
+            raise DeviceError(
+                "The cluster has no accelerator to run on",
+                where=self.describe(),
+                found=f"{self.gpus} GPU",
+                wanted=f"{gpus} GPU",
+                next_step="set cluster.device to auto or cpu, or add a node with a GPU",
+            )
         remote = self._ray.remote(function).options(
             num_returns="streaming", num_cpus=self.threads, num_gpus=gpus, max_retries=0
         )
@@ -142,12 +158,31 @@ class RayPool:
             if isinstance(cause, TenpError):
                 raise cause from None
             raise
-        except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
+        except exceptions.RayError as error:  # worker, node, object store or Ray itself
             raise ClusterError(
-                "A worker died",
-                found=str(error).splitlines()[0],
+                "A worker died, or the cluster was lost",
+                where=type(error).__name__,
+                found=first_line(error),
                 next_step="run the same command again: finished layers and shards are kept",
             ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes, then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the process's SIGTERM handler, which Ray replaces by one that exits at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # only the main thread has handlers
+            signal.signal(signal.SIGTERM, handler)
 
 
 def available_cores() -> int:
