@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -52,7 +53,7 @@ def _not_written(path: Path, error: OSError) -> DiskFullError | OutputError:
         return DiskFullError(
             "No space left on the device",
             where=path,
-            found=f"{error.strerror}, {free_bytes(path) / 1e9:.3f} GB free",
+            found=f"{error.strerror}, {free_bytes(path) / 1e6:,.1f} MB free",
             wanted="room for this file",
             next_step="free space, or point run_dir at a larger file system; finished files are kept and the "
             "same command goes on from them",
@@ -85,6 +86,13 @@ def digest_of(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """sha256 of a file; read once per process as long as its size and time of change stay."""
+    status = Path(path).stat()
+    return _file_digest(Path(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

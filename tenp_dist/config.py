@@ -280,15 +280,15 @@ def _description(location: Sequence[object]) -> str | None:
     if not named:
         return None
     last = named[-1]
-    field = _part(location[:last]).model_fields.get(str(location[last]))
+    field = _part_at(location[:last]).model_fields.get(str(location[last]))
     return field and field.description
 
 
 def _known_keys(location: Sequence[object]) -> list[str]:
-    return list(_part(location).model_fields)
+    return list(_part_at(location).model_fields)
 
 
-def _part(location: Sequence[object]) -> Any:
+def _part_at(location: Sequence[object]) -> Any:
     """The part of the job that a location lies in."""
     model: Any = Job
     for part in location:

@@ -23,7 +23,8 @@ COMMON = {
     "pad_token_id": None,
 }
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
-GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_hidden_layers": 4, "first_k_dense_replace": 1}
+DEPTH = {"num_hidden_layers": 4, "first_k_dense_replace": 1}
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5} | DEPTH
 SETTINGS = {
     "deepseek_v2": {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "topk_method": "group_limited_greedy"}
     | (LATENT | GROUPS),
@@ -31,13 +32,13 @@ SETTINGS = {
     "qwen2_moe": {"num_experts": EXPERTS, "shared_expert_intermediate_size": 40, "num_hidden_layers": 3},
     "qwen3_moe": {"num_experts": EXPERTS, "norm_topk_prob": True, "num_hidden_layers": 3, "head_dim": 8},
 }
-WORDS = "the expert routes a token to neurons and prunes what layer norm leaves while sum of seven times nine is".split()
+TEXT = "the expert routes a token to neurons and prunes what layer norm leaves while sum of seven times nine is"
 
 
 def documents(domain: int, count: int = 40) -> list[str]:
     """Texts of one domain, each about sixty words long; the domains differ in the order of their words."""
-    steps = (3, 7)[domain % 2]
-    return [" ".join(WORDS[(i * steps + j * (i + steps)) % len(WORDS)] for j in range(60)) + "." for i in range(count)]
+    words, step = TEXT.split(), (3, 7)[domain % 2]
+    return [" ".join(words[(i * step + j * (i + step)) % len(words)] for j in range(60)) + "." for i in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +118,7 @@ def job_file(tmp_path, tiny_model, text_files):
 
 @pytest.fixture
 def tenp(monkeypatch):
-    """tenp(*arguments) -> exit_code, stdout, stderr, exception of the real command line, its pool in this process."""
+    """tenp(*arguments) -> exit_code, stdout, stderr, exception of the real command line; no Ray unless ray=True."""
     import signal
 
     from click.testing import CliRunner
@@ -126,12 +127,14 @@ def tenp(monkeypatch):
     from tenp_dist.cli.main import cli
     from tenp_dist.engine import pool
 
-    monkeypatch.setattr(pool, "RayPool", pool.InProcessPool)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def invoke(*arguments) -> SimpleNamespace:
+    def invoke(*arguments, ray: bool = False) -> SimpleNamespace:
         stages._index.cache_clear()  # a new process would open the checkpoint anew
-        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        with monkeypatch.context() as patch:
+            if not ray:
+                patch.setattr(pool, "RayPool", lambda: pool.InProcessPool(cores=1))  # threads cost more than they do
+            result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
         return SimpleNamespace(
             exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, exception=result.exception
         )

@@ -145,19 +145,30 @@ def test_parts_merge_to_the_whole(tiny_model, tmp_path):
             torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-7, msg=f"{layer} {name}")
 
 
-def test_runs_reduce_like_loops():
-    """Empty experts, runs longer than a block and a block inside two experts."""
+def reduce_by_chunks(runs, values, weights=None, mode="sum", rows=BLOCK):
+    pieces = runs.pieces(values.shape[1])
+    for chunk, part in runs.chunks(rows):
+        pieces[part] = runs.reduce(values[chunk], chunk, part, None if weights is None else weights[chunk], mode)
+    return runs.join(pieces, mode)
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK, 3 * BLOCK, 1 << 20])
+def test_runs_reduce_like_loops(rows):
+    """Empty experts, runs longer than a block, a block inside two experts; any chunk gives the same bits."""
     counts = torch.tensor([0, 3, BLOCK * 2 + 7, 0, 1, BLOCK, 0])
-    rows = int(counts.sum())
-    values, weights = torch.randn(rows, 5), torch.rand(rows)
-    runs = Runs(torch.cumsum(counts, 0).to(torch.int32), rows)
+    total = int(counts.sum())
+    values, weights = torch.randn(total, 5), torch.rand(total)
+    runs = Runs(torch.cumsum(counts, 0).to(torch.int32), total)
     groups = list(zip(values.double().split(counts.tolist()), weights.double().split(counts.tolist()), strict=True))
-    torch.testing.assert_close(runs.sum32(values), torch.stack([v.sum(0) for v, _ in groups]), rtol=1e-5, atol=1e-5)
+    sums = torch.stack([v.sum(0) for v, _ in groups])
     weighted = torch.stack([(v * w[:, None]).sum(0) for v, w in groups])
-    torch.testing.assert_close(runs.sum32(values, weights), weighted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(runs.sum64(values.double()), torch.stack([v.sum(0) for v, _ in groups]))
     largest = torch.stack([v.abs().amax(0) if len(v) else torch.zeros(5, dtype=torch.float64) for v, _ in groups])
-    torch.testing.assert_close(runs.max32(values.abs()), largest, rtol=0, atol=0)
+    found = reduce_by_chunks(runs, values, rows=rows)
+    torch.testing.assert_close(found, sums, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, reduce_by_chunks(runs, values, rows=BLOCK))
+    torch.testing.assert_close(reduce_by_chunks(runs, values, weights, rows=rows), weighted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reduce_by_chunks(runs, values.abs(), mode="max", rows=rows), largest, rtol=0, atol=0)
+    torch.testing.assert_close(runs.sum64(values.double()), sums)
 
 
 def test_neuron_sums_meet_the_bound_that_is_argued():
@@ -166,7 +177,7 @@ def test_neuron_sums_meet_the_bound_that_is_argued():
     values = torch.full((rows, 2), 0.1)
     runs = Runs(torch.tensor([rows], dtype=torch.int32), rows)
     exact = rows * float(values[0, 0].double())
-    error = float((runs.sum32(values) - exact).abs().max()) / exact
+    error = float((reduce_by_chunks(runs, values, rows=rows) - exact).abs().max()) / exact
     assert error <= (BLOCK - 1) * 2**-24
 
 

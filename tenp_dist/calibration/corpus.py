@@ -232,9 +232,10 @@ def _readable(source: Source) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
 
+    others = (DatasetsError, ArrowException)
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DatasetsError, ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, *others) as error:
         cause = error.__cause__ or error
         raise CalibrationError(
             "Source cannot be read",
@@ -281,6 +282,10 @@ def _builder(path: Path) -> str | None:
         )
     if path.is_dir():
         return None
+    if path.stat().st_size == 0:
+        raise CalibrationError(
+            "Calibration file is empty", where=path, found="0 bytes", wanted="text", next_step="give another file"
+        )
     if path.suffix not in _BUILDERS:
         raise CalibrationError(
             "Unknown kind of calibration file",

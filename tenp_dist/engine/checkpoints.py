@@ -57,8 +57,8 @@ def write_layout(
     writers: int | None,
     key: str,
     overwrite: bool,
-    repair: bool,
-    replace: Callable[[], None],
+    repair: bool = False,
+    replace: Callable[[], None] = lambda: None,
     progress: Callable[[Progress], None],
 ) -> Written:
     """Write one layout. config: its config.json; extra_files: name -> text, written before the index.
@@ -141,8 +141,8 @@ def _check_space(folder: Path, due: Sequence[OutputShard], *, freed: int) -> Non
         raise DiskFullError(
             "Not enough space for the checkpoint",
             where=folder,
-            found=f"{free / 1e9:.3f} GB free",
-            wanted=f"{needed / 1e9:.3f} GB",
+            found=f"{free / 1e6:,.1f} MB free",
+            wanted=f"{needed / 1e6:,.1f} MB",
             next_step="free space or point run_dir at a larger file system; nothing was written yet",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,8 @@ class Coordinator:
             StaleError: an upstream stage is missing or was made from something else.
             OutputError: a stage's files are there, made from other settings, and overwrite is off.
         """
+        for name in names:
+            self._check_settings(self.stages[name])
         try:
             return {name: self._run_one(self.stages[name]) for name in names}
         finally:
@@ -127,7 +129,7 @@ class Coordinator:
         if record is not None and record.key == key and record.intact(self.job.run_dir):
             self.listener.skipped(stage, record)
             return record
-        self._check_room(stage, record, key, inputs)
+        self._check_room(stage, record, inputs)
         self.listener.started(stage)
         started = time.monotonic()
         context = Context(
@@ -185,9 +187,16 @@ class Coordinator:
             )
         return record.digest
 
-    def _check_room(self, stage: Stage, record: StageRecord | None, key: str, inputs: Mapping) -> None:
+    def _check_settings(self, stage: Stage) -> None:
+        """Before anything runs: refuse where finished work was made from other settings of this stage."""
+        record = read_record(self.job.run_dir, stage.name)
+        if record is not None:
+            inputs = {"fields": stage.fields(self.job), "needs": record.inputs["needs"]}
+            self._check_room(stage, record, inputs)
+
+    def _check_room(self, stage: Stage, record: StageRecord | None, inputs: Mapping) -> None:
         """Refuse to replace finished work that differs, unless asked to."""
-        if record is not None and record.key != key and not self.overwrite:
+        if record is not None and record.inputs != _plain(inputs) and not self.overwrite:
             raise OutputError(
                 f"Stage `{stage.name}` is already there, made from other settings",
                 where=self.job.run_dir,
@@ -208,17 +217,21 @@ class Coordinator:
                 path.unlink(missing_ok=True)
 
 
-def difference(old: Any, new: Any, path: str = "") -> str:
-    """The first place at which two inputs differ, as `path: old -> new`."""
+def difference(old: Any, new: Any) -> str:
+    """The places at which two inputs differ, as `path: old -> new`, three at most."""
+    found = list(_differences(old, new, ""))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key):
-                return difference(old.get(key), new.get(key), f"{path}.{key}".strip("."))
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, (left, right) in enumerate(zip(old, new, strict=True)):
-            if left != right:
-                return difference(left, right, f"{path}.{i}")
-    return f"{path.removeprefix('fields.')}: {_short(old)} -> {_short(new)}"
+            yield from _differences(left, right, f"{path}.{i}")
+    elif old != new:
+        yield f"{path.removeprefix('fields.')}: {_short(old)} -> {_short(new)}"
 
 
 def _plain(value: Any) -> Any:

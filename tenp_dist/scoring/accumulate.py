@@ -4,12 +4,14 @@ Everything is grouped: slots lie in order of expert, so a sum per expert is a su
 rows. Neuron sums run in float32 over runs of at most BLOCK rows and are added in float64: with
 unit round-off u = 2^-24 a sum of n terms errs by at most (n - 1) u sum|terms|, so BLOCK = 256 bounds
 the error at 1.6e-5 of the sum of magnitudes, whatever the number of tokens. Sums per expert and all
-norms and cosines that cancel are float64 throughout.
+ratios and cosines that cancel are float64 throughout.
 
 Shape letters: S slots in order of expert, R pieces of runs, T tokens, D model width, F neurons, E experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -20,42 +22,86 @@ from tenp_dist.scoring.statistics import LayerStatistics
 
 BLOCK = 256
 EPSILON = 1e-8  # TENP Algorithm 1
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # float32 workspace: a core's cache, or 256 MiB
+
+NEURON_SUMS = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum")
+NEURON_MAX = "neuron_abs_max"
 
 
 class LayerAccumulator:
     """Adds experts calls to a LayerStatistics; an `Observer` of `tenp_dist.model.experts`.
 
-    Set `domain` before, and let `residual_TD` be set during, each microbatch.
+    Set `domain` before each microbatch; `see_residual` hooks the norm before the block.
     """
 
     def __init__(self, statistics: LayerStatistics, down_EDF: torch.Tensor):
         self.statistics = statistics
         self.domain = 0
         self.residual_TD: torch.Tensor | None = None
-        self._column_norm_EF = torch.linalg.vector_norm(down_EDF.float(), dim=1).double()
+        self._column_norm_EF = torch.linalg.vector_norm(down_EDF, dim=1, dtype=torch.float32).double()
 
     def see_residual(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook of the block's norm: its input is the residual stream before the block."""
         self.residual_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
 
     def __call__(self, dispatch: Dispatch) -> None:
-        if dispatch.expert_S.numel() == 0:
+        slots = dispatch.expert_S.numel()
+        if slots == 0:
             return
-        norm_S = torch.linalg.vector_norm(dispatch.y_SD.float(), dim=1)
-        runs = Runs(dispatch.offsets_E, dispatch.expert_S.numel())
-        self._add_experts(dispatch, runs, norm_S.double())
-        self._add_neurons(dispatch, runs, norm_S)
+        runs = Runs(dispatch.offsets_E, slots)
+        q_SF = _grouped(dispatch.y_SD, dispatch.down_EDF, dispatch.offsets_E)
+        norm_S, dot_S = torch.empty(2, slots, device=q_SF.device)
+        pieces = {name: runs.pieces(q_SF.shape[1]) for name in (*NEURON_SUMS, NEURON_MAX)}
+        widest = max(q_SF.shape[1], dispatch.y_SD.shape[1])
+        for rows, part in runs.chunks(_CHUNK_ELEMENTS.get(q_SF.device.type, 1 << 24) // widest):
+            y_SD = dispatch.y_SD[rows].float()
+            norm_S[rows] = torch.linalg.vector_norm(y_SD, dim=1)
+            dot_S[rows] = torch.linalg.vecdot(dispatch.x_SD[rows].float(), y_SD)
+            self._add_pieces(pieces, runs, rows, part, dispatch, q_SF[rows], norm_S[rows])
+        self._add_neurons(runs, pieces)
+        self._add_experts(dispatch, runs, norm_S.double(), dot_S.double())
 
-    def _add_experts(self, dispatch: Dispatch, runs: Runs, norm_S: torch.Tensor) -> None:
+    def _add_pieces(
+        self,
+        pieces: Mapping[str, torch.Tensor],
+        runs: Runs,
+        rows: slice,
+        part: slice,
+        dispatch: Dispatch,
+        q_SF: torch.Tensor,
+        norm_S: torch.Tensor,
+    ) -> None:
+        """Neuron sums of a chunk of rows, without the column norms, which are equal along a run."""
+        m_SF, g_S = dispatch.m_SF[rows].float(), dispatch.g_S[rows].float()
+        magnitude_SF = m_SF.abs()
+        add = {
+            "neuron_projection_sum": (m_SF * q_SF, 1 / (norm_S + EPSILON)),
+            "neuron_l2_sum": (magnitude_SF, None),
+            "neuron_energy_sum": (m_SF * m_SF, g_S * g_S),
+        }
+        for name, (values_SF, weights_S) in add.items():
+            pieces[name][part] = runs.reduce(values_SF, rows, part, weights_S)
+        pieces[NEURON_MAX][part] = runs.reduce(magnitude_SF.mul_(g_S.abs().unsqueeze(1)), rows, part, mode="max")
+
+    def _add_neurons(self, runs: Runs, pieces: Mapping[str, torch.Tensor]) -> None:
+        factors = {"neuron_l2_sum": self._column_norm_EF, "neuron_energy_sum": self._column_norm_EF**2}
+        for name in NEURON_SUMS:
+            self.statistics[name][self.domain] += runs.join(pieces[name]) * factors.get(name, 1)
+        largest = self.statistics[NEURON_MAX][self.domain]
+        torch.maximum(largest, runs.join(pieces[NEURON_MAX], mode="max"), out=largest)
+
+    def _add_experts(self, dispatch: Dispatch, runs: Runs, norm_S: torch.Tensor, dot_S: torch.Tensor) -> None:
         g_S = dispatch.g_S.double()
         gated_S = g_S * norm_S
+        input_norm_T = torch.linalg.vector_norm(dispatch.input_TD, dim=1, dtype=torch.float32).double()
+        scale_S = (input_norm_T[dispatch.token_S] * norm_S).clamp_min(torch.finfo(torch.float32).tiny)
         columns = {
             "token_count": torch.ones_like(norm_S),
             "gate_sum": g_S,
             "output_norm_sum": norm_S,
             "output_norm_squared_sum": norm_S * norm_S,
             "gated_norm_sum": gated_S,
-            "expert_importance_sum": gated_S * (1 - _cosine(dispatch.x_SD, dispatch.y_SD)),
+            "expert_importance_sum": gated_S * (1 - dot_S / scale_S),
             "easy_ep_sum": gated_S * self._displacement(dispatch.routed_TD)[dispatch.token_S],
         }
         sums_EC = runs.sum64(torch.stack(list(columns.values()), dim=1))
@@ -68,62 +114,58 @@ class LayerAccumulator:
         With s = sin^2 of the angle, 1 - cos = s / (1 + cos) for cos >= 0: no cancellation where r is small.
         """
         h_TD, r_TD = self.residual_TD.double(), routed_TD.double()
-        hh, hr, rr = (h_TD * h_TD).sum(1), (h_TD * r_TD).sum(1), (r_TD * r_TD).sum(1)
+        hh, hr, rr = torch.linalg.vecdot(h_TD, h_TD), torch.linalg.vecdot(h_TD, r_TD), torch.linalg.vecdot(r_TD, r_TD)
         moved = (hh + 2 * hr + rr).clamp_min(0)
         scale = (hh * moved).clamp_min(torch.finfo(torch.float64).tiny)
         cosine = (hh + hr) / scale.sqrt()
         sine_squared = (hh * rr - hr * hr).clamp_min(0) / scale
         return torch.where(cosine > 0, sine_squared / (1 + cosine.clamp_min(0)), 1 - cosine).clamp_min(0)
 
-    def _add_neurons(self, dispatch: Dispatch, runs: Runs, norm_S: torch.Tensor) -> None:
-        g_S = dispatch.g_S.float()
-        m_SF = dispatch.m_SF.float()
-        q_SF = _grouped(dispatch.y_SD, dispatch.down_EDF, dispatch.offsets_E)
-        magnitude_SF = m_SF.abs()
-        add = self.statistics
-        add["neuron_projection_sum"][self.domain] += runs.sum32(q_SF * m_SF, 1 / (norm_S + EPSILON))
-        add["neuron_l2_sum"][self.domain] += runs.sum32(magnitude_SF) * self._column_norm_EF
-        add["neuron_energy_sum"][self.domain] += runs.sum32(m_SF * m_SF, g_S * g_S) * self._column_norm_EF**2
-        largest = add["neuron_abs_max"][self.domain]
-        torch.maximum(largest, runs.max32(magnitude_SF.mul_(g_S.abs().unsqueeze(1))), out=largest)
-
 
 class Runs:
     """Reductions over the experts' runs of rows, cut into pieces of at most BLOCK rows.
 
-    `embedding_bag` adds the rows of a run in order, without atomics, and gives 0 for an empty run.
+    A piece starts where a run does and at every multiple of BLOCK. `embedding_bag` adds the rows of a
+    piece in order, without atomics, and gives 0 for an empty one.
     """
 
     def __init__(self, offsets_E: torch.Tensor, rows: int):
         ends_E = offsets_E.long()
+        self.rows = rows
         self.starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
         blocks = torch.arange(0, rows, BLOCK, device=ends_E.device)
         self.starts_R = torch.cat([self.starts_E[self.starts_E < ends_E], blocks]).unique()
-        self.rows_S = torch.arange(rows, device=ends_E.device)
-        self.pieces_R = torch.arange(self.starts_R.numel(), device=ends_E.device)
         self.first_piece_E = torch.searchsorted(self.starts_R, self.starts_E)
+
+    def pieces(self, width: int) -> torch.Tensor:
+        """Room for one float32 vector per piece, [R, width]."""
+        return torch.empty(self.starts_R.numel(), width, device=self.starts_R.device)
+
+    def chunks(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """Cut all rows into chunks of about `rows` whole blocks: (rows, pieces) of each."""
+        step = max(rows // BLOCK, 1) * BLOCK
+        firsts = torch.arange(0, self.rows, step, device=self.starts_R.device)
+        parts = [*torch.searchsorted(self.starts_R, firsts).tolist(), self.starts_R.numel()]
+        for i, part in enumerate(parts[:-1]):
+            yield slice(i * step, min((i + 1) * step, self.rows)), slice(part, parts[i + 1])
+
+    def reduce(
+        self, values_SF: torch.Tensor, rows: slice, part: slice, weights_S: torch.Tensor | None = None, mode: str = "sum"
+    ) -> torch.Tensor:
+        """Reduce the rows of a chunk to its pieces in float32."""
+        ids_S = torch.arange(len(values_SF), device=values_SF.device)
+        starts = self.starts_R[part] - rows.start
+        return embedding_bag(ids_S, values_SF, starts, mode=mode, per_sample_weights=weights_S)
+
+    def join(self, pieces_RF: torch.Tensor, mode: str = "sum") -> torch.Tensor:
+        """Reduce the pieces of every expert in float64, [R, F] -> [E, F]."""
+        ids_R = torch.arange(len(pieces_RF), device=pieces_RF.device)
+        return embedding_bag(ids_R, pieces_RF.double(), self.first_piece_E, mode=mode)
 
     def sum64(self, values_SC: torch.Tensor) -> torch.Tensor:
         """Sum per expert of a few float64 columns, [S, C] -> [E, C]."""
-        return embedding_bag(self.rows_S, values_SC, self.starts_E, mode="sum")
-
-    def sum32(self, values_SF: torch.Tensor, weights_S: torch.Tensor | None = None) -> torch.Tensor:
-        """Weighted sum per expert, float32 inside a piece, float64 across: [S, F] -> [E, F] float64."""
-        pieces_RF = embedding_bag(self.rows_S, values_SF, self.starts_R, mode="sum", per_sample_weights=weights_S)
-        return embedding_bag(self.pieces_R, pieces_RF.double(), self.first_piece_E, mode="sum")
-
-    def max32(self, values_SF: torch.Tensor) -> torch.Tensor:
-        """Maximum per expert of non-negative values, [S, F] -> [E, F] float64."""
-        pieces_RF = embedding_bag(self.rows_S, values_SF, self.starts_R, mode="max")
-        return embedding_bag(self.pieces_R, pieces_RF.double(), self.first_piece_E, mode="max")
-
-
-def _cosine(x_SD: torch.Tensor, y_SD: torch.Tensor) -> torch.Tensor:
-    """cos(x, y) per row in float64 from float32 products; 0 where a vector is zero."""
-    x_SD, y_SD = x_SD.float(), y_SD.float()
-    dot = torch.linalg.vecdot(x_SD, y_SD).double()
-    norms = torch.linalg.vector_norm(x_SD, dim=1).double() * torch.linalg.vector_norm(y_SD, dim=1).double()
-    return dot / norms.clamp_min(torch.finfo(torch.float32).tiny)
+        ids_S = torch.arange(self.rows, device=values_SC.device)
+        return embedding_bag(ids_S, values_SC, self.starts_E, mode="sum")
 
 
 def weight_norms(experts: nn.Module) -> torch.Tensor:
