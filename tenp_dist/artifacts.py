@@ -67,8 +67,6 @@ def _not_written(path: Path, error: OSError) -> DiskFullError | OutputError:
     )
 
 
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys left as given and a final newline, atomically."""
     with atomic_write(path) as stream:

@@ -68,7 +68,7 @@ def brute_force_statistics(
 def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[str, torch.Tensor]:
     assert activation == "silu"
     gate_up, down = tap.experts.gate_up_proj.detach().double(), tap.experts.down_proj.detach().double()
-    num_experts, hidden, width = down.shape
+    num_experts, _hidden, width = down.shape
     names_E = (
         "token_count", "gate_sum", "output_norm_sum", "output_norm_squared_sum",
         "gated_norm_sum", "expert_importance_sum", "easy_ep_sum",

@@ -235,6 +235,9 @@ AT_INSPECT = {
         configure(num_hidden_layers=5),
         "SourceError", "lacks a decoder layer", "model.layers.4.", "num_hidden_layers = 5",
     ),
+    "more experts per token than experts": (
+        configure(num_experts_per_tok=9), "SourceError", "num_experts_per_tok", "found:  9", "at most 8",
+    ),
     "experts in fp8": (
         change(GATE, lambda tensor: tensor.to(torch.float8_e4m3fn)),
         "UnsupportedModelError", "experts are quantised", GATE, "F8_E4M3", "dequantise",
@@ -252,7 +255,7 @@ AT_INSPECT = {
     ),
     "unknown family": (
         configure(model_type="deepseek_v9"),
-        "UnsupportedModelError", "Unknown Mixture-of-Experts family", "deepseek_v9", "nearest: deepseek_v", "families.py",
+        "UnsupportedModelError", "Unknown Mixture-of-Experts family", "deepseek_v9", "(nearest: deepseek_v", "a row to",
     ),
     "already pruned": (
         configure(model_type="tenp_deepseek_v3", tenp={"widths": [8]}),
@@ -337,6 +340,25 @@ def test_a_spoiled_shard_is_mended_and_the_run_goes_on(tenp, job_file, model, ti
     result = tenp("run", job_file(model=model))
     assert result.exit_code == 0, result.stderr
     assert first.stat().st_ino == before.st_ino and first.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (Path.unlink, "cannot be read"),
+        (lambda path: os.truncate(path, 200), "became shorter while it was read"),
+    ],
+    ids=["gone", "cut"],
+)
+def test_shard_that_changes_after_it_was_opened(spoil, text, model):
+    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.reader import TensorReader
+
+    index = open_index(model)
+    spoil(shard_of(model, GATE))
+    with TensorReader(index) as reader, pytest.raises(errors.SourceError, match=text) as caught:
+        reader.tensor(GATE)
+    assert shard_of(model, GATE).name in str(caught.value) and f"3072 bytes of {GATE}" in str(caught.value)
 
 
 # calibration

@@ -89,7 +89,7 @@ def allocations(draw):
 @settings(max_examples=300, deadline=None)
 @given(allocations())
 def test_total_is_exact_and_bounds_hold(case):
-    total, sizes, slope, minimum = case
+    total, sizes, _slope, minimum = case
     counts = apportion(*case)
     assert sum(counts) == total
     assert all(minimum <= count <= size for count, size in zip(counts, sizes, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -83,7 +84,12 @@ def test_kept_rows_and_untouched_tensors_keep_their_bytes(family, layout, tiny_m
     source, result = all_tensors(model), all_tensors(tmp_path / layout)
     assert source.keys() == result.keys()
     row = family_of(open_index(model).config)
-    experts = {row.tensor(i, e, m): (i, e, m) for i, k in kept.items() for e in range(k.num_experts) for m in ("gate", "up", "down")}  # fmt: skip
+    experts = {
+        row.tensor(layer, expert, matrix): (layer, expert, matrix)
+        for layer, neurons in kept.items()
+        for expert in range(neurons.num_experts)
+        for matrix in ("gate", "up", "down")
+    }
     for name, tensor in source.items():
         expected = tensor
         if name in experts:
@@ -225,7 +231,7 @@ def test_assigning_shards_keeps_order_and_size(sizes, limit):
     assert [t for shard in shards for t in shard.tensors] == tensors
     assert all(shard.nbytes <= limit or len(shard.tensors) == 1 for shard in shards)
     assert len({shard.file for shard in shards}) == len(shards)
-    for left, right in zip(shards, shards[1:], strict=False):  # no shard could have taken the next tensor
+    for left, right in itertools.pairwise(shards):  # no shard could have taken the next tensor
         assert left.nbytes + right.tensors[0].nbytes > limit
     assert all(shard_bytes(shard) % 8 == shard.nbytes % 8 for shard in shards)
 
@@ -233,7 +239,9 @@ def test_assigning_shards_keeps_order_and_size(sizes, limit):
 @given(data=st.data())
 def test_kept_neurons_round_trip(data, tmp_path_factory):
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 9)))
-    mask = np.array(data.draw(st.lists(st.booleans(), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))).reshape(shape)
+    mask = np.array(
+        data.draw(st.lists(st.booleans(), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
+    ).reshape(shape)
     kept = KeptNeurons.from_mask(mask)
     assert np.array_equal(kept.mask(shape[1]), mask)
     assert kept.widths.tolist() == mask.sum(1).tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from test_scoring import FAMILIES
 
 ROOT = Path(__file__).parents[1]
+COMMAND = Path(sys.executable).with_name("tenp-dist")
 STAGES = ["inspect", "calibrate", "score", "plan", "write", "verify", "evaluate", "report"]
 
 
@@ -135,8 +135,8 @@ def test_the_quickstart_on_real_ray(tmp_path):
             check=True,
         )
     out = subprocess.run(
-        [sys.executable, "-m", "tenp_dist.cli.main", "run", ROOT / "jobs/quickstart.yaml", "--run-dir", tmp_path, "--json"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [COMMAND, "run", ROOT / "jobs/quickstart.yaml", "--run-dir", tmp_path, "--json"],
+        capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert "running on local Ray" in out.stderr

@@ -436,7 +436,7 @@ def test_plan_of_another_schema_or_changed_by_hand(tmp_path):
 
 
 def test_scores_of_another_model():
-    layers, scores = drawn_model()
+    _layers, scores = drawn_model()
     for facts in (MoeLayer(1, 13, 16), MoeLayer(1, 12, 17)):
         with pytest.raises(StaleError, match="another model") as caught:
             make_plan(Budget(), [facts], scores.__getitem__)

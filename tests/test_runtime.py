@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import tenp_dist  # noqa: F401  registers the ragged families
+import tenp_dist
 from tenp_dist.runtime.ragged_config import FAMILIES, ragged_config, widths_by_layer
 from tenp_dist.runtime.transformers import modeling_source
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from brute_force import brute_force_plan, brute_force_statistics
+
 from tenp_dist.budget.plan import MoeLayer, make_plan
 from tenp_dist.calibration.corpus import Corpus, write_corpus
 from tenp_dist.config import Budget

@@ -22,7 +22,9 @@ from scoring import ROOT, make_corpus
 
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(path_type=Path), default=ROOT / "jobs/quickstart/moe-4m", show_default=True)
-@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, help="jsonl with `text`; default: stdlib")
+@click.option(
+    "--text", "texts", type=click.Path(path_type=Path), multiple=True, help="jsonl with `text`; default: stdlib"
+)
 @click.option("--samples", default=16, show_default=True, help="sequences per text file")
 @click.option("--length", default=256, show_default=True, help="tokens per sequence")
 @click.option("--retention", default="0.6", show_default=True)
@@ -38,7 +40,9 @@ def main(model, texts, samples, length, retention, important, slope):
     torch.set_num_threads(available_cores())
     print_machine("torch", "transformers")
     corpus = make_corpus(model, texts, samples, length)
-    click.echo(f"model     {model.name}, float32, {int(corpus.mask_NS.sum()):,} tokens in {len(corpus.domains)} domains")
+    click.echo(
+        f"model     {model.name}, float32, {int(corpus.mask_NS.sum()):,} tokens in {len(corpus.domains)} domains"
+    )
     scored = score(model, corpus, available_cores())
     started = time.perf_counter()
     batches = [(b.tokens_BS, b.mask_BS, b.domain) for b in microbatches(corpus, 4096)]
@@ -92,7 +96,9 @@ def report_plan(scored, reference, retention: str, important: str, slope: str) -
             neurons += len(set(kept) - set(found))
             total += len(kept)
     experts = sum(len(layer) for layer in reference.values())
-    click.echo(f"plan: {widths} of {experts} experts of another width, {neurons} of {total:,} kept neurons chosen otherwise")
+    click.echo(
+        f"plan: {widths} of {experts} experts of another width, {neurons} of {total:,} kept neurons chosen otherwise"
+    )
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def _readable(source: Source) -> Iterator[None]:
     others = (DatasetsError, ArrowException)
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, *others) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, *others) as error:
         cause = error.__cause__ or error
         raise CalibrationError(
             "Source cannot be read",

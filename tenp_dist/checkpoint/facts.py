@@ -55,6 +55,15 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
             next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
         )
     _check_depth(index, family, num_layers, present)
+    top_k = _number(index, "num_experts_per_tok")
+    if top_k > num_experts:
+        raise SourceError(
+            "The config routes a token to more experts than there are",
+            where=f"{index.folder / 'config.json'}: num_experts_per_tok",
+            found=top_k,
+            wanted=f"at most {num_experts}",
+            next_step="check that config.json belongs to these weights",
+        )
     for layer in moe:
         for expert in range(num_experts):
             for matrix, axis in NEURON_AXIS.items():

@@ -40,9 +40,7 @@ class Family:
     layer: str = "model.layers.{layer}."
     experts: str = "mlp.experts"
     expert_tensor: str = "mlp.experts.{expert}.{matrix}.weight"
-    matrices: Mapping[str, str] = field(
-        default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
-    )
+    matrices: Mapping[str, str] = field(default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"})
     block_norm: str = "post_attention_layernorm"
     post_expert_scale: str | None = None
     tensor_parallel: bool = False

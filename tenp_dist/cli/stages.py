@@ -44,7 +44,10 @@ def _inspect(context: Context) -> Output:
     context.replace()
     write_json(path, facts)
     keys = ("model", "family", "num_layers", "num_experts", "intermediate_size", "top_k")
-    summary = {key: facts[key] for key in keys} | {"moe_layers": len(facts["moe_layers"]), "bytes": facts["bytes"]["total"]}
+    summary = {key: facts[key] for key in keys} | {
+        "moe_layers": len(facts["moe_layers"]),
+        "bytes": facts["bytes"]["total"],
+    }
     return Output([path], digest_of(facts), summary)
 
 
@@ -236,7 +239,12 @@ def stages_for(job: Job) -> list[Stage]:
             ("evaluation", "evaluation.json"),
         ),
         Stage(
-            "report", "Write the report", ("score", "plan", "write", "verify", *evaluate), _no_fields, _report, ("report",)
+            "report",
+            "Write the report",
+            ("score", "plan", "write", "verify", *evaluate),
+            _no_fields,
+            _report,
+            ("report",),
         ),
     ]
     return [stage for stage in stages if stage.name != "evaluate" or job.evaluation]
@@ -284,7 +292,9 @@ def _text_fields(job: Job, text: Text) -> dict:
 
 def _tokenizer_digest(model: Path) -> str:
     names = sorted(path for path in model.glob("*token*") if path.is_file())
-    names += sorted(path for pattern in ("vocab*", "merges*", "*.model", "chat_template*") for path in model.glob(pattern))
+    names += sorted(
+        path for pattern in ("vocab*", "merges*", "*.model", "chat_template*") for path in model.glob(pattern)
+    )
     return digest_of({path.name: file_digest(path) for path in names})
 
 

@@ -154,7 +154,9 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     table.add_row("Retention realised", f"{retention['realised']:.2%} of routed-expert parameters")
     if retention.get("activated") is not None:
         table.add_row("Activated share", f"{retention['activated']:.2%} of what a routed token used to meet")
-    table.add_row("Whole experts", f"{experts['whole']} of {experts['total']}, the others keep {plan['narrow_width']} neurons")
+    table.add_row(
+        "Whole experts", f"{experts['whole']} of {experts['total']}, the others keep {plan['narrow_width']} neurons"
+    )
     for name, layout in stages.get("write", {}).get("layouts", {}).items():
         table.add_row(f"Size, {name}", f"{size(layout['bytes_before'])} -> {size(layout['bytes'])}")
     console.print(table)
@@ -170,7 +172,8 @@ def _print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     names = [*variants["source"]["domains"], None]
     for name in names:
         source, pruned, random = (
-            variants[v]["mean"] if name is None else variants[v]["domains"][name] for v in ("source", "pruned", "random")
+            variants[v]["mean"] if name is None else variants[v]["domains"][name]
+            for v in ("source", "pruned", "random")
         )
         table.add_row(
             name or "mean",
@@ -180,7 +183,9 @@ def _print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             end_section=name == names[-2],
         )
     console.print(table)
-    console.print("[dim]NLL in nats per token. The random control keeps as many experts whole and neurons, drawn by chance.[/dim]")
+    console.print(
+        "[dim]NLL in nats per token. The random control keeps as many experts whole and neurons, drawn by chance.[/dim]"
+    )
     console.print()
 
 
@@ -194,7 +199,7 @@ def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, 
         folder = job.run_dir / layouts["ragged"]["folder"]
         console.print("\nNext, load it:")
         console.print(
-            "  python -c \"import tenp_dist; from transformers import AutoModelForCausalLM as A; "
+            '  python -c "import tenp_dist; from transformers import AutoModelForCausalLM as A; '
             f"print(A.from_pretrained('{folder}'))\"",
             soft_wrap=True,
         )

@@ -17,7 +17,15 @@ import torch
 
 from tenp_dist.calibration.corpus import Corpus, read_corpus
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
-from tenp_dist.engine.shard import Compute, Progress, check_finite, embed_all, microbatches, open_skeleton, stream_layers
+from tenp_dist.engine.shard import (
+    Compute,
+    Progress,
+    check_finite,
+    embed_all,
+    microbatches,
+    open_skeleton,
+    stream_layers,
+)
 from tenp_dist.model.experts import ExpertsState
 from tenp_dist.model.layers import Frame, Microbatch
 

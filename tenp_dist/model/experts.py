@@ -24,8 +24,8 @@ IMPLEMENTATION = "tenp"
 class Dispatch:
     """What one experts call computed, for an observer.
 
-    input_TD what the block received, x_SD the same per slot, m_SF gated activations, y_SD unweighted outputs, g_S dispatch weights, token_S and
-    expert_S ids per slot, offsets_E ends of the experts' runs (int32), routed_TD the block's output.
+    input_TD what the block received, x_SD the same per slot, m_SF gated activations, y_SD unweighted
+    outputs, g_S dispatch weights, token_S and expert_S ids per slot, offsets_E ends of the experts' runs (int32), routed_TD the block's output.
     """
 
     input_TD: torch.Tensor
@@ -73,9 +73,7 @@ def experts_forward(
     routed_TD = _combine(y_SD * g_S.unsqueeze(-1), slot_S, top_k_index.shape).to(hidden_states.dtype)
     if state.observer is not None:
         state.observer(
-            Dispatch(
-                hidden_states, x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj
-            )
+            Dispatch(hidden_states, x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj)
         )
     return routed_TD
 

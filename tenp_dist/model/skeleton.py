@@ -101,7 +101,11 @@ class Skeleton:
     def load_module(self, name: str) -> nn.Module:
         """Fill a module outside the layers (`model.embed_tokens`, `lm_head`), tied weights included."""
         module = self.model.get_submodule(name)
-        tied = name == "lm_head" and self.config_dict.get("tie_word_embeddings") and "lm_head.weight" not in self.index.tensors
+        tied = (
+            name == "lm_head"
+            and self.config_dict.get("tie_word_embeddings")
+            and "lm_head.weight" not in self.index.tensors
+        )
         source = _embedding_name(self.model) if tied else name
         state = {
             key: self._read(f"{source}.{key}", parameter, f"{name}.{key}").to(self.device)

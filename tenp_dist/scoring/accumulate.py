@@ -150,7 +150,12 @@ class Runs:
             yield slice(i * step, min((i + 1) * step, self.rows)), slice(part, parts[i + 1])
 
     def reduce(
-        self, values_SF: torch.Tensor, rows: slice, part: slice, weights_S: torch.Tensor | None = None, mode: str = "sum"
+        self,
+        values_SF: torch.Tensor,
+        rows: slice,
+        part: slice,
+        weights_S: torch.Tensor | None = None,
+        mode: str = "sum",
     ) -> torch.Tensor:
         """Reduce the rows of a chunk to its pieces in float32."""
         ids_S = torch.arange(len(values_SF), device=values_SF.device)
