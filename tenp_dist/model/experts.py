@@ -25,7 +25,8 @@ class Dispatch:
     """What one experts call computed, for an observer.
 
     input_TD what the block received, x_SD the same per slot, m_SF gated activations, y_SD unweighted
-    outputs, g_S dispatch weights, token_S and expert_S ids per slot, offsets_E ends of the experts' runs (int32), routed_TD the block's output.
+    outputs, g_S dispatch weights, token_S and expert_S ids per slot, offsets_E ends of the experts' runs
+    (int32), routed_TD the block's output, down_EDF the experts' W_down.
     """
 
     input_TD: torch.Tensor
