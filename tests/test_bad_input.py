@@ -294,7 +294,7 @@ AT_SCORE = {
     ),
     "NaN in an expert": (
         change(EXPERT.format("down"), fill(float("nan"))),
-        "NumericalError", "NaN or Inf", "layer 2, expert 5", "check this expert's weights",
+        "NumericalError", "NaN or Inf", "layer 2, expert 5", "check the checkpoint's download",
     ),
     "Inf in an expert": (
         change(EXPERT.format("up"), fill(float("inf"))), "NumericalError", "NaN or Inf", "layer 2, expert 5",

@@ -12,7 +12,7 @@ from test_scoring import FAMILIES, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
-from tenp_dist.engine.shard import Compute
+from tenp_dist.engine.compute import Compute
 from tenp_dist.evaluation.streams import EvaluateTask, Metrics, Pass, evaluate_shard
 from tenp_dist.runtime.ragged_config import modeling_module
 from tenp_dist.runtime.transformers import modeling_source

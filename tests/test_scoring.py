@@ -13,7 +13,8 @@ from brute_force import brute_force_plan, brute_force_statistics
 from tenp_dist.budget.plan import MoeLayer, make_plan
 from tenp_dist.calibration.corpus import Corpus, write_corpus
 from tenp_dist.config import Budget
-from tenp_dist.engine.shard import Compute, ScoreTask, microbatches, score_shard
+from tenp_dist.engine.compute import Compute, microbatches
+from tenp_dist.engine.shard import ScoreTask, score_shard
 from tenp_dist.scoring.accumulate import BLOCK, Runs
 from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, merge, read_statistics
 
@@ -196,14 +197,16 @@ def test_bfloat16_scores_stay_close(tiny_model, tmp_path):
 
 
 MEMORY_SCRIPT = """
-import resource, sys
+import sys
 from pathlib import Path
-from tenp_dist.engine.shard import Compute, ScoreTask, score_shard
+from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.shard import ScoreTask, score_shard
 folder = Path(sys.argv[1])
 task = ScoreTask(folder / "model", folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 512, 1))
 for _ in score_shard(task):
     pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = Path("/proc/self/status").read_text().split()  # ru_maxrss would inherit the parent's peak
+print(int(status[status.index("VmHWM:") + 1]) * 1024)
 """
 
 

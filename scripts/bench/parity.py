@@ -34,8 +34,8 @@ def main(model, texts, samples, length, retention, important, slope):
     import torch
     from brute_force import brute_force_plan, brute_force_statistics
 
+    from tenp_dist.engine.compute import microbatches
     from tenp_dist.engine.pool import available_cores
-    from tenp_dist.engine.shard import microbatches
 
     torch.set_num_threads(available_cores())
     print_machine("torch", "transformers")
@@ -55,7 +55,8 @@ def main(model, texts, samples, length, retention, important, slope):
 
 def score(model: Path, corpus, threads: int):
     from tenp_dist.calibration.corpus import write_corpus
-    from tenp_dist.engine.shard import Compute, ScoreTask, score_shard
+    from tenp_dist.engine.compute import Compute
+    from tenp_dist.engine.shard import ScoreTask, score_shard
     from tenp_dist.scoring.statistics import read_statistics
 
     with tempfile.TemporaryDirectory() as name:

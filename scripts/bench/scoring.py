@@ -37,8 +37,9 @@ def main(model, texts, samples, length, batch_tokens, dtype, threads, repeat):
     from transformers import AutoModelForCausalLM
 
     from tenp_dist.calibration.corpus import write_corpus
+    from tenp_dist.engine.compute import Compute, microbatches
     from tenp_dist.engine.pool import available_cores
-    from tenp_dist.engine.shard import Compute, ScoreTask, microbatches, score_shard
+    from tenp_dist.engine.shard import ScoreTask, score_shard
 
     torch.set_num_threads(threads or available_cores())
     print_machine("torch", "transformers")

@@ -58,10 +58,10 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="deepseek_v2", experts_keys=("n_routed_experts", "num_local_experts")),
-        Family(model_type="deepseek_v3", experts_keys=("n_routed_experts", "num_local_experts")),
-        Family(model_type="qwen2_moe", experts_keys=("num_experts", "num_local_experts")),
-        Family(model_type="qwen3_moe", experts_keys=("num_experts", "num_local_experts")),
+        Family(model_type="deepseek_v2", experts_keys=("n_routed_experts", "num_local_experts"), tensor_parallel=True),
+        Family(model_type="deepseek_v3", experts_keys=("n_routed_experts", "num_local_experts"), tensor_parallel=True),
+        Family(model_type="qwen2_moe", experts_keys=("num_experts", "num_local_experts"), tensor_parallel=True),
+        Family(model_type="qwen3_moe", experts_keys=("num_experts", "num_local_experts"), tensor_parallel=True),
     )
 }
 

@@ -20,8 +20,9 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
 from tenp_dist.config import Budget, Job, Text
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
+from tenp_dist.engine.compute import Compute, Progress
 from tenp_dist.engine.coordinator import Context, Output, Stage
-from tenp_dist.engine.shard import Compute, Progress, ScoreTask, score_shard
+from tenp_dist.engine.shard import ScoreTask, score_shard
 from tenp_dist.evaluation.streams import SOURCE, EvaluateTask, Metrics, Pass, evaluate_shard
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config

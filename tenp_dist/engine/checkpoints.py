@@ -27,8 +27,8 @@ from tenp_dist.checkpoint.writer import (
     shard_bytes,
     write_shard,
 )
+from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.pool import Pool
-from tenp_dist.engine.shard import Progress
 from tenp_dist.errors import DiskFullError, OutputError
 
 _MARK = ".writing.json"

@@ -16,8 +16,8 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, StageRecord, digest_of, read_record, record_path, sizes
 from tenp_dist.config import Job
+from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.pool import Pool
-from tenp_dist.engine.shard import Progress
 from tenp_dist.errors import OutputError, StaleError
 
 

@@ -1,14 +1,16 @@
-"""A layer shard at work: decoder layers one after another over all microbatches.
+"""One rank of a layer shard: takes waves of tokens through its layers and sums their statistics.
 
-Weights of the next layer are read while the present one computes, so a shard holds two layers, one
-microbatch's workspace and the hidden states; none of it grows with depth.
+A streaming shard holds two layers, one microbatch's workspace and the hidden states of the waves, as
+many as the declared host memory takes (the others stay in the boundary files); a resident shard holds its
+layers. Neither grows with the depth of the model. What is committed (parts, then boundaries) is what
+a run goes on from; see `boundaries.py` and `parts.py`.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,156 +18,163 @@ import torch
 from torch import nn
 
 from tenp_dist.artifacts import digest_of
-from tenp_dist.calibration.corpus import Corpus, read_corpus
-from tenp_dist.checkpoint.kept import layer_name
-from tenp_dist.errors import DeviceError, NumericalError
-from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
-from tenp_dist.model.layers import Frame, Microbatch
-from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.engine.boundaries import Boundaries
+from tenp_dist.engine.compute import Compute, Progress, check_finite, embed_all, microbatches, open_skeleton
+from tenp_dist.engine.parts import Parts
+from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
+from tenp_dist.engine.weights import LayerSource
+from tenp_dist.errors import NumericalError
+from tenp_dist.model.experts import ExpertsState
+from tenp_dist.model.layers import Frame
 from tenp_dist.scoring.accumulate import LayerAccumulator, weight_norms
-from tenp_dist.scoring.statistics import LayerStatistics, read_metadata, write_statistics
+from tenp_dist.scoring.statistics import LayerStatistics
 
-
-@dataclass(frozen=True)
-class Compute:
-    """How a shard computes: device and dtype (or `auto`), tokens per microbatch, threads."""
-
-    device: str
-    dtype: str
-    batch_tokens: int
-    threads: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    def resolved(self) -> Compute:
-        """The same with `auto` replaced by what the machine that asks has.
-
-        Raises:
-            DeviceError: `cuda` was asked for and there is none.
-        """
-        has_cuda = torch.cuda.is_available()
-        if self.device == "cuda" and not has_cuda:
-            raise DeviceError(
-                "No accelerator where one was asked for",
-                found="torch.cuda.is_available() is False",
-                wanted="cluster.device: cuda",
-                next_step="set cluster.device to auto or cpu, or install a CUDA build of torch",
-            )
-        device = "cuda" if has_cuda and self.device != "cpu" else "cpu"
-        dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if self.dtype == "auto" else self.dtype
-        return replace(self, device=device, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a stage: `done` of `total` units, tokens that went through and seconds it took."""
-
-    done: int
-    total: int
-    tokens: int
-    seconds: float
-    note: str = ""
+DEFAULT_WAVES = 8
 
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """What a scoring worker needs. key (with device and dtype) is stored in every score file."""
+    """What a scoring worker needs.
+
+    key: of the score stage; with device, dtype and ranks it is stored in every file.
+    waves: the tokens are cut into at most so many. mode: see `schedule.py`.
+    host_memory: bytes that hidden states may take in a process. commit_seconds: how much work a streaming
+    shard may lose; boundaries are stored no more often than this, and always at the end of a shard.
+    """
 
     model: Path
     corpus: Path
     scores: Path
     key: str
     compute: Compute
+    waves: int = DEFAULT_WAVES
+    mode: Mode = "streaming"
+    host_memory: int = 1 << 62
+    commit_seconds: float = 10.0
+    ranks: int = 1
+
+    @property
+    def file_key(self) -> str:
+        return digest_of([self.key, self.compute.device, self.compute.dtype, self.waves, self.ranks])
+
+    @property
+    def boundaries(self) -> Boundaries:
+        return Boundaries(self.scores / "hidden", self.file_key)
+
+    def parts(self, rank: int = 0) -> Parts:
+        return Parts(self.scores, self.file_key, rank, self.ranks)
+
+    def resolved(self) -> ScoreTask:
+        """The same with `auto` device and dtype settled: every worker of a run must agree."""
+        return replace(self, compute=self.compute.resolved())
 
 
-def open_skeleton(folder: Path, compute: Compute) -> Skeleton:
-    register()
-    torch.set_num_threads(compute.threads)
-    return Skeleton(
-        folder,
-        dtype=compute.torch_dtype,
-        device=torch.device(compute.device),
-        experts_implementation=IMPLEMENTATION,
-    )
+@dataclass(frozen=True)
+class UnitReport:
+    """A finished unit: tokens that went through layers and seconds it took, resident memory of the process."""
+
+    tokens: int
+    seconds: float
+    memory: int
 
 
-def microbatches(corpus: Corpus, batch_tokens: int, device: str | torch.device = "cpu") -> list[Microbatch]:
-    """Cut a corpus into microbatches of one domain each, in the corpus's order."""
-    rows = max(1, batch_tokens // corpus.tokens_NS.shape[1])
-    batches = []
-    for domain in range(len(corpus.domains)):
-        tokens_NS, mask_NS = corpus.tokens_NS[corpus.domain_N == domain], corpus.mask_NS[corpus.domain_N == domain]
-        for start in range(0, len(tokens_NS), rows):
-            tokens_BS = torch.from_numpy(tokens_NS[start : start + rows]).long().to(device)
-            mask_BS = torch.from_numpy(mask_NS[start : start + rows])
-            batches.append(Microbatch(tokens_BS, domain, None if bool(mask_BS.all()) else mask_BS.to(device)))
-    return batches
+class ScoreShard:
+    """One rank. A plain class; `engine/pool.py` makes a Ray actor of it.
 
+    task: resolved. layers: those that this shard owns, None for all.
+    """
 
-def stream_layers(skeleton: Skeleton) -> Iterator[tuple[int, nn.Module]]:
-    """Decoder layers with their weights, in order; the next one is read while this one is used."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader") as reader:
-        pending = reader.submit(skeleton.read_layer, 0)
-        for layer in range(skeleton.num_layers):
-            module = skeleton.load_layer(layer, pending.result())
-            if layer + 1 < skeleton.num_layers:
-                pending = reader.submit(skeleton.read_layer, layer + 1)
-            yield layer, module
-            skeleton.unload_layer(layer)
+    def __init__(self, task: ScoreTask, layers: range | None = None, rank: int = 0):
+        self.task, self.layers, self.rank = task, layers, rank
+        self.boundaries, self.parts = task.boundaries, task.parts(rank)
+        self._hidden: dict[int, tuple[int, list[torch.Tensor]]] = {}  # wave -> (layer it enters, states)
+        self._committed = time.monotonic()
 
+    def open(self) -> None:
+        """Build the skeleton and start reading; everything that can fail does so here or in `run`."""
+        task = self.task
+        corpus = read_corpus(task.corpus)
+        self.domains = corpus.domains
+        self.batches = microbatches(corpus, task.compute.batch_tokens, task.compute.device)
+        self.waves = split_waves(len(self.batches), task.waves)
+        self.skeleton = open_skeleton(task.model, task.compute)
+        self.frame = Frame(self.skeleton)
+        self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
+        self.source = LayerSource(
+            self.skeleton, self.layers, keep=task.mode == "resident", experts=None, prepare=lambda layer, module: module
+        )
+        tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
+        width = int(self.skeleton.config_dict["hidden_size"])
+        self._spill = tokens * width * task.compute.torch_dtype.itemsize > task.host_memory
 
-@torch.inference_mode()
-def score_shard(task: ScoreTask) -> Iterator[Progress]:
-    """Score every MoE layer and write its file; layers that carry its key already are not rescored."""
-    corpus, compute = read_corpus(task.corpus), task.compute.resolved()
-    key = digest_of([task.key, compute.device, compute.dtype])
-    skeleton = open_skeleton(task.model, compute)
-    frame = Frame(skeleton)
-    batches = microbatches(corpus, compute.batch_tokens, compute.device)
-    hidden = embed_all(frame, batches)
-    tokens = int(corpus.mask_NS.sum())
-    for layer, module in stream_layers(skeleton):
+    @torch.inference_mode()
+    def run(self, unit: Unit) -> UnitReport:
+        """Take the unit's waves through its layers and commit what came out."""
         started = time.monotonic()
-        experts = skeleton.experts_of(module)
-        path = task.scores / f"{layer_name(layer)}.safetensors"
-        if experts is None or _scored(path, key):
-            advance(frame, layer, module, batches, hidden)
+        scored: dict[int, list[LayerStatistics]] = {}
+        for wave in unit.waves:
+            hidden = self._enter(wave, unit.start)
+            for layer in range(unit.start, unit.stop):
+                statistics = self._pass(layer, wave, hidden)
+                if statistics is not None:
+                    scored.setdefault(layer, []).append(statistics)
+            self._hidden[wave] = (unit.stop, hidden)
+            if self._spill or self.task.mode == "resident":
+                self._commit(scored, (wave,), unit.stop, force=True)
+                scored = {}
+        if not self._spill and self.task.mode == "streaming":
+            self._commit(scored, unit.waves, unit.stop, force=unit.stop == self.layers.stop)
+        tokens = sum(self.batches[i].tokens_BS.numel() for wave in unit.waves for i in self.waves[wave])
+        return UnitReport(tokens * (unit.stop - unit.start), time.monotonic() - started, resident_memory())
+
+    def _enter(self, wave: int, layer: int) -> list[torch.Tensor]:
+        """The wave's hidden states at `layer`: at hand, embedded, or from the boundary file."""
+        at, hidden = self._hidden.pop(wave, (-1, []))
+        if at == layer:
+            return hidden
+        if layer == 0:
+            return embed_all(self.frame, [self.batches[i] for i in self.waves[wave]])
+        stored = self.boundaries.read(wave, layer)
+        return [stored[f"{i:05d}"].to(self.task.compute.device) for i in self.waves[wave]]
+
+    def _pass(self, layer: int, wave: int, hidden: list[torch.Tensor]) -> LayerStatistics | None:
+        """Replace the wave's hidden states by what leaves the layer; its statistics unless they are stored."""
+        module = self.source.get(layer)
+        experts = self.skeleton.experts_of(module)
+        batches = [self.batches[i] for i in self.waves[wave]]
+        if experts is None or self.parts.waves(layer) > wave:
+            statistics = None
+            for i, batch in enumerate(batches):
+                hidden[i] = self.frame.run_layer(layer, module, batch, hidden[i])
         else:
-            statistics = score_layer(frame, layer, module, batches, hidden, corpus.domains)
-            write_statistics(path, statistics, layer=layer, key=key)
-        check_finite(hidden, skeleton, layer, module)
-        yield Progress(layer + 1, skeleton.num_layers, tokens, time.monotonic() - started, f"layer {layer}")
-        del module, experts
+            statistics = score_layer(self.frame, layer, module, batches, hidden, self.domains)
+        check_finite(hidden, self.skeleton, layer, module)
+        if statistics is not None:
+            check_statistics(statistics, layer)
+        return statistics
+
+    def _commit(
+        self, scored: dict[int, list[LayerStatistics]], waves: Sequence[int], layer: int, *, force: bool
+    ) -> None:
+        """Store parts, then (at least at a shard's end) boundaries: a boundary vouches for the parts before it."""
+        for scored_layer, statistics in scored.items():
+            self.parts.add(scored_layer, statistics, len(self.waves))
+        if not force and time.monotonic() - self._committed < self.task.commit_seconds:
+            return
+        done = layer == self.skeleton.num_layers
+        for wave in waves:
+            _, hidden = self._hidden[wave]
+            named = {f"{i:05d}": state for i, state in zip(self.waves[wave], hidden, strict=True)}
+            if self.rank == 0:
+                self.boundaries.write(wave, layer, {} if done else named)
+            if self._spill or layer == self.layers.stop:
+                del self._hidden[wave]
+        self._committed = time.monotonic()
 
 
-def embed_all(frame: Frame, batches: Sequence[Microbatch]) -> list[torch.Tensor]:
-    """Hidden states [B, S, D] that enter the first layer, one tensor per microbatch."""
-    name = next(n for n, m in frame.model.named_modules() if m is frame.model.get_input_embeddings())
-    frame.skeleton.load_module(name)
-    hidden = [frame.embed(batch) for batch in batches]
-    frame.model.get_submodule(name).to("meta")
-    return hidden
-
-
-def advance(
-    frame: Frame, layer: int, module: nn.Module, batches: Sequence[Microbatch], hidden: list[torch.Tensor]
-) -> None:
-    """Replace every hidden state by what leaves the layer."""
-    for i, batch in enumerate(batches):
-        hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
-
-
-def score_layer(
-    frame: Frame,
-    layer: int,
-    module: nn.Module,
-    batches: Sequence[Microbatch],
-    hidden: list[torch.Tensor],
-    domains: Sequence[str],
-) -> LayerStatistics:
-    """`advance` with statistics taken on the way."""
+def score_layer(frame, layer: int, module: nn.Module, batches, hidden: list[torch.Tensor], domains) -> LayerStatistics:
+    """Run a layer over microbatches with statistics taken on the way; `hidden` becomes what leaves it."""
     experts = frame.skeleton.experts_of(module)
     num_experts, _, width = experts.down_proj.shape
     statistics = LayerStatistics.zeros(domains, num_experts, width, device=experts.down_proj.device)
@@ -180,26 +189,13 @@ def score_layer(
     finally:
         hook.remove()
         experts.tenp_state = None
-    scored = LayerStatistics(statistics.domains, statistics.tensors, weight_norms(experts))
-    _check_statistics(scored, layer)
-    return scored
+    tensors = {name: tensor.cpu() for name, tensor in statistics.tensors.items()}
+    return LayerStatistics(statistics.domains, tensors, weight_norms(experts).cpu())
 
 
-def check_finite(hidden: Sequence[torch.Tensor], skeleton: Skeleton, layer: int, module: nn.Module) -> None:
-    """Raise NumericalError where NaN or Inf left a layer, naming a bad weight if there is one."""
-    if all(bool(torch.isfinite(tensor).all()) for tensor in hidden):
-        return
-    bad = [name for name, weight in module.state_dict().items() if not bool(torch.isfinite(weight).all())]
-    raise NumericalError(
-        "NaN or Inf in a weight" if bad else "NaN or Inf in the activations",
-        where=f"{skeleton.index.folder}, layer {layer}" + (f": {bad[0]}" if bad else ""),
-        next_step="check the checkpoint's download" if bad else "score in float32 (score.dtype: float32)",
-    )
-
-
-def _check_statistics(statistics: LayerStatistics, layer: int) -> None:
-    tensors: Mapping[str, torch.Tensor] = {**statistics.tensors, "expert weights": statistics.weight_norm}
-    for name, tensor in tensors.items():
+def check_statistics(statistics: LayerStatistics, layer: int) -> None:
+    """Raise NumericalError naming the first expert whose sums or weights are not finite."""
+    for name, tensor in {**statistics.tensors, "expert weights": statistics.weight_norm}.items():
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
             position = bad.nonzero()[0].tolist()
@@ -211,5 +207,31 @@ def _check_statistics(statistics: LayerStatistics, layer: int) -> None:
             )
 
 
-def _scored(path: Path, key: str) -> bool:
-    return path.exists() and read_metadata(path).get("key") == key
+def score_shard(task: ScoreTask) -> Iterator[Progress]:
+    """The whole model as one shard, here and now: every unit in turn, then the score files."""
+    task = task.resolved()
+    shard = ScoreShard(task)
+    shard.open()
+    moe_layers, waves = shard.skeleton.moe_layers(), len(shard.waves)
+    positions = [task.boundaries.position(wave) for wave in range(waves)]
+    if all(task.parts().waves(layer) == waves for layer in moe_layers):
+        positions = []
+    while (unit := next_unit(shard.layers, positions, task.mode)) is not None:
+        report = shard.run(unit)
+        for wave in unit.waves:
+            positions[wave] = unit.stop
+        yield Progress(min(positions), shard.skeleton.num_layers, report.tokens, report.seconds, str(unit))
+    finish_scores(task, moe_layers, waves)
+
+
+def finish_scores(task: ScoreTask, moe_layers: Iterable[int], waves: int) -> None:
+    """Join the parts into the score files, then drop what only an unfinished run needs."""
+    task.parts().join(moe_layers, waves)
+    for folder in ("parts", "hidden"):
+        shutil.rmtree(task.scores / folder, ignore_errors=True)
+
+
+def resident_memory() -> int:
+    """Anonymous resident bytes of this process."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("RssAnon:") + 1]) * 1024

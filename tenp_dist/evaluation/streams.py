@@ -17,15 +17,9 @@ import torch
 
 from tenp_dist.calibration.corpus import Corpus, read_corpus
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
-from tenp_dist.engine.shard import (
-    Compute,
-    Progress,
-    check_finite,
-    embed_all,
-    microbatches,
-    open_skeleton,
-    stream_layers,
-)
+from tenp_dist.engine.compute import Compute, Progress, check_finite, embed_all, microbatches, open_skeleton
+from tenp_dist.engine.weights import LayerSource
+from tenp_dist.errors import NumericalError
 from tenp_dist.model.experts import ExpertsState
 from tenp_dist.model.layers import Frame, Microbatch
 
@@ -76,11 +70,21 @@ class Metrics:
         return {variant: self._variant(variant) for variant in dict.fromkeys(name for name, _ in self.sums)}
 
     def _variant(self, variant: str) -> dict:
+        self._check_finite(variant)
         figures = {name: _figures(self.sums[variant, i]) for i, name in enumerate(self.domains)}
         keys = ("nll", "kl", "top1_agreement", "top1_accuracy")
         mean = {key: sum(figure[key] for figure in figures.values()) / len(figures) for key in keys}
         tokens = sum(figure["tokens"] for figure in figures.values())
         return {"domains": figures, "mean": {"tokens": tokens, "perplexity": math.exp(mean["nll"]), **mean}}
+
+    def _check_finite(self, variant: str) -> None:
+        for i, name in enumerate(self.domains):
+            if not math.isfinite(self.sums[variant, i].nll + self.sums[variant, i].kl):
+                raise NumericalError(
+                    "NaN or Inf in the logits",
+                    where=f"variant {variant}, domain {name}",
+                    next_step="check the final norm's and the head's weights",
+                )
 
 
 def _figures(sums: _Sums) -> dict:
@@ -121,8 +125,10 @@ def _run_pass(
     start = embed_all(frame, batches)
     hidden = {name: list(start) for name in masks}
     tokens = sum(batch.tokens_BS.numel() for batch in batches) * len(masks)
-    for layer, module in stream_layers(skeleton):
+    source = LayerSource(skeleton, range(skeleton.num_layers), keep=False)
+    for layer in source.layers:
         started = time.monotonic()
+        module = source.get(layer)
         experts = skeleton.experts_of(module)
         for name, states in hidden.items():
             mask_EF = _mask(masks[name].get(layer), experts)

@@ -5,8 +5,11 @@ chosen experts are what the model's own router hands over. The arithmetic is tha
 `grouped_mm` implementation (transformers/integrations/moe.py), so that scoring sees the numbers
 of a plain forward.
 
+Where the experts of a layer are split over ranks, each rank holds a contiguous range of them: slots
+of the others are cut off like padding, and the local sums are added over the ranks in float32.
+
 Shape letters: T tokens, K experts per token, S = T * K dispatched slots without padding, in
-ascending order of expert; D model width, F neurons of an expert, P = 2F, E experts.
+ascending order of expert; D model width, F neurons of an expert, P = 2F, E experts that this rank holds.
 """
 
 from __future__ import annotations
@@ -49,13 +52,17 @@ class ExpertsState:
     """Module state of one experts call: set before a layer runs, cleared after it.
 
     valid_T: positions that are not padding, None for all; padding reaches no expert.
-    mask_EF: neurons that count, None for all.
-    observer: called once per experts call.
+    mask_EF: neurons that count, None for all; rows are the experts that this rank holds.
+    observer: called once per experts call, with local expert ids and the whole `routed_TD`.
+    experts: global ids of the experts that this rank holds, None for all.
+    reduce: adds float32 [T, D] over the ranks that share the layer; asked once per experts call.
     """
 
     valid_T: torch.Tensor | None = None
     mask_EF: torch.Tensor | None = None
     observer: Observer | None = field(default=None, repr=False)
+    experts: range | None = None
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
 
 
 def experts_forward(
@@ -63,7 +70,10 @@ def experts_forward(
 ) -> torch.Tensor:
     """Experts forward for `ALL_EXPERTS_FUNCTIONS`: hidden_states [T, D] -> routed output [T, D]."""
     state: ExpertsState = getattr(self, "tenp_state", None) or ExpertsState()
-    slot_S, expert_S, offsets_E = _dispatch(top_k_index, self.num_experts, state.valid_T)
+    held = range(self.num_experts) if state.experts is None else state.experts
+    if len(held) != self.gate_up_proj.shape[0]:
+        raise ValueError(f"The layer holds {self.gate_up_proj.shape[0]} experts, its state says {held}")
+    slot_S, expert_S, offsets_E = _dispatch(top_k_index, held, state)
     token_S = slot_S // top_k_index.shape[-1]
     x_SD = hidden_states[token_S]
     m_SF = self._apply_gate(_grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E))
@@ -71,7 +81,13 @@ def experts_forward(
         m_SF = m_SF * state.mask_EF[expert_S]
     y_SD = _grouped(m_SF, self.down_proj.transpose(1, 2), offsets_E)
     g_S = top_k_weights.reshape(-1)[slot_S]
-    routed_TD = _combine(y_SD * g_S.unsqueeze(-1), slot_S, top_k_index.shape).to(hidden_states.dtype)
+    weighted_SD = y_SD * g_S.unsqueeze(-1)
+    if state.experts is not None:
+        weighted_SD = weighted_SD.float()
+    routed_TD = _combine(weighted_SD, slot_S, top_k_index.shape)
+    if state.reduce is not None:
+        routed_TD = state.reduce(routed_TD)
+    routed_TD = routed_TD.to(hidden_states.dtype)
     if state.observer is not None:
         state.observer(
             Dispatch(hidden_states, x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj)
@@ -87,17 +103,23 @@ def register() -> None:
 
 
 def _dispatch(
-    top_k_index: torch.Tensor, num_experts: int, valid_T: torch.Tensor | None
+    top_k_index: torch.Tensor, held: range, state: ExpertsState
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Slots in order of expert (stable: by token inside an expert), their experts, run ends [E] int32."""
+    """Slots in order of expert (stable: by token inside an expert), their local experts, run ends [E] int32."""
     expert_of_slot = top_k_index.reshape(-1)
-    if valid_T is not None:  # padding sorts behind the last expert and is cut off
-        invalid = ~valid_T.repeat_interleave(top_k_index.shape[-1])
-        expert_of_slot = expert_of_slot.masked_fill(invalid, num_experts)
+    unused = None
+    if state.valid_T is not None:
+        unused = ~state.valid_T.repeat_interleave(top_k_index.shape[-1])
+    if state.experts is not None:
+        others = (expert_of_slot < held.start) | (expert_of_slot >= held.stop)
+        unused = others if unused is None else unused | others
+        expert_of_slot = expert_of_slot - held.start
+    if unused is not None:  # padding and other ranks' slots sort behind the last expert and are cut off
+        expert_of_slot = expert_of_slot.masked_fill(unused, len(held))
     expert_S, slot_S = torch.sort(expert_of_slot, stable=True)
-    counts = torch.bincount(expert_S, minlength=num_experts + 1)[:num_experts]
+    counts = torch.bincount(expert_S, minlength=len(held) + 1)[: len(held)]
     offsets_E = torch.cumsum(counts, 0).to(torch.int32)
-    if valid_T is not None:
+    if unused is not None:
         used = int(offsets_E[-1])
         expert_S, slot_S = expert_S[:used], slot_S[:used]
     return slot_S, expert_S, offsets_E

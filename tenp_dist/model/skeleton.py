@@ -7,6 +7,9 @@ afterwards; routed experts arrive in the fused tensors that the modeling code us
 
 from __future__ import annotations
 
+import copy
+import math
+import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +48,7 @@ class Skeleton:
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
         self.layers: nn.ModuleList = self.model.base_model.layers  # kept: Frame swaps the model's own
+        self._loaded: dict[int, nn.Module] = {}
         self._check_interface()
         _restore_rotary(self.model, device)
 
@@ -62,8 +66,11 @@ class Skeleton:
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if self.experts_of(layer) is not None]
 
-    def read_layer(self, layer: int) -> dict[str, torch.Tensor]:
+    def read_layer(self, layer: int, experts: range | None = None) -> dict[str, torch.Tensor]:
         """The state of one decoder layer in compute dtype, keyed as in its `state_dict()`.
+
+        Args:
+            experts: read only these routed experts, into fused tensors of this length; None for all.
 
         Raises:
             SourceError: a tensor is missing, unknown to the model, or of another shape.
@@ -77,7 +84,7 @@ class Skeleton:
             used.add(prefix + key)
             state[key] = self._read(prefix + key, parameter, f"model.layers.{layer}.{key}")
         if self.experts_of(module) is not None:
-            state |= self._read_experts(layer, used)
+            state |= self._read_experts(layer, used, experts)
         unknown = [name for name in self._names.get(layer, []) if name not in used and not _NOT_IN_MODEL.search(name)]
         if unknown:
             raise SourceError(
@@ -90,13 +97,23 @@ class Skeleton:
         return {key: tensor.to(self.device) for key, tensor in state.items()}
 
     def load_layer(self, layer: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Put a state that `read_layer` returned into the skeleton's layer."""
-        module = self.layers[layer]
+        """A copy of the skeleton's layer with a state that `read_layer` returned, all experts or some.
+
+        The skeleton's own layer stays on `meta`, so a caller may rebuild the copy and load the layer again.
+        """
+        config = self.model.config
+        module = copy.deepcopy(self.layers[layer], {id(config): config})
+        experts = self.experts_of(module)
+        if experts is not None:
+            for name in ("gate_up_proj", "down_proj"):
+                shaped = torch.empty_like(state[f"{self.family.experts}.{name}"], device="meta")
+                setattr(experts, name, nn.Parameter(shaped, requires_grad=False))
         module.load_state_dict(dict(state), assign=True, strict=True)
-        return module.eval().requires_grad_(False)
+        self._loaded[layer] = module.eval().requires_grad_(False)
+        return module
 
     def unload_layer(self, layer: int) -> None:
-        self.layers[layer].to("meta")
+        self._loaded.pop(layer).to("meta")
 
     def load_module(self, name: str) -> nn.Module:
         """Fill a module outside the layers (`model.embed_tokens`, `lm_head`), tied weights included."""
@@ -123,21 +140,22 @@ class Skeleton:
         parts = path.split(".")
         return torch.float32 if any(name in parts for name in kept) else self.dtype
 
-    def _read_experts(self, layer: int, used: set[str]) -> dict[str, torch.Tensor]:
-        """Fused experts: gate_up [E, 2F, D], down [E, D, F]; a ragged checkpoint's are padded with zeros."""
+    def _read_experts(self, layer: int, used: set[str], share: range | None) -> dict[str, torch.Tensor]:
+        """Fused experts of a share: gate_up [E, 2F, D], down [E, D, F]; narrow ones are padded with zeros."""
         experts = self.experts_of(self.layers[layer])
         num_experts, hidden = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
         names = {(e, m): self.family.tensor(layer, e, m) for e in range(num_experts) for m in (GATE, UP, DOWN)}
         used.update(names.values())
         full = experts.down_proj.shape[2]
-        gate_up_EPD = torch.zeros(num_experts, 2 * full, hidden, dtype=self.dtype)
-        down_EDF = torch.zeros(num_experts, hidden, full, dtype=self.dtype)
-        for e in range(num_experts):
+        share = range(num_experts) if share is None else share
+        gate_up_EPD = _zeros((len(share), 2 * full, hidden), self.dtype)
+        down_EDF = _zeros((len(share), hidden, full), self.dtype)
+        for row, e in enumerate(share):
             width = self._expert_width(names[e, GATE], full)
             for matrix, target, wanted in (
-                (GATE, gate_up_EPD[e, :width], (width, hidden)),
-                (UP, gate_up_EPD[e, full : full + width], (width, hidden)),
-                (DOWN, down_EDF[e, :, :width], (hidden, width)),
+                (GATE, gate_up_EPD[row, :width], (width, hidden)),
+                (UP, gate_up_EPD[row, full : full + width], (width, hidden)),
+                (DOWN, down_EDF[row, :, :width], (hidden, width)),
             ):
                 check_shape(self.index.entry(names[e, matrix]), wanted, self.index.folder)
                 target.copy_(self.reader.tensor(names[e, matrix]))
@@ -176,6 +194,15 @@ def _build(config_dict: Mapping, dtype: torch.dtype, experts_implementation: str
             config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts_implementation
         )
     return model.eval().requires_grad_(False)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in an anonymous mapping of their own, which goes back to the system with the tensor.
+
+    Weights of layer after layer would otherwise fragment the heap, and memory would grow with depth.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _restore_rotary(model: nn.Module, device: torch.device) -> None:

@@ -85,6 +85,21 @@ class LayerStatistics:
 
 def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     """Combine parts of one layer in the order given (waves, or token shards of equal experts)."""
+    first = _of_equal_domains(parts)
+    tensors = {name: _merge_tensor(name, [part[name] for part in parts]) for name in first.tensors}
+    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=first.weight_norm)
+
+
+def join_experts(parts: Sequence[LayerStatistics]) -> LayerStatistics:
+    """Put parts of consecutive ranges of one layer's experts together, in the order of the ranges."""
+    first = _of_equal_domains(parts)
+    tensors = {name: torch.cat([part[name] for part in parts], dim=1) for name in first.tensors}
+    norms = [part.weight_norm for part in parts]
+    weight_norm = None if any(norm is None for norm in norms) else torch.cat(norms)
+    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=weight_norm)
+
+
+def _of_equal_domains(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     first = parts[0]
     for part in parts[1:]:
         if part.domains != first.domains:
@@ -94,8 +109,7 @@ def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:
                 wanted=first.domains,
                 next_step="remove scores/parts and score again",
             )
-    tensors = {name: _merge_tensor(name, [part[name] for part in parts]) for name in first.tensors}
-    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=first.weight_norm)
+    return first
 
 
 def _merge_tensor(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -108,14 +122,15 @@ def _merge_tensor(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def write_statistics(path: Path, statistics: LayerStatistics, *, layer: int, key: str) -> None:
-    """Store a layer; `key` is the score stage's key and says what the file was made from."""
+def write_statistics(path: Path, statistics: LayerStatistics, *, layer: int, key: str, waves: int = 1) -> None:
+    """Store a layer (or a part of it); `key` says what it was made from, `waves` how many are summed in it."""
     from safetensors.torch import save
 
     metadata = {
         "schema_version": SCHEMA_VERSION,
         "layer": layer,
         "key": key,
+        "waves": waves,
         "domains": statistics.domains,
         "merge": dict(MERGE_RULES),
     }
@@ -128,7 +143,7 @@ def write_statistics(path: Path, statistics: LayerStatistics, *, layer: int, key
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a score file says of itself: schema_version, layer, key, domains, merge rules.
+    """What a score file says of itself: schema_version, layer, key, waves, domains, merge rules.
 
     Raises:
         StaleError: not a complete score file.

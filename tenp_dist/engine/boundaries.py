@@ -1,0 +1,65 @@
+"""Hidden states between layers, one file per wave: how shards hand over and where a run resumes.
+
+`wave_002.layer_00004.safetensors` holds what enters layer 4. Files are written whole or not at all and
+carry the key of what they belong to; a wave's position is its furthest file. Hidden states that do not
+fit the host memory declared for them live here between layers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tenp_dist.artifacts import atomic_write
+from tenp_dist.checkpoint.kept import layer_name
+
+_NAME = re.compile(r"wave_(\d+)\.layer_(\d+)\.safetensors$")
+Hidden = Mapping[str, torch.Tensor]
+
+
+class Boundaries:
+    """The boundary files of one stage. key: what they were made from; others' files do not count."""
+
+    def __init__(self, folder: Path, key: str):
+        self.folder = folder
+        self.key = key
+
+    def position(self, wave: int) -> int:
+        """The layer that a wave enters next, 0 if nothing of it is stored."""
+        return max((layer for layer in self._layers(wave) if self._ours(wave, layer)), default=0)
+
+    def write(self, wave: int, layer: int, hidden: Hidden) -> None:
+        """Store what enters `layer`, then drop the wave's earlier files."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in hidden.items()}
+        with atomic_write(self._path(wave, layer)) as stream:
+            stream.write(save(tensors, metadata={"tenp": json.dumps({"key": self.key})}))
+        for earlier in self._layers(wave):
+            if earlier < layer:
+                self._path(wave, earlier).unlink(missing_ok=True)
+
+    def read(self, wave: int, layer: int) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self._path(wave, layer))
+
+    def _layers(self, wave: int) -> list[int]:
+        found = (_NAME.search(path.name) for path in self.folder.glob(f"wave_{wave:03d}.*"))
+        return [int(match[2]) for match in found if match]
+
+    def _path(self, wave: int, layer: int) -> Path:
+        return self.folder / f"wave_{wave:03d}.{layer_name(layer)}.safetensors"
+
+    def _ours(self, wave: int, layer: int) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._path(wave, layer), framework="pt") as file:
+                return json.loads((file.metadata() or {}).get("tenp", "{}")).get("key") == self.key
+        except SafetensorError:
+            return False

@@ -1,0 +1,113 @@
+"""What scoring and evaluating shards share: how to compute, what to compute on, what to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tenp_dist.calibration.corpus import Corpus
+from tenp_dist.errors import DeviceError, NumericalError
+from tenp_dist.model.experts import IMPLEMENTATION, register
+from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a shard computes: device and dtype (or `auto`), tokens per microbatch, threads."""
+
+    device: str
+    dtype: str
+    batch_tokens: int
+    threads: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def resolved(self) -> Compute:
+        """The same with `auto` replaced by what the machine that asks has.
+
+        Raises:
+            DeviceError: `cuda` was asked for and there is none.
+        """
+        has_cuda = torch.cuda.is_available()
+        if self.device == "cuda" and not has_cuda:
+            raise DeviceError(
+                "No accelerator where one was asked for",
+                found="torch.cuda.is_available() is False",
+                wanted="cluster.device: cuda",
+                next_step="set cluster.device to auto or cpu, or install a CUDA build of torch",
+            )
+        device = "cuda" if has_cuda and self.device != "cpu" else "cpu"
+        dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if self.dtype == "auto" else self.dtype
+        return replace(self, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a stage: `done` of `total` units, tokens that went through and seconds it took."""
+
+    done: int
+    total: int
+    tokens: int
+    seconds: float
+    note: str = ""
+
+
+def open_skeleton(folder: Path, compute: Compute) -> Skeleton:
+    register()
+    torch.set_num_threads(compute.threads)
+    return Skeleton(
+        folder,
+        dtype=compute.torch_dtype,
+        device=torch.device(compute.device),
+        experts_implementation=IMPLEMENTATION,
+    )
+
+
+def microbatches(corpus: Corpus, batch_tokens: int, device: str | torch.device = "cpu") -> list[Microbatch]:
+    """Cut a corpus into microbatches of one domain each, in the corpus's order."""
+    rows = max(1, batch_tokens // corpus.tokens_NS.shape[1])
+    batches = []
+    for domain in range(len(corpus.domains)):
+        tokens_NS, mask_NS = corpus.tokens_NS[corpus.domain_N == domain], corpus.mask_NS[corpus.domain_N == domain]
+        for start in range(0, len(tokens_NS), rows):
+            tokens_BS = torch.from_numpy(tokens_NS[start : start + rows]).long().to(device)
+            mask_BS = torch.from_numpy(mask_NS[start : start + rows])
+            batches.append(Microbatch(tokens_BS, domain, None if bool(mask_BS.all()) else mask_BS.to(device)))
+    return batches
+
+
+def embed_all(frame: Frame, batches: Sequence[Microbatch]) -> list[torch.Tensor]:
+    """Hidden states [B, S, D] that enter the first layer, one tensor per microbatch."""
+    name = next(n for n, m in frame.model.named_modules() if m is frame.model.get_input_embeddings())
+    frame.skeleton.load_module(name)
+    hidden = [frame.embed(batch) for batch in batches]
+    frame.model.get_submodule(name).to("meta")
+    return hidden
+
+
+def check_finite(hidden: Sequence[torch.Tensor], skeleton: Skeleton, layer: int, module: nn.Module) -> None:
+    """Raise NumericalError where NaN or Inf left a layer, naming a bad weight if there is one."""
+    if all(bool(torch.isfinite(tensor).all()) for tensor in hidden):
+        return
+    for name, weight in module.state_dict().items():
+        bad = ~torch.isfinite(weight)
+        if bool(bad.any()):
+            fused = name.startswith(skeleton.family.experts)
+            expert = f", expert {int(bad.nonzero()[0][0])}" if fused else ""
+            raise NumericalError(
+                "NaN or Inf in a weight",
+                where=f"{skeleton.index.folder}, layer {layer}{expert}: {name}",
+                next_step="check the checkpoint's download",
+            )
+    raise NumericalError(
+        "NaN or Inf in the activations",
+        where=f"{skeleton.index.folder}, layer {layer}",
+        next_step="score in float32 (score.dtype: float32); if that is on, check the embedding's weights",
+    )

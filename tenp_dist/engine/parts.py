@@ -1,0 +1,94 @@
+"""Score parts: what a rank has summed so far for a layer, over the waves 0 .. n-1.
+
+`parts/layer_00003.rank_000-of-002.safetensors` holds the sums of a rank's own experts over the waves that
+went through; every new wave is added behind them, in wave order, and the file is replaced whole. When
+all waves are in, the ranks' parts are joined into the layer's score file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.errors import StaleError
+from tenp_dist.scoring.statistics import (
+    LayerStatistics,
+    join_experts,
+    merge,
+    read_metadata,
+    read_statistics,
+    write_statistics,
+)
+
+
+class Parts:
+    """The parts of one rank out of `ranks`; key: the score run's own (with device and dtype).
+
+    With one rank a layer's last wave makes its score file at once.
+    """
+
+    def __init__(self, scores: Path, key: str, rank: int, ranks: int):
+        self.scores, self.key, self.rank, self.ranks = scores, key, rank, ranks
+
+    def waves(self, layer: int) -> int:
+        """Waves that are summed for a layer: in its score file, or else in this rank's part."""
+        return _waves(self.score_file(layer), self.key) or _waves(self.part_file(layer, self.rank), self.key)
+
+    def add(self, layer: int, waves: Sequence[LayerStatistics], total: int) -> None:
+        """Add the statistics of the next waves, in order, of `total` in all."""
+        path = self.part_file(layer, self.rank)
+        done = _waves(path, self.key)
+        parts = [read_statistics(path), *waves] if done else list(waves)
+        count = done + len(waves)
+        target = self.score_file(layer) if self.ranks == 1 and count == total else path
+        write_statistics(target, merge(parts), layer=layer, key=self.key, waves=count)
+
+    def join(self, layers: Iterable[int], waves: int) -> None:
+        """Make the score files of all ranks' parts, which must hold all waves; finished ones stay."""
+        for layer in layers:
+            if _waves(self.score_file(layer), self.key) != waves:
+                write_statistics(
+                    self.score_file(layer), self._joined(layer, waves), layer=layer, key=self.key, waves=waves
+                )
+
+    def _joined(self, layer: int, waves: int) -> LayerStatistics:
+        files = [self.part_file(layer, rank) for rank in range(self.ranks)]
+        for file in files:
+            if _waves(file, self.key) != waves:
+                raise StaleError(
+                    "A score part is missing or incomplete",
+                    where=file,
+                    found=f"{_waves(file, self.key)} waves",
+                    wanted=f"{waves} waves",
+                    next_step="remove scores/hidden and run `tenp-dist score` again",
+                )
+        return join_experts([read_statistics(file) for file in files])
+
+    def score_file(self, layer: int) -> Path:
+        return self.scores / f"{layer_name(layer)}.safetensors"
+
+    def part_file(self, layer: int, rank: int) -> Path:
+        return self.scores / "parts" / f"{layer_name(layer)}.rank_{rank:03d}-of-{self.ranks:03d}.safetensors"
+
+
+def check_ranks(scores: Path, ranks: int) -> None:
+    """Raise StaleError where a run was begun with another number of ranks: its sums are not the same bytes."""
+    for path in sorted((scores / "parts").glob("layer_*.rank_*")):
+        begun = int(path.name.split("-of-")[1].split(".")[0])
+        if begun != ranks:
+            raise StaleError(
+                "Scoring was begun with another tensor_parallel",
+                where=scores / "parts",
+                found=f"cluster.tensor_parallel: {begun}",
+                wanted=f"cluster.tensor_parallel: {ranks}",
+                next_step=f"go on with {begun}, or start over in another --run-dir",
+            )
+
+
+def _waves(path: Path, key: str) -> int:
+    """Waves in a file, 0 if it is not there or was made from something else."""
+    if not path.exists():
+        return 0
+    metadata = read_metadata(path)
+    return int(metadata["waves"]) if metadata["key"] == key else 0
