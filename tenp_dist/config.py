@@ -85,6 +85,7 @@ class Score(_Part):
         "auto", description="compute dtype; auto: float32 on CPU, bfloat16 on accelerators"
     )
     batch_tokens: Size = Field(8192, description="tokens per microbatch")
+    waves: int = Field(8, ge=1, description="pieces that the tokens are cut into; sums combine in their order")
 
 
 class Budget(_Part):
@@ -125,9 +126,16 @@ class Output(_Part):
 
 
 class Cluster(_Part):
-    shards: Literal[1] = Field(1, description="layer shards (this version runs one)")
-    tensor_parallel: Literal[1] = Field(1, description="ranks per shard (this version runs one)")
+    shards: int = Field(1, ge=1, description="layer shards, each a group of ranks on one node")
+    tensor_parallel: int = Field(1, ge=1, description="ranks of a shard, one accelerator each")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an accelerator where there is one")
+    mode: Literal["auto", "resident", "streaming"] = Field(
+        "auto", description="resident: a shard keeps its layers; streaming: one after another, the next read ahead"
+    )
+    device_memory: Size | None = Field(None, description="weights that a rank may hold; default 60 % of what there is")
+    host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
+    commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
+    start_timeout: float = Field(300.0, gt=0, description="seconds in which a shard must be placed")
     writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
 
 

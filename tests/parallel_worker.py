@@ -1,11 +1,14 @@
-"""One rank of a layer shard: scores models layer by layer and stores what it saw. Run by test_parallel.py.
+"""One rank of a layer shard: scores models layer by layer and stores what it saw.
 
-`python parallel_worker.py JOB.json RANK` with the job {size, port, dtype, models: {name: folder}, padded, out}.
+`start` runs `python parallel_worker.py JOB.json RANK` once per rank.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +25,32 @@ from tenp_dist.scoring.accumulate import LayerAccumulator, weight_norms
 from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
 
 DOMAINS = ("first", "second")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(out: Path, size: int, models: dict[str, Path], dtype="float32", padded=True) -> list[subprocess.Popen]:
+    """Start the ranks of a shard on a free port; they score `models` into `out`."""
+    models = {name: str(folder) for name, folder in models.items()}
+    job = {"size": size, "port": free_port(), "dtype": dtype, "models": models, "padded": padded, "out": str(out)}
+    (out / "job.json").write_text(json.dumps(job))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out / "job.json"), str(rank)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def results(out: Path) -> list[dict]:
+    """What the ranks counted, in their order."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("rank*.json"))]
 
 
 def batches(padded: bool) -> list[Microbatch]:

@@ -20,9 +20,11 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
 from tenp_dist.config import Budget, Job, Text
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
-from tenp_dist.engine.compute import Compute, Progress
+from tenp_dist.engine.compute import Compute, Progress, microbatches
 from tenp_dist.engine.coordinator import Context, Output, Stage
-from tenp_dist.engine.shard import ScoreTask, score_shard
+from tenp_dist.engine.schedule import split_waves
+from tenp_dist.engine.scoring import layers_of_facts, score_model
+from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.evaluation.streams import SOURCE, EvaluateTask, Metrics, Pass, evaluate_shard
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
@@ -61,18 +63,20 @@ def _calibrate(context: Context) -> Output:
 
 
 def _score(context: Context) -> Output:
-    job, scores = context.job, context.run_dir / "scores"
-    compute = Compute(job.cluster.device, job.score.dtype, job.score.batch_tokens, context.pool.threads)
-    task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute)
-    seconds = tokens = 0.0
+    job, scores, gpus = context.job, context.run_dir / "scores", _gpus(context)
     context.replace()
-    for progress in context.pool.stream(score_shard, task, gpus=_gpus(context)):
-        context.progress(progress)
-        seconds, tokens = seconds + progress.seconds, progress.tokens
+    compute = Compute("cuda" if gpus else "cpu", job.score.dtype, job.score.batch_tokens, context.pool.threads)
+    compute = compute.settled()
+    task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute, waves=job.score.waves)
+    corpus = read_corpus(task.corpus)
+    waves = len(split_waves(len(microbatches(corpus, compute.batch_tokens)), job.score.waves))
+    layers = layers_of_facts(_facts(context), compute.torch_dtype.itemsize)
+    done = score_model(context.pool, task, layers, job.cluster, waves, context.progress)
     files = _score_files(context)
     digest = digest_of({path.name: file_digest(path) for path in files})
-    rate = round(tokens / seconds) if seconds else None
-    return Output(files, digest, {"layers": len(files), "tokens": int(tokens), "tokens_per_second": rate})
+    rate = round(done.tokens / done.seconds) if done.seconds else None
+    summary = {"layers": len(files), "tokens": done.tokens, "tokens_per_second": rate, "mode": done.mode}
+    return Output(files, digest, summary | {"shards": done.shards, "resumed": round(done.resumed_share, 3)})
 
 
 def _plan(context: Context) -> Output:
@@ -264,7 +268,8 @@ def _calibrate_fields(job: Job) -> dict:
 
 
 def _score_fields(job: Job) -> dict:
-    return job.score.model_dump(mode="json") | {"device": job.cluster.device}
+    cluster = {"device": job.cluster.device, "tensor_parallel": job.cluster.tensor_parallel}
+    return job.score.model_dump(mode="json") | cluster
 
 
 def _plan_fields(job: Job) -> dict:

@@ -43,9 +43,12 @@ class Compute:
                 wanted="cluster.device: cuda",
                 next_step="set cluster.device to auto or cpu, or install a CUDA build of torch",
             )
-        device = "cuda" if has_cuda and self.device != "cpu" else "cpu"
-        dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if self.dtype == "auto" else self.dtype
-        return replace(self, device=device, dtype=dtype)
+        return replace(self, device="cuda" if has_cuda and self.device != "cpu" else "cpu").settled()
+
+    def settled(self) -> Compute:
+        """The same with the dtype `auto` replaced by the device's own: all workers of a run must agree."""
+        own = {"cuda": "bfloat16", "cpu": "float32"}[self.device]
+        return replace(self, dtype=own if self.dtype == "auto" else self.dtype)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def join_ranks(
 
 def leave_ranks() -> None:
     """Close what `join_ranks` opened; nothing to do for one rank."""
-    if "torch.distributed" in sys.modules and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

@@ -12,20 +12,32 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from tenp_dist.errors import ClusterError, DeviceError, TenpError, first_line
+from tenp_dist.errors import ClusterError, DeviceError, TenpError, WorkerLost, first_line
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """What every group of workers asks for: ranks, cores and accelerators of a rank, seconds to be placed in."""
+
+    ranks: int
+    cores: float
+    gpus: int
+    timeout: float
 
 
 class Pool(Protocol):
     """What stages need of a place to run.
 
     cores, gpus: in all. threads: that one streaming worker may use. share: hand an object to many
-    tasks once; pass what it returns as an argument.
+    tasks once; pass what it returns as an argument. groups: start one group of workers per tuple of
+    arguments (see `controller.Group`); wait: the first of them whose unit has ended.
     """
 
     cores: int
@@ -37,6 +49,10 @@ class Pool(Protocol):
     def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]: ...
 
     def share(self, value: Any) -> Any: ...
+
+    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[Any]: ...
+
+    def wait(self, groups: Sequence[Any]) -> Any: ...
 
     def describe(self) -> str: ...
 
@@ -65,11 +81,38 @@ class InProcessPool:
         for item in items:
             yield function(*item)
 
+    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
+        return [_LocalGroup(worker, one) for one in arguments]
+
+    def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:
+        return groups[0]
+
     def describe(self) -> str:
         return f"this process, {self.cores} cores"
 
     def close(self) -> None:
         pass
+
+
+class _LocalGroup:
+    """A group of one rank in this process; a unit runs when its result is asked for."""
+
+    def __init__(self, worker: type, arguments: tuple):
+        self._make = lambda: worker(*arguments)
+        self.restart()
+
+    def start(self, unit: Any) -> None:
+        self._unit = unit
+
+    def result(self) -> Any:
+        return self._worker.run(self._unit)
+
+    def restart(self) -> None:
+        self._worker = self._make()
+        self._worker.open()
+
+    def close(self) -> None:
+        del self._worker
 
 
 class RayPool:
@@ -113,14 +156,7 @@ class RayPool:
         return f"{where}: {nodes} node{'s' * (nodes != 1)}, {self.cores} cores"
 
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
-        if gpus > self.gpus:
-            raise DeviceError(
-                "The cluster has no accelerator to run on",
-                where=self.describe(),
-                found=f"{self.gpus} GPU",
-                wanted=f"{gpus} GPU",
-                next_step="set cluster.device to auto or cpu, or add a node with a GPU",
-            )
+        self._check_gpus(gpus)
         remote = self._ray.remote(function).options(
             num_returns="streaming", num_cpus=self.threads, num_gpus=gpus, max_retries=0
         )
@@ -130,6 +166,16 @@ class RayPool:
                 yield self._get(reference)
         finally:
             self._ray.cancel(references, force=False, recursive=True)
+
+    def _check_gpus(self, gpus: int) -> None:
+        if gpus > self.gpus:
+            raise DeviceError(
+                "The cluster has no accelerator to run on",
+                where=self.describe(),
+                found=f"{self.gpus} GPU",
+                wanted=f"{gpus} GPU",
+                next_step="set cluster.device to auto or cpu, or add a node with a GPU",
+            )
 
     def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
         remote = self._ray.remote(function).options(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")
@@ -145,6 +191,31 @@ class RayPool:
             for reference in running:
                 self._ray.cancel(reference, force=False, recursive=True)
 
+    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[RayGroup]:
+        """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time."""
+        self._check_gpus(request.gpus)
+        groups: list[RayGroup] = []
+        try:
+            for one in arguments:
+                groups.append(RayGroup(self, worker, one, request))
+                groups[-1].place()
+            for group in groups:
+                group.begin_open()
+            for group in groups:
+                group.finish_open()
+        except BaseException:
+            for group in groups:
+                group.close()
+            raise
+        return groups
+
+    def wait(self, groups: Sequence[RayGroup]) -> RayGroup:
+        pending = {reference: group for group in groups for reference in group.pending}
+        done, _ = self._ray.wait(list(pending), num_returns=1)
+        group = pending[done[0]]
+        group.settle(done[0])
+        return group if group.ended else self.wait(groups)
+
     def close(self) -> None:
         self._ray.shutdown()
 
@@ -159,12 +230,104 @@ class RayPool:
                 raise cause from None
             raise
         except exceptions.RayError as error:  # worker, node, object store or Ray itself
-            raise ClusterError(
+            raise WorkerLost(
                 "A worker died, or the cluster was lost",
                 where=type(error).__name__,
                 found=first_line(error),
                 next_step="run the same command again: finished layers and shards are kept",
             ) from error
+
+
+class RayGroup:
+    """The ranks of one shard: Ray actors in a placement group of their own, all on one node."""
+
+    def __init__(self, pool: RayPool, worker: type, arguments: tuple, request: GroupRequest):
+        self._pool, self._ray = pool, pool._ray
+        self._worker, self._arguments, self._request = worker, arguments, request
+        self._actors: list[Any] = []
+        self._placement: Any = None
+        self.pending: list[Any] = []
+        self._values: list[Any] = []
+        self._error: BaseException | None = None
+
+    def place(self) -> None:
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        request = self._request
+        bundle = {"CPU": request.cores} | ({"GPU": request.gpus} if request.gpus else {})
+        self._placement = placement_group([bundle] * request.ranks, strategy="STRICT_PACK")
+        if not self._placement.wait(request.timeout):
+            remove_placement_group(self._placement)
+            raise ClusterError(
+                "The cluster is smaller than asked",
+                where=self._pool.describe(),
+                found=f"free: {_short_resources(self._ray.available_resources())}",
+                wanted=f"a node with {request.ranks} x {_short_resources(bundle)} for every shard",
+                next_step="lower cluster.shards or cluster.tensor_parallel, or add nodes (cluster.start_timeout waits)",
+            )
+        for rank in range(request.ranks):
+            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            remote = self._ray.remote(self._worker).options(
+                num_cpus=request.cores, num_gpus=request.gpus, scheduling_strategy=strategy, max_restarts=0
+            )
+            self._actors.append(remote.remote(*self._arguments, rank))
+
+    def begin_open(self) -> None:
+        if len(self._actors) > 1:
+            meeting = self._pool._get(self._actors[0].meeting_point.remote())
+            for actor in self._actors:
+                actor.join.remote(*meeting)
+        self._begin([actor.open.remote() for actor in self._actors])
+
+    def finish_open(self) -> None:
+        for reference in self.pending:
+            self._pool._get(reference)
+        self.pending = []
+
+    def start(self, unit: Any) -> None:
+        self._begin([actor.run.remote(unit) for actor in self._actors])
+
+    def _begin(self, references: list[Any]) -> None:
+        self.pending, self._values, self._error = references, [], None
+
+    def settle(self, reference: Any) -> None:
+        """Take in one rank's end of the unit; the first error ends it for all ranks."""
+        self.pending.remove(reference)
+        try:
+            self._values.append(self._pool._get(reference))
+        except TenpError as error:
+            self._error, self.pending = error, []
+
+    @property
+    def ended(self) -> bool:
+        return not self.pending
+
+    def result(self) -> Any:
+        """The first rank's result. Raises WorkerLost where a rank died, or what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._values[0]
+
+    def restart(self) -> None:
+        self.close()
+        self.place()
+        self.begin_open()
+        self.finish_open()
+
+    def close(self) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+
+def _short_resources(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
 
 
 def _check_reachable(address: str) -> None:

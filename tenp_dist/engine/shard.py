@@ -8,6 +8,7 @@ a run goes on from; see `boundaries.py` and `parts.py`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,7 @@ class ScoreShard:
     def open(self) -> None:
         """Build the skeleton and start reading; everything that can fail does so here or in `run`."""
         task = self.task
+        task.compute.resolved()  # the accelerator that was promised is here
         corpus = read_corpus(task.corpus)
         self.domains = corpus.domains
         self.batches = microbatches(corpus, task.compute.batch_tokens, task.compute.device)
@@ -107,6 +109,9 @@ class ScoreShard:
         tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
         width = int(self.skeleton.config_dict["hidden_size"])
         self._spill = tokens * width * task.compute.torch_dtype.itemsize > task.host_memory
+
+    def process_id(self) -> int:
+        return os.getpid()
 
     @torch.inference_mode()
     def run(self, unit: Unit) -> UnitReport:

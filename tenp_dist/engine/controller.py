@@ -1,0 +1,120 @@
+"""Keeps every shard busy until all waves are through, and replaces shards that die.
+
+The policy (`schedule.next_unit`) decides, groups of workers act, this loop connects them. A dead worker
+costs the unit in flight: its group is started anew and goes on from what was committed. Losses are
+counted, backed off and bounded; an error that would come again (bad tensor, NaN) ends the run at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tenp_dist.engine.schedule import Mode, Unit, next_unit
+from tenp_dist.errors import ClusterError, WorkerLost
+
+
+class Group(Protocol):
+    """The ranks of one shard. start: begin a unit; result: of the finished unit, or raises; restart: anew."""
+
+    def start(self, unit: Unit) -> None: ...
+
+    def result(self) -> Any: ...
+
+    def restart(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often a shard may be lost in a row, and how long to wait before it is started again."""
+
+    limit: int = 5
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+
+    def wait(self, losses: int) -> float:
+        """Seconds before start number `losses` + 1."""
+        return min(self.first_wait * 2 ** (losses - 1), self.longest_wait)
+
+
+class Ledger:
+    """Append-only record of a run, one JSON object a line, for people and `status`; nothing resumes from it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, event: str, **fields: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+
+@dataclass
+class Controller:
+    """Runs units on groups until every wave has passed every layer.
+
+    groups, shards: the groups and the layers each owns. stored: reads the positions that are committed.
+    wait: blocks until one of the given groups has finished its unit (or lost it), and returns it.
+    report: called with (unit, result, positions) after every unit.
+    """
+
+    groups: Sequence[Group]
+    shards: Sequence[range]
+    mode: Mode
+    stored: Callable[[], list[int]]
+    wait: Callable[[Sequence[Group]], Group]
+    report: Callable[[Unit, Any, Sequence[int]], None]
+    ledger: Ledger
+    retries: Retries = field(default_factory=Retries)
+    sleep: Callable[[float], None] = time.sleep
+
+    def run(self) -> None:
+        """Raises whatever a worker raised that would come again, ClusterError after too many losses."""
+        positions, layers = self.stored(), self.shards[-1].stop
+        running: dict[int, Unit] = {}
+        losses = [0] * len(self.groups)
+        while min(positions, default=layers) < layers:
+            for i, shard in enumerate(self.shards):
+                unit = next_unit(shard, positions, self.mode) if i not in running else None
+                if unit is not None:
+                    self.groups[i].start(unit)
+                    running[i] = unit
+            group = self.wait([self.groups[i] for i in running])
+            i = self.groups.index(group)
+            unit = running.pop(i)
+            try:
+                result = group.result()
+            except WorkerLost as error:
+                losses[i] += 1
+                self._recover(i, unit, error, losses[i], positions)
+            else:
+                losses[i] = 0
+                self._advance(positions, unit, i, result)
+
+    def _advance(self, positions: list[int], unit: Unit, shard: int, result: Any) -> None:
+        for wave in unit.waves:
+            positions[wave] = unit.stop
+        self.ledger.append("unit", shard=shard, unit=str(unit), result=getattr(result, "__dict__", None))
+        self.report(unit, result, positions)
+
+    def _recover(self, i: int, unit: Unit, error: WorkerLost, losses: int, positions: list[int]) -> None:
+        """Start the group again and put its waves back to what is committed."""
+        self.ledger.append("lost", shard=i, unit=str(unit), attempt=losses, error=error.what)
+        if losses > self.retries.limit:
+            raise ClusterError(
+                f"Shard {i} was lost {losses} times in a row",
+                where=str(unit),
+                found=error.found or error.what,
+                next_step="look at the worker's log and memory, then run the same command again: it goes on from here",
+            ) from error
+        self.sleep(self.retries.wait(losses))
+        self.groups[i].restart()
+        for wave, position in enumerate(self.stored()):
+            if positions[wave] in self.shards[i]:
+                positions[wave] = position

@@ -1,0 +1,285 @@
+"""Shards, waves and losses: the policy alone, the controller with a fake group, and both with real workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_scoring import random_corpus
+
+from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.config import Cluster
+from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.controller import Controller, Ledger, Retries
+from tenp_dist.engine.pool import InProcessPool, RayPool
+from tenp_dist.engine.schedule import Unit, next_unit, progress_share, split_layers, split_waves
+from tenp_dist.engine.scoring import choose_mode, layers_of_facts, score_model
+from tenp_dist.engine.shard import ScoreTask
+from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
+
+# -- the policy ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 9))
+def test_layers_are_split_in_the_best_way(costs, shards):
+    """Contiguous, complete, none empty, and no split has a smaller largest cost (all splits tried)."""
+    from itertools import combinations
+
+    shards = min(shards, len(costs))
+    ranges = split_layers(costs, shards)
+    assert [layer for one in ranges for layer in one] == list(range(len(costs)))
+    assert len(ranges) == shards and all(ranges)
+    cuts = combinations(range(1, len(costs)), shards - 1)
+    best = min(max(sum(costs[a:b]) for a, b in zip((0, *c), (*c, len(costs)), strict=True)) for c in cuts)
+    assert max(sum(costs[layer] for layer in one) for one in ranges) == best
+
+
+@given(st.integers(1, 100), st.integers(1, 20))
+def test_waves_are_contiguous_and_even(batches, waves):
+    ranges = split_waves(batches, waves)
+    assert [i for one in ranges for i in one] == list(range(batches))
+    assert len(ranges) == min(waves, batches)
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.sampled_from(["resident", "streaming"]), st.randoms()
+)
+def test_any_order_of_completion_takes_every_wave_through_every_layer_in_order(layers, shards, waves, mode, random):
+    """A layer sees wave 0 first, then 1, ...; every (layer, wave) runs once; nothing waits for ever."""
+    ranges = split_layers([1] * layers, min(shards, layers))
+    positions, running, seen = [0] * waves, {}, []
+    while min(positions) < layers:
+        for i, shard in enumerate(ranges):
+            unit = next_unit(shard, positions, mode) if i not in running else None
+            if unit:
+                running[i] = unit
+        assert running, "deadlock"
+        i = random.choice(sorted(running))
+        unit = running.pop(i)
+        for wave in unit.waves:
+            assert positions[wave] == unit.start
+            seen += [(layer, wave) for layer in range(unit.start, unit.stop)]
+            positions[wave] = unit.stop
+    assert len(seen) == len(set(seen)) == layers * waves
+    for layer in range(layers):
+        assert [wave for at, wave in seen if at == layer] == list(range(waves))
+    assert progress_share(positions, layers) == Fraction(1)
+
+
+def test_resident_shards_work_at_the_same_time():
+    shards = [range(0, 2), range(2, 4)]
+    assert next_unit(shards[1], [0, 0], "resident") is None
+    assert next_unit(shards[0], [2, 0], "resident") == Unit(0, 2, (1,))
+    assert next_unit(shards[1], [2, 0], "resident") == Unit(2, 4, (0,))
+
+
+def test_a_resumed_wave_goes_on_inside_a_shard():
+    """Positions left by another number of shards: the owner takes the rest of its range."""
+    assert next_unit(range(2, 6), [4, 0], "resident") == Unit(4, 6, (0,))
+    assert next_unit(range(0, 2), [4, 1], "resident") == Unit(1, 2, (1,))
+    assert next_unit(range(0, 8), [4, 1, 1], "streaming") == Unit(1, 2, (1, 2))
+
+
+def test_mode_follows_memory():
+    nbytes, shards = [10, 10, 10, 10], [range(0, 2), range(2, 4)]
+    assert choose_mode(Cluster(device_memory=20), nbytes, shards, "cpu") == "resident"
+    assert choose_mode(Cluster(device_memory=19), nbytes, shards, "cpu") == "streaming"
+    assert choose_mode(Cluster(device_memory=10, tensor_parallel=2), nbytes, shards, "cpu") == "resident"
+    assert choose_mode(Cluster(device_memory=10**9), nbytes, [range(0, 4)], "cpu") == "streaming"
+    assert choose_mode(Cluster(mode="streaming", device_memory=20), nbytes, shards, "cpu") == "streaming"
+
+
+# -- the controller -----------------------------------------------------------------------------------
+
+
+class FakeGroup:
+    """Completes units, except those listed: `lost` dies that many times, `broken` raises for good."""
+
+    def __init__(self, lost=0, broken=None):
+        self.lost, self.broken, self.restarts, self.done = lost, broken, 0, []
+
+    def start(self, unit):
+        self.unit = unit
+
+    def result(self):
+        if self.broken:
+            raise self.broken
+        if self.lost:
+            self.lost -= 1
+            raise WorkerLost("A worker died")
+        self.done.append(self.unit)
+        return self.unit
+
+    def restart(self):
+        self.restarts += 1
+
+    def close(self):
+        pass
+
+
+def control(groups, tmp_path, *, waves=2, layers=4, limit=3):
+    shards = split_layers([1] * layers, len(groups))
+    positions, waits = [0] * waves, []
+
+    def report(unit, result, now):
+        positions[:] = now
+
+    controller = Controller(
+        groups, shards, "resident", lambda: list(positions), lambda running: running[0], report,
+        Ledger(tmp_path / "ledger.jsonl"), Retries(limit=limit), sleep=waits.append,
+    )  # fmt: skip
+    controller.run()
+    return positions, waits
+
+
+def test_a_lost_group_is_started_again_with_growing_waits(tmp_path):
+    groups = [FakeGroup(lost=3), FakeGroup()]
+    positions, waits = control(groups, tmp_path)
+    assert positions == [4, 4] and groups[0].restarts == 3 and waits == [1, 2, 4]
+    assert [unit.waves for unit in groups[1].done] == [(0,), (1,)]
+    events = [json.loads(line)["event"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert events == ["lost"] * 3 + ["unit"] * 4
+
+
+def test_too_many_losses_end_the_run(tmp_path):
+    with pytest.raises(ClusterError, match="lost 4 times in a row") as caught:
+        control([FakeGroup(lost=4)], tmp_path)
+    assert not isinstance(caught.value, WorkerLost) and caught.value.exit_code == 11
+
+
+def test_an_error_that_would_come_again_ends_the_run_at_once(tmp_path):
+    group = FakeGroup(broken=NumericalError("NaN or Inf in a weight"))
+    with pytest.raises(NumericalError):
+        control([group], tmp_path)
+    assert group.restarts == 0
+
+
+# -- real workers ---------------------------------------------------------------------------------------
+
+
+def run_scores(pool, model, folder: Path, *, corpus=None, **cluster) -> dict[str, bytes]:
+    """Score with microbatches of one sequence and four waves; the bytes of the score files."""
+    corpus = corpus or random_corpus(256, sequences=10)
+    write_corpus(folder / "corpus.arrow", corpus)
+    options = Cluster(**cluster)
+    task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=4)
+    layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
+    score_model(pool, task, layers, options, 4, lambda progress: None)
+    assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
+    return {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}
+
+
+CASES = [
+    {"shards": 1, "mode": "resident"},
+    {"shards": 2, "mode": "resident"},
+    {"shards": 3, "mode": "resident"},
+    {"shards": 2, "mode": "streaming"},
+    {"shards": 1, "host_memory": 1000, "commit_seconds": 0},
+    {"shards": 2, "mode": "streaming", "host_memory": 1000},
+    {"shards": 4, "mode": "resident", "host_memory": 1000},
+]
+
+
+@pytest.mark.parametrize("cluster", CASES, ids=str)
+def test_scores_are_the_same_bytes_for_every_number_of_shards_and_mode(cluster, tiny_model, tmp_path):
+    model = tiny_model("deepseek_v3")
+    reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
+    assert run_scores(InProcessPool(cores=1), model, tmp_path / "other", **cluster) == reference
+
+
+class Dies(Exception):
+    """Stands for a power cut: no handler of ours sees it."""
+
+
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+@pytest.mark.parametrize("where", ["part", "boundary"])
+def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, where, tiny_model, tmp_path, monkeypatch):
+    """Cut at the n-th write of a part or a boundary, for every n; resumed with 1 to 3 shards: same bytes."""
+    from tenp_dist.engine import boundaries, parts
+
+    model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
+    reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference", corpus=corpus)
+    module, name = {"part": (parts, "write_statistics"), "boundary": (boundaries, "atomic_write")}[where]
+    real, count, cut = getattr(module, name), 0, 0
+
+    def dying(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == cut:
+            raise Dies
+        return real(*arguments, **options)
+
+    for cut in range(1, 40):
+        count, folder = 0, tmp_path / str(cut)
+        monkeypatch.setattr(module, name, dying)
+        try:
+            run_scores(InProcessPool(cores=1), model, folder, corpus=corpus, shards=2, mode=mode, commit_seconds=0)
+        except Dies:
+            monkeypatch.setattr(module, name, real)
+            resumed = run_scores(InProcessPool(cores=1), model, folder, corpus=corpus, shards=1 + cut % 3, mode=mode)
+            assert resumed == reference, cut
+        else:
+            assert cut > 3
+            return
+    raise AssertionError("more writes than thought of")
+
+
+def test_another_number_of_ranks_is_refused_in_a_run_that_was_begun(tiny_model, tmp_path):
+    model = tiny_model("deepseek_v3")
+    part = tmp_path / "scores" / "parts" / "layer_00001.rank_000-of-002.safetensors"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"")
+    with pytest.raises(StaleError, match="another tensor_parallel"):
+        run_scores(InProcessPool(cores=1), model, tmp_path)
+
+
+def test_more_shards_than_layers_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ClusterError, match="More shards than decoder layers"):
+        run_scores(InProcessPool(cores=1), tiny_model("deepseek_v3"), tmp_path, shards=5)
+
+
+@pytest.fixture(scope="module")
+def ray_pool():
+    pool = RayPool()
+    yield pool
+    pool.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_two_shards_on_ray_survive_a_killed_worker(mode, ray_pool, tiny_model, tmp_path, monkeypatch):
+    """`kill -9` of a worker in mid run: the same bytes as an undisturbed run in this process."""
+    model = tiny_model("deepseek_v3")
+    reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
+    real, killed = RayPool.wait, []
+
+    def wait(self, groups):
+        group = real(self, groups)
+        if len(killed) == 0 and group._error is None:
+            import ray
+
+            pid = ray.get(groups[0]._actors[0].process_id.remote())
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return group
+
+    monkeypatch.setattr(RayPool, "wait", wait)
+    found = run_scores(ray_pool, model, tmp_path / "ray", shards=2, mode=mode, commit_seconds=0)
+    assert killed and found == reference
+
+
+@pytest.mark.slow
+def test_a_cluster_smaller_than_asked_is_an_error_in_time(ray_pool, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_pool, "cores", 1000)
+    with pytest.raises(ClusterError, match="smaller than asked") as caught:
+        run_scores(ray_pool, tiny_model("deepseek_v3"), tmp_path, shards=2, start_timeout=2)
+    assert "free: " in caught.value.found and "500 CPU" in caught.value.wanted
