@@ -24,6 +24,7 @@ from tenp_dist.engine.schedule import Unit, next_unit, progress_share, split_lay
 from tenp_dist.engine.scoring import choose_mode, layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
+from tenp_dist.scoring.statistics import read_statistics
 
 # -- the policy ---------------------------------------------------------------------------------------
 
@@ -171,7 +172,9 @@ def run_scores(pool, model, folder: Path, *, corpus=None, **cluster) -> dict[str
     corpus = corpus or random_corpus(256, sequences=10)
     write_corpus(folder / "corpus.arrow", corpus)
     options = Cluster(**cluster)
-    task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=4)
+    task = ScoreTask(
+        model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=4
+    )
     layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
     score_model(pool, task, layers, options, 4, lambda progress: None)
     assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
@@ -254,27 +257,55 @@ def ray_pool():
     pool.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_two_shards_on_ray_survive_a_killed_worker(mode, ray_pool, tiny_model, tmp_path, monkeypatch):
-    """`kill -9` of a worker in mid run: the same bytes as an undisturbed run in this process."""
-    model = tiny_model("deepseek_v3")
-    reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
+def kill_one(monkeypatch, group=0, rank=0):
+    """Let the first unit pass, then `kill -9` a worker; returns the list that will hold its pid."""
     real, killed = RayPool.wait, []
 
     def wait(self, groups):
-        group = real(self, groups)
-        if len(killed) == 0 and group._error is None:
+        ended = real(self, groups)
+        if not killed and ended._error is None:
             import ray
 
-            pid = ray.get(groups[0]._actors[0].process_id.remote())
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-        return group
+            killed.append(ray.get(groups[min(group, len(groups) - 1)]._actors[rank].process_id.remote()))
+            os.kill(killed[0], signal.SIGKILL)
+        return ended
 
     monkeypatch.setattr(RayPool, "wait", wait)
+    return killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_two_shards_on_ray_survive_a_killed_worker(mode, ray_pool, tiny_model, tmp_path, monkeypatch):
+    """The same bytes as an undisturbed run in this process."""
+    model = tiny_model("deepseek_v3")
+    reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
+    killed = kill_one(monkeypatch)
     found = run_scores(ray_pool, model, tmp_path / "ray", shards=2, mode=mode, commit_seconds=0)
     assert killed and found == reference
+    ledger = (tmp_path / "ray" / "stages" / "score.ledger.jsonl").read_text()
+    assert ledger.count('"lost"') == 1
+
+
+def close_to(found: Path, reference: Path) -> None:
+    """Every statistic within 1e-5 of the largest entry of its expert (or layer)."""
+    for path in sorted((reference / "scores").glob("layer_*")):
+        wanted, other = read_statistics(path), read_statistics(found / "scores" / path.name)
+        for name, tensor in wanted.tensors.items():
+            scale = tensor.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+            assert ((other[name] - tensor).abs() / scale).max() < 1e-5, (path.name, name)
+
+
+@pytest.mark.slow
+def test_two_ranks_on_ray_give_the_same_scores_and_survive_a_killed_rank(ray_pool, tiny_model, tmp_path, monkeypatch):
+    """1x2 and 2x2 equal 1x1 within 1e-5; killed or not, one or two shards: the same bytes among themselves."""
+    model = tiny_model("deepseek_v3")
+    run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
+    alone = run_scores(ray_pool, model, tmp_path / "1x2", tensor_parallel=2)
+    close_to(tmp_path / "1x2", tmp_path / "reference")
+    killed = kill_one(monkeypatch, rank=1)
+    disturbed = run_scores(ray_pool, model, tmp_path / "2x2", shards=2, tensor_parallel=2, mode="resident")
+    assert killed and disturbed == alone
 
 
 @pytest.mark.slow

@@ -16,12 +16,14 @@ from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics
 from tenp_dist.budget.shape import MoeLayer, plan_shape
 from tenp_dist.calibration.corpus import build_corpus, check_sources, read_corpus, seen_share, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
 from tenp_dist.config import Budget, Job, Text
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
 from tenp_dist.engine.compute import Compute, Progress, microbatches
 from tenp_dist.engine.coordinator import Context, Output, Stage
+from tenp_dist.engine.parallel import check_parallel
 from tenp_dist.engine.schedule import split_waves
 from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
@@ -221,6 +223,8 @@ def preflight(job: Job) -> None:
     facts = checkpoint_facts(_index(job.model))
     layers = [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
     plan_shape(job.budget, layers)
+    config = _index(job.model).config
+    check_parallel(family_of(config), config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
         check_sources(text)
 

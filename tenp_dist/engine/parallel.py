@@ -135,6 +135,11 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait for the other ranks of this shard."""
+    torch.distributed.barrier()
+
+
 def all_reduce_float32(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sum over the ranks in float32, the same bits on each; a float32 tensor is overwritten."""
     total = tensor.float().contiguous()

@@ -82,6 +82,14 @@ class InProcessPool:
             yield function(*item)
 
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
+        if request.ranks > 1:
+            raise ClusterError(
+                "One process cannot be several ranks",
+                where="cluster.tensor_parallel",
+                found=request.ranks,
+                wanted="1 with --debug",
+                next_step="leave out --debug: ranks are processes of Ray",
+            )
         return [_LocalGroup(worker, one) for one in arguments]
 
     def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:

@@ -49,7 +49,8 @@ def score_model(
         ClusterError: more shards than layers, or the cluster is smaller than asked.
         StaleError: scoring was begun with another number of ranks.
     """
-    check_ranks(task.scores, cluster.tensor_parallel)
+    task = replace(task, ranks=cluster.tensor_parallel)
+    check_ranks(task.scores, task.ranks)
     shards = split_layers(layers.nbytes, _checked_shards(cluster, len(layers.nbytes)))
     mode = choose_mode(cluster, layers.nbytes, shards, task.compute.device)
     if all(task.parts().waves(layer) == waves for layer in layers.moe):
@@ -60,7 +61,6 @@ def score_model(
     task = replace(
         task,
         mode=mode,
-        ranks=cluster.tensor_parallel,
         host_memory=cluster.host_memory or task.host_memory,
         commit_seconds=cluster.commit_seconds,
         compute=replace(task.compute, threads=threads),
@@ -70,7 +70,9 @@ def score_model(
     stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
     resumed = sum(stored()) / (waves * len(layers.nbytes))
     try:
-        Controller(groups, shards, mode, stored, pool.wait, watch, Ledger(task.scores.parent / "stages" / "score.ledger.jsonl")).run()
+        Controller(
+            groups, shards, mode, stored, pool.wait, watch, Ledger(task.scores.parent / "stages" / "score.ledger.jsonl")
+        ).run()
     finally:
         for group in groups:
             group.close()

@@ -8,12 +8,16 @@ a run goes on from; see `boundaries.py` and `parts.py`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,16 +26,18 @@ from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.engine.boundaries import Boundaries
 from tenp_dist.engine.compute import Compute, Progress, check_finite, embed_all, microbatches, open_skeleton
+from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
 from tenp_dist.engine.parts import Parts
 from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
 from tenp_dist.engine.weights import LayerSource
-from tenp_dist.errors import NumericalError
+from tenp_dist.errors import NumericalError, WorkerLost, first_line
 from tenp_dist.model.experts import ExpertsState
-from tenp_dist.model.layers import Frame
+from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.scoring.accumulate import LayerAccumulator, weight_norms
 from tenp_dist.scoring.statistics import LayerStatistics
 
 DEFAULT_WAVES = 8
+_PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,31 @@ class ScoreShard:
     def __init__(self, task: ScoreTask, layers: range | None = None, rank: int = 0):
         self.task, self.layers, self.rank = task, layers, rank
         self.boundaries, self.parts = task.boundaries, task.parts(rank)
+        self.ranks = Ranks()
+        self._meeting: tuple[str, int] | None = None
         self._hidden: dict[int, tuple[int, list[torch.Tensor]]] = {}  # wave -> (layer it enters, states)
         self._committed = time.monotonic()
 
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and a free port of this process's node, for the ranks to meet at."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            with contextlib.suppress(OSError):  # picks a route, sends nothing
+                probe.connect(("192.0.2.1", 9))
+                return probe.getsockname()[0], port
+        return "127.0.0.1", port
+
+    def join(self, address: str, port: int) -> None:
+        """Tell where the ranks of this shard meet; they do in `open`."""
+        self._meeting = (address, port)
+
     def open(self) -> None:
-        """Build the skeleton and start reading; everything that can fail does so here or in `run`."""
+        """Meet the other ranks, build the skeleton; everything that can fail does so here or in `run`."""
         task = self.task
+        if self._meeting is not None:
+            self.ranks = join_ranks(self.rank, task.ranks, *self._meeting, task.compute.device)
         task.compute.resolved()  # the accelerator that was promised is here
         corpus = read_corpus(task.corpus)
         self.domains = corpus.domains
@@ -103,8 +128,13 @@ class ScoreShard:
         self.skeleton = open_skeleton(task.model, task.compute)
         self.frame = Frame(self.skeleton)
         self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
+        self._share = self.ranks.share(self.skeleton.family.num_experts(self.skeleton.config_dict))
         self.source = LayerSource(
-            self.skeleton, self.layers, keep=task.mode == "resident", experts=None, prepare=lambda layer, module: module
+            self.skeleton,
+            self.layers,
+            keep=task.mode == "resident",
+            experts=self._share.get("experts"),
+            prepare=lambda module: parallelise_layer(self.skeleton, module, self.ranks),
         )
         tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
         width = int(self.skeleton.config_dict["hidden_size"])
@@ -115,7 +145,20 @@ class ScoreShard:
 
     @torch.inference_mode()
     def run(self, unit: Unit) -> UnitReport:
-        """Take the unit's waves through its layers and commit what came out."""
+        """Take the unit's waves through its layers and commit what came out.
+
+        Raises:
+            WorkerLost: another rank of this shard died in a collective.
+            NumericalError: NaN or Inf, with the layer and what is known of its cause.
+        """
+        try:
+            return self._run(unit)
+        except RuntimeError as error:
+            if not self.ranks.parallel or not _PEER_LOST.search(str(error)):
+                raise
+            raise WorkerLost("Another rank of the shard died", where=str(unit), found=first_line(error)) from error
+
+    def _run(self, unit: Unit) -> UnitReport:
         started = time.monotonic()
         scored: dict[int, list[LayerStatistics]] = {}
         for wave in unit.waves:
@@ -148,15 +191,14 @@ class ScoreShard:
         module = self.source.get(layer)
         experts = self.skeleton.experts_of(module)
         batches = [self.batches[i] for i in self.waves[wave]]
+        statistics = None
         if experts is None or self.parts.waves(layer) > wave:
-            statistics = None
-            for i, batch in enumerate(batches):
-                hidden[i] = self.frame.run_layer(layer, module, batch, hidden[i])
+            run_layer(self.frame, layer, module, batches, hidden, self._share)
         else:
-            statistics = score_layer(self.frame, layer, module, batches, hidden, self.domains)
+            statistics = score_layer(self.frame, layer, module, batches, hidden, self.domains, self._share)
         check_finite(hidden, self.skeleton, layer, module)
         if statistics is not None:
-            check_statistics(statistics, layer)
+            check_statistics(statistics, layer, first_expert=self._share.get("experts", range(1)).start)
         return statistics
 
     def _commit(
@@ -165,7 +207,9 @@ class ScoreShard:
         """Store parts, then (at least at a shard's end) boundaries: a boundary vouches for the parts before it."""
         for scored_layer, statistics in scored.items():
             self.parts.add(scored_layer, statistics, len(self.waves))
-        if not force and time.monotonic() - self._committed < self.task.commit_seconds:
+        if self.ranks.parallel:
+            barrier()  # the boundary vouches for every rank's part; ranks' clocks differ, so they always commit
+        elif not force and time.monotonic() - self._committed < self.task.commit_seconds:
             return
         done = layer == self.skeleton.num_layers
         for wave in waves:
@@ -178,8 +222,37 @@ class ScoreShard:
         self._committed = time.monotonic()
 
 
-def score_layer(frame, layer: int, module: nn.Module, batches, hidden: list[torch.Tensor], domains) -> LayerStatistics:
-    """Run a layer over microbatches with statistics taken on the way; `hidden` becomes what leaves it."""
+def run_layer(
+    frame: Frame,
+    layer: int,
+    module: nn.Module,
+    batches: Sequence[Microbatch],
+    hidden: list[torch.Tensor],
+    share: Mapping[str, Any],
+    accumulator: LayerAccumulator | None = None,
+) -> None:
+    """Run a layer over microbatches; `hidden` becomes what leaves it. share: of the experts, see `Ranks`."""
+    experts = frame.skeleton.experts_of(module)
+    for i, batch in enumerate(batches):
+        if accumulator is not None:
+            accumulator.domain = batch.domain
+        if experts is not None:
+            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator, **share)
+        hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
+    if experts is not None:
+        experts.tenp_state = None
+
+
+def score_layer(
+    frame: Frame,
+    layer: int,
+    module: nn.Module,
+    batches: Sequence[Microbatch],
+    hidden: list[torch.Tensor],
+    domains: Sequence[str],
+    share: Mapping[str, Any],
+) -> LayerStatistics:
+    """`run_layer` with the statistics of this rank's experts taken on the way."""
     experts = frame.skeleton.experts_of(module)
     num_experts, _, width = experts.down_proj.shape
     statistics = LayerStatistics.zeros(domains, num_experts, width, device=experts.down_proj.device)
@@ -187,28 +260,24 @@ def score_layer(frame, layer: int, module: nn.Module, batches, hidden: list[torc
     norm = module.get_submodule(frame.skeleton.family.block_norm)
     hook = norm.register_forward_pre_hook(accumulator.see_residual)
     try:
-        for i, batch in enumerate(batches):
-            accumulator.domain = batch.domain
-            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator)
-            hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
+        run_layer(frame, layer, module, batches, hidden, share, accumulator)
     finally:
         hook.remove()
-        experts.tenp_state = None
     tensors = {name: tensor.cpu() for name, tensor in statistics.tensors.items()}
     return LayerStatistics(statistics.domains, tensors, weight_norms(experts).cpu())
 
 
-def check_statistics(statistics: LayerStatistics, layer: int) -> None:
+def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int = 0) -> None:
     """Raise NumericalError naming the first expert whose sums or weights are not finite."""
     for name, tensor in {**statistics.tensors, "expert weights": statistics.weight_norm}.items():
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
             position = bad.nonzero()[0].tolist()
-            expert = position[0] if name == "expert weights" else position[1]
+            expert = first_expert + (position[0] if name == "expert weights" else position[1])
             raise NumericalError(
                 "NaN or Inf in the scores",
                 where=f"layer {layer}, expert {expert}: {name}",
-                next_step="check this expert's weights; score in float32 if they are fine",
+                next_step="check the checkpoint's download of this expert; score in float32 if its weights are fine",
             )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tenp_dist.model.skeleton import Skeleton
 
-Prepare = Callable[[int, nn.Module], nn.Module]
+Prepare = Callable[[nn.Module], nn.Module]
 
 
 class LayerSource:
@@ -27,7 +27,7 @@ class LayerSource:
         *,
         keep: bool,
         experts: range | None = None,
-        prepare: Prepare = lambda layer, module: module,
+        prepare: Prepare = lambda module: module,
     ):
         self.skeleton, self.layers, self.keep = skeleton, layers, keep
         self._experts, self._prepare = experts, prepare
@@ -42,7 +42,7 @@ class LayerSource:
                 self.release()
             self._read_ahead(layer)
             state = self._pending.pop(layer).result()
-            self._loaded[layer] = self._prepare(layer, self.skeleton.load_layer(layer, state))
+            self._loaded[layer] = self._prepare(self.skeleton.load_layer(layer, state))
             del state
             if layer + 1 in self.layers and layer + 1 not in self._loaded:
                 self._read_ahead(layer + 1)
