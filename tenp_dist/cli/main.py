@@ -67,31 +67,23 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _execute(
-    names: list[str] | None,
-    job: Path,
-    overrides: tuple[str, ...],
-    run_dir: Path | None,
-    overwrite: bool,
-    as_json: bool,
-    debug: bool,
-) -> None:
+def _execute(names: list[str] | None, **options: Any) -> None:
     """Run stages (None: all of the job) and print the outcome; errors become their exit code."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        _execute_stages(names, job, overrides, run_dir, overwrite, as_json, debug)
+        _execute_stages(names, **options)
     except (TenpError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             error = Interrupted(
                 "Interrupted", next_step="run the same command again: finished stages, layers and shards are kept"
             )
-        if debug:
+        if options["debug"]:
             raise
-        _fail(error, as_json)
+        _fail(error, options["as_json"])
     except Exception as error:  # outermost: whatever no stage foresaw still ends in a message
-        if debug:
+        if options["debug"]:
             raise
-        _fail(_unexpected(error), as_json)
+        _fail(_unexpected(error), options["as_json"])
 
 
 def _execute_stages(

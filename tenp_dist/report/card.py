@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
-from tenp_dist.report import text
+from tenp_dist.report import templates, text
 
 LAYOUT_SENTENCES = {
     "ragged": "Every expert is stored at its own width, under the tensor names of the source.",
@@ -29,25 +27,8 @@ def model_card(report: Mapping[str, Any], layout: str, *, custom_code: bool) -> 
         layout: name of the folder under `checkpoint/`.
         custom_code: whether the folder carries its own modeling file (`trust_remote_code=True` works).
     """
-    environment = jinja2.Environment(  # Markdown, not HTML: texts from files go through the md filter
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "md": text.markdown,
-        "code": text.code,
-        "percent": text.percent,
-        "number": text.number,
-        "count": text.count,
-        "size": text.size,
-        "ids": text.ids,
-        "widths": text.widths,
-    }
-    return environment.get_template("card.md.j2").render(
+    template = templates.load("card.md.j2", escape=False, md=text.markdown, code=text.code)
+    return template.render(
         report=report,
         layout=layout,
         layout_sentence=LAYOUT_SENTENCES.get(layout, ""),

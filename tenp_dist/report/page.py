@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from tenp_dist.artifacts import atomic_write, write_json
-from tenp_dist.report import text
+from tenp_dist.report import templates, text
 from tenp_dist.report.card import model_card
 from tenp_dist.report.charts import all_charts
 from tenp_dist.report.collect import collect
@@ -53,23 +52,8 @@ def write_report(run_dir: Path, *, job: Mapping[str, Any]) -> ReportFiles:
 
 def html_page(report: Mapping[str, Any]) -> str:
     """The page as one string: inline styles and SVG, no script, nothing to load."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": text.percent,
-        "number": text.number,
-        "count": text.count,
-        "size": text.size,
-        "ids": text.ids,
-        "widths": text.widths,
-        "safe_svg": Markup,  # our own drawing; matplotlib has escaped the texts in it
-    }
-    template = environment.get_template("report.html.j2")
+    # our own drawings are safe: matplotlib has escaped the texts in them
+    template = templates.load("report.html.j2", escape=True, safe_svg=Markup)
     return template.render(report=report, charts=all_charts(report), cards=headline_cards(report))
 
 
