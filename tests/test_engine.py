@@ -19,9 +19,10 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Controller, Ledger, Retries
+from tenp_dist.engine.drive import choose_mode
 from tenp_dist.engine.pool import InProcessPool, RayPool
 from tenp_dist.engine.schedule import Unit, next_unit, progress_share, split_layers, split_waves
-from tenp_dist.engine.scoring import choose_mode, layers_of_facts, score_model
+from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
 from tenp_dist.scoring.statistics import read_statistics
@@ -103,10 +104,11 @@ def test_mode_follows_memory():
 
 
 class FakeGroup:
-    """Completes units, except those listed: `lost` dies that many times, `broken` raises for good."""
+    """Completes units, except those listed: `lost` dies that many times, also while it is `restarting`;
+    `broken` raises for good."""
 
-    def __init__(self, lost=0, broken=None):
-        self.lost, self.broken, self.restarts, self.done = lost, broken, 0, []
+    def __init__(self, lost=0, broken=None, restarting=0):
+        self.lost, self.broken, self.restarting, self.restarts, self.done = lost, broken, restarting, 0, []
 
     def start(self, unit):
         self.unit = unit
@@ -122,6 +124,9 @@ class FakeGroup:
 
     def restart(self):
         self.restarts += 1
+        if self.restarting:
+            self.restarting -= 1
+            raise WorkerLost("A worker died")
 
     def close(self):
         pass
@@ -149,6 +154,14 @@ def test_a_lost_group_is_started_again_with_growing_waits(tmp_path):
     assert [unit.waves for unit in groups[1].done] == [(0,), (1,)]
     events = [json.loads(line)["event"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert events == ["lost"] * 3 + ["unit"] * 4
+
+
+def test_a_group_may_be_lost_while_it_starts_again(tmp_path):
+    group = FakeGroup(lost=1, restarting=2)
+    positions, waits = control([group], tmp_path)
+    assert positions == [4, 4] and group.restarts == 3 and waits == [1, 2, 4]
+    with pytest.raises(ClusterError, match="lost 4 times in a row"):
+        control([FakeGroup(lost=1, restarting=3)], tmp_path)
 
 
 def test_too_many_losses_end_the_run(tmp_path):

@@ -91,8 +91,7 @@ class Controller:
             try:
                 result = group.result()
             except WorkerLost as error:
-                losses[i] += 1
-                self._recover(i, unit, error, losses[i], positions)
+                losses[i] = self._recover(i, unit, error, losses[i], positions)
             else:
                 losses[i] = 0
                 self._advance(positions, unit, i, result)
@@ -103,18 +102,28 @@ class Controller:
         self.ledger.append("unit", shard=shard, unit=str(unit), result=getattr(result, "__dict__", None))
         self.report(unit, result, positions)
 
-    def _recover(self, i: int, unit: Unit, error: WorkerLost, losses: int, positions: list[int]) -> None:
-        """Start the group again and put its waves back to what is committed."""
-        self.ledger.append("lost", shard=i, unit=str(unit), attempt=losses, error=error.what)
-        if losses > self.retries.limit:
-            raise ClusterError(
-                f"Shard {i} was lost {losses} times in a row",
-                where=str(unit),
-                found=error.found or error.what,
-                next_step="look at the worker's log and memory, then run the same command again: it goes on from here",
-            ) from error
-        self.sleep(self.retries.wait(losses))
-        self.groups[i].restart()
+    def _recover(self, i: int, unit: Unit, error: WorkerLost, losses: int, positions: list[int]) -> int:
+        """Start the group again, however often it dies on the way, and put its waves back to what is committed.
+
+        Returns the losses in a row, this one included.
+        """
+        while True:
+            losses += 1
+            self.ledger.append("lost", shard=i, unit=str(unit), attempt=losses, error=error.what)
+            if losses > self.retries.limit:
+                raise ClusterError(
+                    f"Shard {i} was lost {losses} times in a row",
+                    where=str(unit),
+                    found=error.found or error.what,
+                    next_step="look at the worker's log and memory, then run the same command again: it goes on from here",
+                ) from error
+            self.sleep(self.retries.wait(losses))
+            try:
+                self.groups[i].restart()
+                break
+            except WorkerLost as again:
+                error = again
         for wave, position in enumerate(self.stored()):
             if positions[wave] in self.shards[i]:
                 positions[wave] = position
+        return losses
