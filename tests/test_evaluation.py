@@ -13,7 +13,8 @@ from test_scoring import FAMILIES, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.engine.compute import Compute
-from tenp_dist.evaluation.streams import EvaluateTask, Metrics, Pass, evaluate_shard
+from tenp_dist.evaluation.metrics import Metrics
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_shard
 from tenp_dist.runtime.ragged_config import modeling_module
 from tenp_dist.runtime.transformers import modeling_source
 
@@ -22,8 +23,9 @@ COMPUTE = Compute("cpu", "float32", batch_tokens=64, threads=1)
 
 def evaluate(passes, corpus, folder, compute=COMPUTE) -> dict:
     write_corpus(folder / "held-out.arrow", corpus)
-    events = list(evaluate_shard(EvaluateTask(passes, folder / "held-out.arrow", compute)))
+    events = list(evaluate_shard(EvaluateTask(passes, folder / "held-out.arrow", folder, "key", compute)))
     assert isinstance(events[-1], Metrics)
+    assert not (folder / "hidden").exists()
     return events[-1].summary()
 
 

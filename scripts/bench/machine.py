@@ -1,9 +1,11 @@
-"""What every benchmark prints first: the machine and the versions."""
+"""What every benchmark prints first, the machine and the versions; and the memory of processes."""
 
 from __future__ import annotations
 
 import os
 import platform
+import threading
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +20,44 @@ def print_machine(*libraries: str) -> None:
     click.echo(f"versions  Python {platform.python_version()}, {versions}")
 
 
-def process_memory() -> dict[str, int]:
-    """Fields of /proc/self/status in bytes, e.g. VmHWM (peak resident) and RssAnon."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+def process_memory(pid: int | str = "self") -> dict[str, int]:
+    """Fields of /proc/<pid>/status in bytes, e.g. VmHWM (peak resident) and RssAnon."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines if fields[-1] == "kB"}
+
+
+class PeakMemory:
+    """Context that samples the anonymous memory of processes; `first` and `peak` are of the largest one.
+
+    Files that a process maps do not count: the system takes those pages back at will.
+    """
+
+    def __init__(self, pids: Sequence[int] = (), *, every: float = 0.004):
+        self.pids, self.every = pids or [os.getpid()], every
+        self.first = self.peak = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self.first = self.peak = self._largest()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(self.every):
+            self.peak = max(self.peak, self._largest())
+
+    def _largest(self) -> int:
+        return max((_anonymous(pid) for pid in self.pids), default=0)
+
+
+def _anonymous(pid: int) -> int:
+    """Anonymous resident bytes, 0 of a process that ended."""
+    try:
+        return process_memory(pid).get("RssAnon", 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0

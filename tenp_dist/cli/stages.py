@@ -6,6 +6,7 @@ inspect -> calibrate -> score -> plan -> write -> verify -> evaluate -> report; 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -21,13 +22,14 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
 from tenp_dist.config import Budget, Job, Text
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
-from tenp_dist.engine.compute import Compute, Progress, microbatches
+from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context, Output, Stage
 from tenp_dist.engine.parallel import check_parallel
-from tenp_dist.engine.schedule import split_waves
 from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
-from tenp_dist.evaluation.streams import SOURCE, EvaluateTask, Metrics, Pass, evaluate_shard
+from tenp_dist.evaluation.metrics import SOURCE
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 from tenp_dist.runtime.transformers import modeling_source
@@ -65,15 +67,12 @@ def _calibrate(context: Context) -> Output:
 
 
 def _score(context: Context) -> Output:
-    job, scores, gpus = context.job, context.run_dir / "scores", _gpus(context)
+    job, scores = context.job, context.run_dir / "scores"
     context.replace()
-    compute = Compute("cuda" if gpus else "cpu", job.score.dtype, job.score.batch_tokens, context.pool.threads)
-    compute = compute.settled()
+    compute = _compute(context, job.score.batch_tokens)
     task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute, waves=job.score.waves)
-    corpus = read_corpus(task.corpus)
-    waves = len(split_waves(len(microbatches(corpus, compute.batch_tokens)), job.score.waves))
     layers = layers_of_facts(_facts(context), compute.torch_dtype.itemsize)
-    done = score_model(context.pool, task, layers, job.cluster, waves, context.progress)
+    done = score_model(context.pool, task, layers, job.cluster, task.count_waves(), context.progress)
     files = _score_files(context)
     digest = digest_of({path.name: file_digest(path) for path in files})
     rate = round(done.tokens / done.seconds) if done.seconds else None
@@ -181,8 +180,7 @@ def _evaluate(context: Context) -> Output:
         Pass(job.model, {SOURCE: None, "random": random}),
         Pass(run_dir / "checkpoint" / layout, {"pruned": None}),
     )
-    compute = Compute(job.cluster.device, job.score.dtype, job.evaluation.batch_tokens, context.pool.threads)
-    variants = _measure(context, EvaluateTask(passes, run_dir / HELD_OUT, compute))
+    variants = _measure(context, passes)
     seen = seen_share(corpus, read_corpus(run_dir / CORPUS))
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -198,13 +196,14 @@ def _evaluate(context: Context) -> Output:
     return Output(files, digest_of(document), document)
 
 
-def _measure(context: Context, task: EvaluateTask) -> dict[str, Any]:
-    for event in context.pool.stream(evaluate_shard, task, gpus=_gpus(context)):
-        if isinstance(event, Progress):
-            context.progress(event)
-        elif isinstance(event, Metrics):
-            return event.summary()
-    raise AssertionError("an evaluation yields its metrics last")
+def _measure(context: Context, passes: Sequence[Pass]) -> dict[str, Any]:
+    """variant -> its figures."""
+    job, run_dir = context.job, context.run_dir
+    compute = _compute(context, job.evaluation.batch_tokens)
+    task = EvaluateTask(passes, run_dir / HELD_OUT, run_dir / "evaluation", context.key, compute, waves=job.score.waves)
+    nbytes = layers_of_facts(_facts(context), compute.torch_dtype.itemsize).nbytes
+    ledger = Ledger(run_dir / "stages" / "evaluate.ledger.jsonl")
+    return evaluate_model(context.pool, task, nbytes, job.cluster, context.progress, ledger).summary()
 
 
 def _report(context: Context) -> Output:
@@ -286,7 +285,7 @@ def _write_fields(job: Job) -> dict:
 
 
 def _evaluate_fields(job: Job) -> dict:
-    compute = {"dtype": job.score.dtype, "device": job.cluster.device}
+    compute = {"dtype": job.score.dtype} | {key: getattr(job.cluster, key) for key in ("device", "tensor_parallel")}
     return _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
 
 
@@ -352,9 +351,11 @@ def _index_digest(context: Context, layout: str) -> str:
     return open_index(context.run_dir / "checkpoint" / layout).fingerprint
 
 
-def _gpus(context: Context) -> int:
+def _compute(context: Context, batch_tokens: int) -> Compute:
+    """How workers compute, settled: all of a run agree."""
     device = context.job.cluster.device
-    return int(device == "cuda" or (device == "auto" and context.pool.gpus > 0))
+    on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
+    return Compute("cuda" if on_gpu else "cpu", context.job.score.dtype, batch_tokens, context.pool.threads).settled()
 
 
 def _seen_warnings(seen: dict[str, float]) -> list[str]:

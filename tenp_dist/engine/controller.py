@@ -30,19 +30,6 @@ class Group(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Retries:
-    """How often a shard may be lost in a row, and how long to wait before it is started again."""
-
-    limit: int = 5
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
-
-    def wait(self, losses: int) -> float:
-        """Seconds before start number `losses` + 1."""
-        return min(self.first_wait * 2 ** (losses - 1), self.longest_wait)
-
-
 class Ledger:
     """Append-only record of a run, one JSON object a line, for people and `status`; nothing resumes from it."""
 
@@ -53,6 +40,33 @@ class Ledger:
     def append(self, event: str, **fields: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often a worker may be lost in a row, and how long to wait before it is started again."""
+
+    limit: int = 5
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+
+    def wait(self, losses: int) -> float:
+        """Seconds before start number `losses` + 1."""
+        return min(self.first_wait * 2 ** (losses - 1), self.longest_wait)
+
+    def after(
+        self, losses: int, error: WorkerLost, who: str, where: str, ledger: Ledger, sleep: Callable[[float], None]
+    ) -> None:
+        """Wait after loss number `losses`; raises ClusterError where that was one too many."""
+        ledger.append("lost", worker=who, unit=where, attempt=losses, error=error.what)
+        if losses > self.limit:
+            raise ClusterError(
+                f"{who} was lost {losses} times in a row",
+                where=where,
+                found=error.found or error.what,
+                next_step="look at the worker's log and memory, then run the same command again: it goes on from here",
+            ) from error
+        sleep(self.wait(losses))
 
 
 @dataclass
@@ -109,15 +123,7 @@ class Controller:
         """
         while True:
             losses += 1
-            self.ledger.append("lost", shard=i, unit=str(unit), attempt=losses, error=error.what)
-            if losses > self.retries.limit:
-                raise ClusterError(
-                    f"Shard {i} was lost {losses} times in a row",
-                    where=str(unit),
-                    found=error.found or error.what,
-                    next_step="look at the worker's log and memory, then run the same command again: it goes on from here",
-                ) from error
-            self.sleep(self.retries.wait(losses))
+            self.retries.after(losses, error, f"Shard {i}", str(unit), self.ledger, self.sleep)
             try:
                 self.groups[i].restart()
                 break

@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -20,6 +22,9 @@ from tenp_dist.errors import ClusterError, DeviceError, TenpError, WorkerLost, f
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
+_POLL_SECONDS = 1.0  # between looks at whether Ray is still there
+_PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
+_START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class RayPool:
             if address:
                 _check_reachable(address)
             with _own_sigterm():
-                ray.init(address=address, **options)
+                ray.init(address=address or "local", **options)  # None would take any cluster found in /tmp
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise ClusterError(
                 "Ray cannot be reached" if address else "Local Ray does not start",
@@ -151,6 +156,7 @@ class RayPool:
             ) from error
         self._ray = ray
         self._address = address
+        self._watch = _Watch(_services(ray))
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
         self.threads = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
@@ -159,7 +165,7 @@ class RayPool:
         return self._ray.put(value)
 
     def describe(self) -> str:
-        nodes = len(self._ray.nodes())
+        nodes = sum(node["Alive"] for node in self._ray.nodes())
         where = self._address or "local Ray"
         return f"{where}: {nodes} node{'s' * (nodes != 1)}, {self.cores} cores"
 
@@ -170,10 +176,15 @@ class RayPool:
         )
         references = remote.remote(*arguments)
         try:
-            for reference in references:
+            while True:
+                self._first([references])
+                try:
+                    reference = next(references)
+                except StopIteration:
+                    return
                 yield self._get(reference)
         finally:
-            self._ray.cancel(references, force=False, recursive=True)
+            self._cancel(references)
 
     def _check_gpus(self, gpus: int) -> None:
         if gpus > self.gpus:
@@ -193,14 +204,17 @@ class RayPool:
             while waiting or running:
                 while waiting and len(running) < (limit or self.cores):
                     running.append(remote.remote(*waiting.pop()))
-                done, running = self._ray.wait(running, num_returns=1)
-                yield self._get(done[0])
+                done, running = self._first(running)
+                yield self._get(done)
         finally:
             for reference in running:
-                self._ray.cancel(reference, force=False, recursive=True)
+                self._cancel(reference)
 
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[RayGroup]:
-        """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time."""
+        """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time.
+
+        A group that dies while it opens says so as the end of its first unit.
+        """
         self._check_gpus(request.gpus)
         groups: list[RayGroup] = []
         try:
@@ -208,9 +222,11 @@ class RayPool:
                 groups.append(RayGroup(self, worker, one, request))
                 groups[-1].place()
             for group in groups:
-                group.begin_open()
+                with group.loss_told_later():
+                    group.begin_open()
             for group in groups:
-                group.finish_open()
+                with group.loss_told_later():
+                    group.finish_open()
         except BaseException:
             for group in groups:
                 group.close()
@@ -218,20 +234,57 @@ class RayPool:
         return groups
 
     def wait(self, groups: Sequence[RayGroup]) -> RayGroup:
-        pending = {reference: group for group in groups for reference in group.pending}
-        done, _ = self._ray.wait(list(pending), num_returns=1)
-        group = pending[done[0]]
-        group.settle(done[0])
-        return group if group.ended else self.wait(groups)
+        while True:
+            for group in groups:
+                if group.ended:
+                    return group
+            pending = {reference: group for group in groups for reference in group.pending}
+            done, _ = self._first(list(pending))
+            pending[done].settle(done)
 
     def close(self) -> None:
         self._ray.shutdown()
 
-    def _get(self, reference: Any) -> Any:
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """A call that needs Ray's head. Without one it would block until Ray ends the process: give up before."""
+        outcome: list[tuple[Any, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                outcome.append((function(*arguments), None))
+            except BaseException as error:
+                outcome.append((None, error))
+
+        self._watch.check()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            self._watch.check()
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    def _first(self, references: list[Any], timeout: float = float("inf")) -> tuple[Any, list[Any]]:
+        """The first reference that is ready, and the others. Raises WorkerLost where none is in time."""
+        limit = time.monotonic() + timeout
+        while time.monotonic() < limit:
+            self._watch.check()
+            done, others = self._ray.wait(references, num_returns=1, timeout=_POLL_SECONDS)
+            if done:
+                return done[0], others
+        raise WorkerLost("A worker does not start", found=f"no answer in {timeout:g} seconds")
+
+    def _cancel(self, reference: Any) -> None:
+        with contextlib.suppress(ClusterError):
+            self.call(lambda: self._ray.cancel(reference, force=False, recursive=True))
+
+    def _get(self, reference: Any, timeout: float = float("inf")) -> Any:
         from ray import exceptions
 
         try:
-            return self._ray.get(reference)
+            return self._ray.get(self._first([reference], timeout)[0])
         except exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, TenpError):
@@ -246,6 +299,42 @@ class RayPool:
             ) from error
 
 
+class _Watch:
+    """Whether Ray's head and the driver's own node are there: somebody listens at their addresses."""
+
+    def __init__(self, services: Mapping[str, tuple[str, int]]):
+        self._services = services
+        self._seen = self._looked = time.monotonic()
+        self._lost: ClusterError | None = None
+
+    def check(self) -> None:
+        """Look at most once a poll. Raises ClusterError once one has been gone for longer than the patience."""
+        if self._lost is not None:
+            raise self._lost
+        if time.monotonic() - self._looked < _POLL_SECONDS:
+            return
+        for what, address in self._services.items():
+            try:
+                socket.create_connection(address, _POLL_SECONDS).close()
+            except OSError as error:
+                self._looked = time.monotonic()
+                if self._looked - self._seen > _PATIENCE_SECONDS:
+                    self._lost = _lost_error(what, address, error)
+                    raise self._lost from error
+                return
+        self._seen = self._looked = time.monotonic()
+
+
+def _lost_error(what: str, address: tuple[str, int], error: OSError) -> ClusterError:
+    return ClusterError(
+        f"{what} was lost",
+        where=f"{address[0]}:{address[1]}",
+        found=first_line(error),
+        next_step="run the same command again, with Ray started again if the cluster is your own: "
+        "finished layers and shards are kept",
+    )
+
+
 class RayGroup:
     """The ranks of one shard: Ray actors in a placement group of their own, all on one node."""
 
@@ -257,23 +346,36 @@ class RayGroup:
         self.pending: list[Any] = []
         self._values: list[Any] = []
         self._error: BaseException | None = None
+        self._stillborn: WorkerLost | None = None
 
     def place(self) -> None:
-        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.placement_group import placement_group
+
+        request, call = self._request, self._pool.call
+        bundle = {"CPU": request.cores} | ({"GPU": request.gpus} if request.gpus else {})
+        self._placement = call(lambda: placement_group([bundle] * request.ranks, strategy="STRICT_PACK"))
+        limit = time.monotonic() + request.timeout
+        while not call(self._placement.wait, max(0.0, min(_POLL_SECONDS, limit - time.monotonic()))):
+            if time.monotonic() >= limit:
+                error = self._not_placed(bundle)
+                self.close()
+                raise error
+        call(self._make_actors)
+
+    def _not_placed(self, bundle: Mapping[str, float]) -> ClusterError:
+        request = self._request
+        return ClusterError(
+            "The cluster is smaller than asked",
+            where=self._pool.call(self._pool.describe),
+            found=self._pool.call(_offer, self._ray),
+            wanted=f"a node with {request.ranks} x {_short_resources(bundle)} for every shard",
+            next_step="lower cluster.shards or cluster.tensor_parallel, or add nodes (cluster.start_timeout waits)",
+        )
+
+    def _make_actors(self) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         request = self._request
-        bundle = {"CPU": request.cores} | ({"GPU": request.gpus} if request.gpus else {})
-        self._placement = placement_group([bundle] * request.ranks, strategy="STRICT_PACK")
-        if not self._placement.wait(request.timeout):
-            remove_placement_group(self._placement)
-            raise ClusterError(
-                "The cluster is smaller than asked",
-                where=self._pool.describe(),
-                found=f"free: {_short_resources(self._ray.available_resources())}",
-                wanted=f"a node with {request.ranks} x {_short_resources(bundle)} for every shard",
-                next_step="lower cluster.shards or cluster.tensor_parallel, or add nodes (cluster.start_timeout waits)",
-            )
         for rank in range(request.ranks):
             strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
             remote = self._ray.remote(self._worker).options(
@@ -282,6 +384,8 @@ class RayGroup:
             self._actors.append(remote.remote(*self._arguments, rank))
 
     def begin_open(self) -> None:
+        for actor in self._actors:  # its node may die between placement and start: no endless wait
+            self._pool._get(actor.__ray_ready__.remote(), max(self._request.timeout, _START_SECONDS))
         if len(self._actors) > 1:
             meeting = self._pool._get(self._actors[0].meeting_point.remote())
             for actor in self._actors:
@@ -293,8 +397,18 @@ class RayGroup:
             self._pool._get(reference)
         self.pending = []
 
+    @contextlib.contextmanager
+    def loss_told_later(self) -> Iterator[None]:
+        """A group that dies while it opens is a loss like any other: its first unit ends with it."""
+        try:
+            yield
+        except WorkerLost as error:
+            self.close()
+            self._stillborn = error
+
     def start(self, unit: Any) -> None:
         self._begin([actor.run.remote(unit) for actor in self._actors])
+        self._error = self._stillborn
 
     def _begin(self, references: list[Any]) -> None:
         self.pending, self._values, self._error = references, [], None
@@ -318,20 +432,38 @@ class RayGroup:
         return self._values[0]
 
     def restart(self) -> None:
+        """Raises WorkerLost where it dies again, ClusterError where it cannot be placed any more."""
         self.close()
         self.place()
         self.begin_open()
         self.finish_open()
 
     def close(self) -> None:
+        """Give everything back. Raises nothing: what is lost needs no closing."""
         from ray.util.placement_group import remove_placement_group
 
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._actors = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        actors, placement = self._actors, self._placement
+        self._actors, self._placement, self._stillborn, self.pending = [], None, None, []
+        with contextlib.suppress(ClusterError):
+            for actor in actors:
+                self._pool.call(self._ray.kill, actor)
+            if placement is not None:
+                self._pool.call(remove_placement_group, placement)
+
+
+def _services(ray: Any) -> dict[str, tuple[str, int]]:
+    """Where Ray's head and the node that this process is connected to listen."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    node = (own["NodeManagerAddress"], own["NodeManagerPort"])
+    return {"The Ray head": (host.strip("[]"), int(port)), "The Ray node of this machine": node}
+
+
+def _offer(ray: Any) -> str:
+    """What is free in all, and what every node has."""
+    nodes = "; ".join(_short_resources(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return f"free: {_short_resources(ray.available_resources())}; nodes: {nodes}"
 
 
 def _short_resources(resources: Mapping[str, float]) -> str:

@@ -84,7 +84,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "model": {"name": facts["model"], **{key: facts.get(key) for key in MODEL_KEYS}},
         "headline": _headline(facts, plan, checkpoints, evaluation, verify),
-        "warnings": list(plan.get("warnings", [])),
+        "warnings": [*plan.get("warnings", []), *(evaluation or {}).get("warnings", [])],
         "absent": _absent(layers, checkpoints, verify, evaluation),
         "plan": {key: plan.get(key) for key in PLAN_KEYS},
         "routing": _routing_total(layers),
@@ -210,6 +210,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {
         "sequence_length": evaluation["sequence_length"],
         "pruned_from": evaluation.get("pruned_from"),
+        "warnings": evaluation.get("warnings", []),
         "variants": {name: extended(variant) for name, variant in evaluation["variants"].items()},
     }
 

@@ -1,0 +1,280 @@
+"""One rank of a layer shard: carries waves of hidden states through its layers.
+
+What scoring and evaluating have in common: meeting the other ranks, opening the model, taking a wave's
+hidden states over from where they are stored and committing what left the shard's layers. A streaming
+shard holds two layers, one microbatch's workspace and the hidden states of the waves, as many as the
+declared host memory takes (the others stay in the boundary files); a resident shard holds its layers.
+Neither grows with the depth of the model. What is committed is what a run goes on from; see `boundaries.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from tenp_dist.artifacts import digest_of
+from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.engine.boundaries import Boundaries
+from tenp_dist.engine.compute import Compute, Progress, embed_all, microbatches, open_skeleton
+from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
+from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
+from tenp_dist.engine.weights import LayerSource
+from tenp_dist.errors import WorkerLost, first_line
+from tenp_dist.model.experts import ExpertsState
+from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.scoring.accumulate import LayerAccumulator
+
+DEFAULT_WAVES = 8
+PLAIN = ""  # the variant of a model that goes through its layers once, as it is
+_PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
+Hidden = dict[str, list[torch.Tensor]]  # of one wave: variant -> states [B, S, D], one tensor per microbatch
+
+
+@dataclass(frozen=True)
+class CarryTask:
+    """What a worker needs to carry tokens through a model.
+
+    folder: of the stage's own files. key: of the stage; with device, dtype and ranks it is stored in every file.
+    waves: the tokens are cut into at most so many. mode: see `schedule.py`.
+    host_memory: bytes that hidden states may take in a process. commit_seconds: how much work a streaming
+    shard may lose; boundaries are stored no more often than this, and always at the end of a shard.
+    """
+
+    model: Path
+    corpus: Path
+    folder: Path
+    key: str
+    compute: Compute
+    waves: int = DEFAULT_WAVES
+    mode: Mode = "streaming"
+    host_memory: int = 1 << 62
+    commit_seconds: float = 10.0
+    ranks: int = 1
+
+    @property
+    def file_key(self) -> str:
+        return digest_of([self.key, self.compute.device, self.compute.dtype, self.waves, self.ranks])
+
+    @property
+    def boundaries(self) -> Boundaries:
+        return Boundaries(self.folder / "hidden", self.file_key)
+
+    def resolved(self) -> Self:
+        """The same with `auto` device and dtype settled: every worker of a run must agree."""
+        return replace(self, compute=self.compute.resolved())
+
+    def count_waves(self) -> int:
+        """Waves that the corpus is cut into, at most `waves`."""
+        return len(split_waves(len(microbatches(read_corpus(self.corpus), self.compute.batch_tokens)), self.waves))
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """A finished unit: tokens that went through layers and seconds it took, resident memory of the process."""
+
+    tokens: int
+    seconds: float
+    memory: int
+
+
+class Carrier:
+    """One rank. A plain class; `engine/pool.py` makes a Ray actor of a subclass.
+
+    A subclass says what happens in a layer (`_pass`) and, if that leaves something, where it is kept (`_keep`).
+    variants: the model's forms that go through the layers side by side. keeps_final: whether what leaves
+    the last layer is stored too, or only that it was reached.
+
+    task: resolved. layers: those that this shard owns, None for all.
+    """
+
+    variants: Sequence[str] = (PLAIN,)
+    keeps_final = False
+
+    def __init__(self, task: CarryTask, layers: range | None = None, rank: int = 0):
+        self.task, self.layers, self.rank = task, layers, rank
+        self.boundaries = task.boundaries
+        self.ranks = Ranks()
+        self._meeting: tuple[str, int] | None = None
+        self._hidden: dict[int, tuple[int, Hidden]] = {}  # wave -> (layer it enters, states)
+        self._committed = time.monotonic()
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and a free port of this process's node, for the ranks to meet at."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # picks a route, sends nothing
+            return probe.getsockname()[0], port
+        return "127.0.0.1", port
+
+    def join(self, address: str, port: int) -> None:
+        """Tell where the ranks of this shard meet; they do in `open`."""
+        self._meeting = (address, port)
+
+    def open(self) -> None:
+        """Meet the other ranks, build the skeleton; everything that can fail does so here or in `run`."""
+        task = self.task
+        if self._meeting is not None:
+            self.ranks = join_ranks(self.rank, task.ranks, *self._meeting, task.compute.device)
+        task.compute.resolved()  # the accelerator that was promised is here
+        corpus = read_corpus(task.corpus)
+        self.domains = corpus.domains
+        self.batches = microbatches(corpus, task.compute.batch_tokens, task.compute.device)
+        self.waves = split_waves(len(self.batches), task.waves)
+        self.skeleton = open_skeleton(task.model, task.compute)
+        self.frame = Frame(self.skeleton)
+        self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
+        self._share = self.ranks.share(self.skeleton.family.num_experts(self.skeleton.config_dict))
+        self.source = LayerSource(
+            self.skeleton,
+            self.layers,
+            keep=task.mode == "resident",
+            experts=self._share.get("experts"),
+            prepare=lambda module: parallelise_layer(self.skeleton, module, self.ranks),
+        )
+        tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
+        width = int(self.skeleton.config_dict["hidden_size"])
+        nbytes = tokens * width * task.compute.torch_dtype.itemsize * len(self.variants)
+        self._spill = nbytes > task.host_memory
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    @torch.inference_mode()
+    def run(self, unit: Unit) -> UnitReport:
+        """Take the unit's waves through its layers and commit what came out.
+
+        Raises:
+            WorkerLost: another rank of this shard died in a collective.
+            NumericalError: NaN or Inf, with the layer and what is known of its cause.
+        """
+        try:
+            return self._run(unit)
+        except RuntimeError as error:
+            if not self.ranks.parallel or not _PEER_LOST.search(str(error)):
+                raise
+            raise WorkerLost("Another rank of the shard died", where=str(unit), found=first_line(error)) from error
+
+    def _run(self, unit: Unit) -> UnitReport:
+        started = time.monotonic()
+        made: dict[int, list[Any]] = {}
+        for wave in unit.waves:
+            hidden = self._enter(wave, unit.start)
+            for layer in range(unit.start, unit.stop):
+                result = self._pass(layer, wave, hidden)
+                if result is not None:
+                    made.setdefault(layer, []).append(result)
+            self._hidden[wave] = (unit.stop, hidden)
+            if self._spill or self.task.mode == "resident":
+                self._commit(made, (wave,), unit.stop, force=True)
+                made = {}
+        if not self._spill and self.task.mode == "streaming":
+            self._commit(made, unit.waves, unit.stop, force=unit.stop == self.layers.stop)
+        tokens = sum(batch.tokens_BS.numel() for wave in unit.waves for batch in self._batches(wave))
+        tokens *= len(self.variants) * (unit.stop - unit.start)
+        return UnitReport(tokens, time.monotonic() - started, resident_memory())
+
+    def _pass(self, layer: int, wave: int, hidden: Hidden) -> Any:
+        """Replace the wave's hidden states by what leaves the layer; what `_keep` gets of it, or None."""
+        raise NotImplementedError
+
+    def _keep(self, layer: int, made: Sequence[Any]) -> None:
+        """Store what `_pass` gave for a layer, in wave order; called before the boundary that vouches for it."""
+
+    def _batches(self, wave: int) -> list[Microbatch]:
+        return [self.batches[i] for i in self.waves[wave]]
+
+    def _enter(self, wave: int, layer: int) -> Hidden:
+        """The wave's hidden states at `layer`: at hand, embedded, or from the boundary file."""
+        at, hidden = self._hidden.pop(wave, (-1, {}))
+        if at == layer:
+            return hidden
+        if layer == 0:
+            embedded = embed_all(self.frame, self._batches(wave))
+            return {variant: list(embedded) for variant in self.variants}
+        return read_hidden(self.boundaries, wave, layer, self.variants, self.waves[wave], self.task.compute.device)
+
+    def _commit(self, made: Mapping[int, Sequence[Any]], waves: Sequence[int], layer: int, *, force: bool) -> None:
+        """Store results, then (at least at a shard's end) boundaries: a boundary vouches for the results before it."""
+        for made_layer, results in made.items():
+            self._keep(made_layer, results)
+        if self.ranks.parallel:
+            barrier()  # the boundary vouches for every rank's results; ranks' clocks differ, so they always commit
+        elif not force and time.monotonic() - self._committed < self.task.commit_seconds:
+            return
+        dropped = layer == self.skeleton.num_layers and not self.keeps_final
+        for wave in waves:
+            _, hidden = self._hidden[wave]
+            if self.rank == 0:
+                self.boundaries.write(wave, layer, {} if dropped else _named(hidden, self.waves[wave]))
+            if self._spill or layer == self.layers.stop:
+                del self._hidden[wave]
+        self._committed = time.monotonic()
+
+
+def _named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
+    return {
+        tensor_name(variant, i): state
+        for variant, states in hidden.items()
+        for i, state in zip(batches, states, strict=True)
+    }
+
+
+def tensor_name(variant: str, batch: int) -> str:
+    """Name of a microbatch's hidden states in a boundary file: `random.00012`, without variants `00012`."""
+    return f"{variant}.{batch:05d}" if variant else f"{batch:05d}"
+
+
+def read_hidden(
+    boundaries: Boundaries, wave: int, layer: int, variants: Sequence[str], batches: range, device: str
+) -> Hidden:
+    """A wave's hidden states of all variants from its boundary file."""
+    stored = boundaries.read(wave, layer)
+    return {variant: [stored.pop(tensor_name(variant, i)).to(device) for i in batches] for variant in variants}
+
+
+def run_layer(
+    frame: Frame,
+    layer: int,
+    module: nn.Module,
+    batches: Sequence[Microbatch],
+    hidden: list[torch.Tensor],
+    state: Mapping[str, Any],
+    accumulator: LayerAccumulator | None = None,
+) -> None:
+    """Run a layer over microbatches; `hidden` becomes what leaves it. state: of the experts (`Ranks.share`, a mask)."""
+    experts = frame.skeleton.experts_of(module)
+    for i, batch in enumerate(batches):
+        if accumulator is not None:
+            accumulator.domain = batch.domain
+        if experts is not None:
+            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator, **state)
+        hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
+    if experts is not None:
+        experts.tenp_state = None
+
+
+def run_here(shard: Carrier, positions: list[int]) -> Iterator[Progress]:
+    """Take all waves through an open shard of the whole model, here and now; `positions` follow."""
+    while (unit := next_unit(shard.layers, positions, shard.task.mode)) is not None:
+        report = shard.run(unit)
+        for wave in unit.waves:
+            positions[wave] = unit.stop
+        yield Progress(min(positions), shard.skeleton.num_layers, report.tokens, report.seconds, str(unit))
+
+
+def resident_memory() -> int:
+    """Anonymous resident bytes of this process."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("RssAnon:") + 1]) * 1024

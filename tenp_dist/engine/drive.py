@@ -1,0 +1,146 @@
+"""Drive one model's shards on a pool: how it is cut, what its groups ask for, the controller over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from tenp_dist.config import Cluster
+from tenp_dist.engine.carrier import Carrier, CarryTask, UnitReport
+from tenp_dist.engine.compute import Progress
+from tenp_dist.engine.controller import Controller, Ledger
+from tenp_dist.engine.pool import GroupRequest, Pool
+from tenp_dist.engine.schedule import Mode, Unit, split_layers
+from tenp_dist.errors import ClusterError
+
+_FILLED = 0.6  # share of a device's memory that resident weights may take
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a model is cut: the layers of every shard, and whether shards hold theirs."""
+
+    shards: Sequence[range]
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Summary:
+    """tokens through all layers, seconds of the slowest shard, what was chosen, how much was there already."""
+
+    tokens: int
+    seconds: float
+    mode: Mode
+    shards: list[str]
+    resumed_share: float
+
+
+def cut_model(cluster: Cluster, nbytes: Sequence[int], device: str) -> Cut:
+    """Shards and mode for a model with decoder layers of `nbytes` in compute dtype.
+
+    Raises:
+        ClusterError: more shards than layers.
+    """
+    if cluster.shards > len(nbytes):
+        raise ClusterError(
+            "More shards than decoder layers",
+            where="cluster.shards",
+            found=cluster.shards,
+            wanted=f"at most {len(nbytes)}",
+            next_step="lower cluster.shards",
+        )
+    shards = split_layers(nbytes, cluster.shards)
+    return Cut(shards, choose_mode(cluster, nbytes, shards, device))
+
+
+def drive(
+    pool: Pool,
+    worker: type[Carrier],
+    task: CarryTask,
+    cut: Cut,
+    cluster: Cluster,
+    progress: Callable[[Progress], None],
+    ledger: Ledger,
+) -> Summary:
+    """Take all waves through all shards, from where they were left. task: settled (no `auto` in it).
+
+    Raises:
+        ClusterError: the cluster is smaller than asked, or a shard was lost too often.
+    """
+    waves, layers = task.count_waves(), cut.shards[-1].stop
+    stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
+    resumed = sum(stored()) / (waves * layers)
+    if resumed == 1:
+        return Summary(0, 0.0, cut.mode, [], 1.0)
+    request = group_request(pool, cluster, task.compute.device)
+    task = _placed(task, cut.mode, cluster, request)
+    groups = pool.groups(worker, [(task, shard) for shard in cut.shards], request)
+    watch = _Watch(layers, waves, progress)
+    try:
+        Controller(groups, cut.shards, cut.mode, stored, pool.wait, watch, ledger).run()
+    finally:
+        for group in groups:
+            group.close()
+    names = [f"layers {shard.start}-{shard.stop - 1}" for shard in cut.shards]
+    return Summary(watch.tokens // layers, watch.slowest, cut.mode, names, resumed)
+
+
+def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> CarryTask:
+    """The task with what the cluster says: mode, memory, how often to commit, threads of a rank."""
+    threads = max(1, int(request.cores)) if task.compute.device == "cpu" else task.compute.threads
+    return replace(
+        task,
+        mode=mode,
+        host_memory=cluster.host_memory or task.host_memory,
+        commit_seconds=cluster.commit_seconds,
+        compute=replace(task.compute, threads=threads),
+    )
+
+
+class _Watch:
+    """Turns unit reports into progress."""
+
+    def __init__(self, layers: int, waves: int, progress: Callable[[Progress], None]):
+        self.layers, self.waves, self.progress = layers, waves, progress
+        self.tokens = 0
+        self._seconds: dict[int, float] = {}
+
+    @property
+    def slowest(self) -> float:
+        return max(self._seconds.values(), default=0.0)
+
+    def __call__(self, unit: Unit, report: UnitReport, positions: Sequence[int]) -> None:
+        self.tokens += report.tokens
+        self._seconds[unit.stop] = self._seconds.get(unit.stop, 0.0) + report.seconds
+        self.progress(Progress(sum(positions), self.layers * self.waves, report.tokens, report.seconds, str(unit)))
+
+
+def choose_mode(cluster: Cluster, nbytes: Sequence[int], shards: Sequence[range], device: str) -> Mode:
+    """`resident` where several shards can hold their layers; one shard gains nothing from holding them."""
+    if cluster.mode != "auto":
+        return cluster.mode
+    if len(shards) == 1:
+        return "streaming"
+    largest = max(sum(nbytes[layer] for layer in shard) for shard in shards) / cluster.tensor_parallel
+    memory = cluster.device_memory or _FILLED * memory_per_rank(device, len(shards) * cluster.tensor_parallel)
+    return "resident" if largest <= memory else "streaming"
+
+
+def memory_per_rank(device: str, ranks: int) -> float:
+    """Bytes that one of `ranks` ranks may count on: its accelerator's, or its share of what is free here."""
+    import psutil
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().available / ranks
+
+
+def group_request(pool: Pool, cluster: Cluster, device: str) -> GroupRequest:
+    """On accelerators one each; on CPU a rank takes cores / (shards * ranks)."""
+    ranks = cluster.shards * cluster.tensor_parallel
+    if device == "cuda":
+        return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout)
+    share = pool.cores / ranks
+    cores = float(int(share)) if share >= 1 else int(share * 100) / 100
+    return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout)

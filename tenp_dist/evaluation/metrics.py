@@ -1,0 +1,129 @@
+"""Next-token figures of several variants against `source`, from their final hidden states.
+
+The tail (norm, head) runs in chunks of tokens, so that logits of a large vocabulary never exist at
+once. Sums are added microbatch by microbatch in the corpus's order: how those came here changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tenp_dist.engine.compute import Compute, open_skeleton
+from tenp_dist.errors import NumericalError
+from tenp_dist.model.layers import Frame, Microbatch
+
+SOURCE = "source"
+_TAIL_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB in float32
+
+
+@dataclass
+class _Sums:
+    """Sums over the predicted tokens of one variant and domain, float64."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    correct: int = 0
+
+
+@dataclass
+class Metrics:
+    """Sums per (variant, domain), and the figures made from them."""
+
+    domains: Sequence[str]
+    sums: dict[tuple[str, int], _Sums] = field(default_factory=dict)
+
+    def of(self, variant: str, domain: int) -> _Sums:
+        return self.sums.setdefault((variant, domain), _Sums())
+
+    def summary(self) -> dict[str, dict]:
+        """variant -> {domains: {name: figures}, mean: figures averaged over the domains}."""
+        return {variant: self._variant(variant) for variant in dict.fromkeys(name for name, _ in self.sums)}
+
+    def _variant(self, variant: str) -> dict:
+        self._check_finite(variant)
+        figures = {name: _figures(self.sums[variant, i]) for i, name in enumerate(self.domains)}
+        keys = ("nll", "kl", "top1_agreement", "top1_accuracy")
+        mean = {key: sum(figure[key] for figure in figures.values()) / len(figures) for key in keys}
+        tokens = sum(figure["tokens"] for figure in figures.values())
+        return {"domains": figures, "mean": {"tokens": tokens, "perplexity": math.exp(mean["nll"]), **mean}}
+
+    def _check_finite(self, variant: str) -> None:
+        for i, name in enumerate(self.domains):
+            if not math.isfinite(self.sums[variant, i].nll + self.sums[variant, i].kl):
+                raise NumericalError(
+                    "NaN or Inf in the logits",
+                    where=f"variant {variant}, domain {name}",
+                    next_step="check the final norm's and the head's weights",
+                )
+
+
+def _figures(sums: _Sums) -> dict:
+    count = max(sums.tokens, 1)
+    return {
+        "tokens": sums.tokens,
+        "nll": sums.nll / count,
+        "perplexity": math.exp(sums.nll / count),
+        "kl": sums.kl / count,
+        "top1_agreement": sums.agree / count,
+        "top1_accuracy": sums.correct / count,
+    }
+
+
+def open_tail(checkpoint: Path, compute: Compute) -> Frame:
+    """The model with only its final norm and head loaded: enough for `Frame.logits`."""
+    frame = Frame(open_skeleton(checkpoint, compute))
+    head = next(n for n, m in frame.model.named_modules() if m is frame.model.get_output_embeddings())
+    norm = next(n for n, m in frame.model.named_modules() if m is frame.model.base_model.norm)
+    for name in (head, norm):
+        frame.skeleton.load_module(name)
+    return frame
+
+
+def compare(
+    metrics: Metrics, frame: Frame, batches: Sequence[Microbatch], final: Mapping[str, Sequence[torch.Tensor]]
+) -> None:
+    """Add next-token figures of every variant against `source`, token by token.
+
+    final: variant -> hidden states that left the last layer, one [B, S, D] per microbatch.
+    """
+    for i, batch in enumerate(batches):
+        positions = _predicting(batch)
+        targets_T = batch.tokens_BS[:, 1:][positions]
+        states = {name: hidden[i][:, :-1][positions] for name, hidden in final.items()}
+        for chunk in torch.arange(targets_T.numel(), device=targets_T.device).split(_chunk(frame)):
+            _add_chunk(metrics, frame, {name: state[chunk] for name, state in states.items()}, targets_T[chunk], batch)
+
+
+def _predicting(batch: Microbatch) -> torch.Tensor:
+    """Positions [B, S - 1] whose token and next token are both not padding."""
+    if batch.mask_BS is None:
+        return torch.ones_like(batch.tokens_BS[:, 1:], dtype=torch.bool)
+    return batch.mask_BS[:, 1:] & batch.mask_BS[:, :-1]
+
+
+def _chunk(frame: Frame) -> int:
+    return max(1, _TAIL_ELEMENTS // int(frame.skeleton.config_dict["vocab_size"]))
+
+
+def _add_chunk(
+    metrics: Metrics, frame: Frame, states: Mapping[str, torch.Tensor], targets_T: torch.Tensor, batch: Microbatch
+) -> None:
+    reference_TV = torch.log_softmax(frame.logits(states[SOURCE]).float(), dim=-1)
+    reference_top_T = reference_TV.argmax(dim=-1)
+    for name, state_TD in states.items():
+        log_TV = reference_TV if name == SOURCE else torch.log_softmax(frame.logits(state_TD).float(), dim=-1)
+        top_T = log_TV.argmax(dim=-1)
+        sums = metrics.of(name, batch.domain)
+        sums.tokens += targets_T.numel()
+        sums.nll -= float(log_TV.gather(1, targets_T.unsqueeze(1)).double().sum())
+        sums.agree += int((top_T == reference_top_T).sum())
+        sums.correct += int((top_T == targets_T).sum())
+        if name != SOURCE:
+            sums.kl += float((reference_TV.exp() * (reference_TV - log_TV)).sum(dim=-1).double().sum())

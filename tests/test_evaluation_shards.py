@@ -1,0 +1,252 @@
+"""Evaluation through layer shards: the same figures whatever runs it, and after whatever was lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import random_kept, write
+from test_engine import Dies, kill_one, ray_pool  # noqa: F401  a fixture
+from test_interrupt import bytes_of, start, stop
+from test_scoring import random_corpus
+
+from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.kept import write_kept
+from tenp_dist.config import Cluster
+from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.pool import InProcessPool
+from tenp_dist.errors import ClusterError, WorkerLost
+from tenp_dist.evaluation.shard import EvaluateShard
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model, evaluate_shard
+
+
+@pytest.fixture(scope="module")
+def passes(tiny_model, tmp_path_factory):
+    """passes(family) -> the source with a masked variant, and the padded checkpoint of the same masks."""
+    made = {}
+
+    def make(family: str) -> tuple[Pass, Pass]:
+        if family not in made:
+            source, folder = tiny_model(family), tmp_path_factory.mktemp("pruned")
+            kept = random_kept(source)
+            write_kept(folder / "kept.safetensors", kept, {"plan": "test"})
+            write(source, kept, folder / "padded", "padded")
+            masked = Pass(source, {"source": None, "random": folder / "kept.safetensors"})
+            made[family] = masked, Pass(folder / "padded", {"pruned": None})
+        return made[family]
+
+    return make
+
+
+def task_of(passes, folder: Path, *, sequences: int, waves: int) -> EvaluateTask:
+    """Microbatches of one sequence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_corpus(folder / "held-out.arrow", random_corpus(256, sequences=sequences))
+    return EvaluateTask(passes, folder / "held-out.arrow", folder, "key", Compute("cpu", "float32", 24, 1), waves=waves)
+
+
+def run(pool, passes, folder: Path, *, sequences=6, waves=3, steps=None, **cluster) -> dict:
+    """The summary of an evaluation on `pool`."""
+    task = task_of(passes, folder, sequences=sequences, waves=waves)
+    config = json.loads((passes[0].checkpoint / "config.json").read_text())
+    nbytes = [1] * config["num_hidden_layers"]
+    report = (lambda step: None) if steps is None else steps.append
+    ledger = Ledger(folder / "evaluate.ledger.jsonl")
+    metrics = evaluate_model(pool, task, nbytes, Cluster(**cluster), report, ledger)
+    assert not (folder / "hidden").exists()
+    return metrics.summary()
+
+
+CASES = [
+    {"shards": 1, "mode": "resident"},
+    {"shards": 2, "mode": "resident"},
+    {"shards": 3, "mode": "streaming"},
+    {"shards": 1, "host_memory": 1000, "commit_seconds": 0},
+    {"shards": 2, "mode": "streaming", "host_memory": 1000},
+    {"shards": 4, "mode": "resident", "host_memory": 1000, "waves": 6},
+]
+
+
+@pytest.fixture(scope="module")
+def here(passes, tmp_path_factory):
+    """The figures of the one-process form."""
+    task = task_of(passes("deepseek_v3"), tmp_path_factory.mktemp("here"), sequences=6, waves=3)
+    *_, metrics = evaluate_shard(task)
+    return metrics.summary()
+
+
+@pytest.mark.parametrize("cluster", CASES, ids=str)
+def test_the_figures_are_the_same_for_every_number_of_shards_waves_and_mode(cluster, passes, here, tmp_path):
+    """Equal to the last bit: sums are added in the order of the corpus, whatever brought them."""
+    steps = []
+    assert run(InProcessPool(cores=1), passes("deepseek_v3"), tmp_path, steps=steps, **cluster) == here
+    assert list(here) == ["source", "random", "pruned"] and here["random"]["mean"]["kl"] > 1e-6
+    done = [step.done for step in steps]
+    assert done == sorted(done) and done[-1] == steps[-1].total
+    assert here["pruned"]["mean"]["kl"] == pytest.approx(here["random"]["mean"]["kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, passes, tmp_path, monkeypatch):
+    """Cut at the n-th boundary, for every n; resumed with 1 to 3 shards: the same figures, less work."""
+    from tenp_dist.engine import boundaries
+
+    two, small = passes("qwen3_moe"), {"sequences": 2, "waves": 2}
+    reference = run(InProcessPool(cores=1), two, tmp_path / "reference", **small)
+    real, count, cut = boundaries.atomic_write, 0, 0
+
+    def dying(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == cut:
+            raise Dies
+        return real(*arguments, **options)
+
+    for cut in range(1, 40):
+        count, folder = 0, tmp_path / str(cut)
+        monkeypatch.setattr(boundaries, "atomic_write", dying)
+        try:
+            run(InProcessPool(cores=1), two, folder, shards=2, mode=mode, commit_seconds=0, **small)
+        except Dies:
+            monkeypatch.setattr(boundaries, "atomic_write", real)
+            assert run(InProcessPool(cores=1), two, folder, shards=1 + cut % 3, mode=mode, **small) == reference, cut
+        else:
+            assert cut > 8, "two passes, two waves, two shards"
+            return
+    raise AssertionError("more writes than thought of")
+
+
+class TailDies(InProcessPool):
+    """Loses the worker of the tail so many times; counts the passes that were started."""
+
+    def __init__(self, losses: int):
+        super().__init__(cores=1)
+        self.losses, self.started = losses, 0
+
+    def groups(self, *arguments):
+        self.started += 1
+        return super().groups(*arguments)
+
+    def stream(self, function, *arguments, gpus=0):
+        for event in super().stream(function, *arguments):
+            if self.losses:
+                self.losses -= 1
+                raise WorkerLost("A worker died")
+            yield event
+
+
+def test_a_lost_tail_is_started_again_and_repeats_no_pass(passes, here, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr("tenp_dist.evaluation.streams.time.sleep", waits.append)
+    pool = TailDies(losses=2)
+    assert run(pool, passes("deepseek_v3"), tmp_path) == here
+    assert waits == [1, 2] and pool.started == 2
+    assert (tmp_path / "evaluate.ledger.jsonl").read_text().count('"lost"') == 2
+
+
+def test_a_tail_that_is_always_lost_ends_the_run_and_the_next_one_starts_from_its_passes(
+    passes, here, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tenp_dist.evaluation.streams.time.sleep", lambda seconds: None)
+    with pytest.raises(ClusterError, match="lost 6 times in a row") as caught:
+        run(TailDies(losses=99), passes("deepseek_v3"), tmp_path)
+    assert not isinstance(caught.value, WorkerLost)
+    pool = TailDies(losses=0)
+    assert run(pool, passes("deepseek_v3"), tmp_path, shards=2) == here
+    assert pool.started == 0
+
+
+def test_hidden_states_of_anything_else_do_not_count(passes, tmp_path):
+    """Other masks, passes, text, dtype, ranks or stage settings: another key in the boundary files."""
+    two = passes("qwen3_moe")
+    task = task_of(two, tmp_path / "a", sequences=2, waves=2)
+    other = task_of(two, tmp_path / "b", sequences=3, waves=2)
+    write_kept(tmp_path / "kept.safetensors", random_kept(two[0].checkpoint, seed=99), {"plan": "test"})
+    masked = Pass(two[0].checkpoint, {"source": None, "random": tmp_path / "kept.safetensors"})
+    changed = [
+        replace(task, key="other"),
+        replace(task, passes=(masked, two[1])),
+        replace(task, passes=(replace(two[0], checkpoint=two[1].checkpoint), two[1])),
+        replace(task, corpus=other.corpus),
+        replace(task, compute=replace(task.compute, dtype="bfloat16")),
+        replace(task, waves=1),
+        replace(task, ranks=2),
+    ]
+    keys = [one.pass_tasks()[0].boundaries.key for one in (task, *changed)] + [task.pass_tasks()[1].boundaries.key]
+    assert len(set(keys)) == len(keys)
+    assert replace(task, folder=tmp_path).pass_tasks()[0].boundaries.key == keys[0], "a moved run is the same run"
+
+
+def test_a_rank_masks_its_own_experts(passes, tmp_path):
+    """The masks of two ranks, one below the other, are the mask of the whole layer."""
+    task = task_of(passes("deepseek_v3"), tmp_path, sequences=1, waves=1).pass_tasks()[0]
+    masks = []
+    for share in ({}, {"experts": range(3)}, {"experts": range(3, 8)}):
+        shard = EvaluateShard(task)
+        shard.open()
+        shard._share = share
+        experts = shard.skeleton.experts_of(shard.source.get(1))
+        masks.append(shard._mask("random", 1, experts))
+        assert shard._mask("source", 1, experts) is None
+    assert masks[0].shape == (8, 24) and 0 < masks[0].sum() < masks[0].numel()
+    assert torch.equal(torch.cat(masks[1:]), masks[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_two_shards_on_ray_survive_a_killed_worker(mode, ray_pool, passes, here, tmp_path, monkeypatch):  # noqa: F811
+    killed = kill_one(monkeypatch)
+    found = run(ray_pool, passes("deepseek_v3"), tmp_path, shards=2, mode=mode, commit_seconds=0)
+    assert killed and found == here
+    assert (tmp_path / "evaluate.ledger.jsonl").read_text().count('"lost"') == 1
+
+
+def close_to(found: dict, reference: dict, tolerance: float) -> None:
+    for variant, values in reference.items():
+        for domain, figures in values["domains"].items():
+            for name, figure in figures.items():
+                other = found[variant]["domains"][domain][name]
+                assert other == pytest.approx(figure, rel=tolerance, abs=tolerance), (variant, domain, name)
+
+
+@pytest.mark.slow
+def test_two_ranks_on_ray_give_the_same_figures_and_survive_a_killed_rank(
+    ray_pool,  # noqa: F811
+    passes,
+    here,
+    tmp_path,
+    monkeypatch,
+):
+    """1x2 equals 1x1 within 1e-6; killed or not, one or two shards: the same figures among themselves."""
+    alone = run(ray_pool, passes("deepseek_v3"), tmp_path / "1x2", tensor_parallel=2)
+    close_to(alone, here, 1e-6)
+    killed = kill_one(monkeypatch, rank=1)
+    options = {"shards": 2, "tensor_parallel": 2, "mode": "resident"}
+    assert run(ray_pool, passes("deepseek_v3"), tmp_path / "2x2", **options) == alone
+    assert killed
+
+
+def finish(process):
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_driver_goes_on_from_the_stored_hidden_states(job_file, text_files, tmp_path):
+    """`kill -9` of a real run in the first pass; the same command ends with the bytes of an undisturbed one."""
+    sources = [{"path": str(path), "domain": name, "samples": 8} for name, path in text_files.items()]
+    options = {"evaluation": {"sources": sources, "sequence_length": 16, "batch_tokens": 16}}
+    job, hidden = job_file(**options, cluster={"mode": "resident"}), tmp_path / "run" / "evaluation" / "hidden"
+    finish(start(job, tmp_path / "whole", "--debug"))  # in one process, without Ray
+    code, _ = stop(start(job, tmp_path / "run"), hidden / "0", lambda process: process.kill())
+    assert code == -signal.SIGKILL and not (tmp_path / "run" / "evaluation.json").exists()
+    finish(start(job, tmp_path / "run"))
+    assert not hidden.exists()
+    parts = ("evaluation.json", "evaluation")
+    assert bytes_of(tmp_path / "run", *parts) == bytes_of(tmp_path / "whole", *parts)
