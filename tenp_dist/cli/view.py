@@ -126,7 +126,9 @@ def _gist(record: StageRecord) -> str:
     if record.stage == "calibrate":
         return ", ".join(f"{domain} {count:,}" for domain, count in summary["tokens"].items()) + " tokens"
     if record.stage == "score":
-        return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s"
+        shards = f", {len(summary['shards'])} shards {summary['mode']}" if len(summary["shards"]) > 1 else ""
+        resumed = f", {summary['resumed']:.0%} was there already" if summary["resumed"] else ""
+        return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s{shards}{resumed}"
     if record.stage == "plan":
         return f"kept {summary['retention']['realised']:.2%} of routed parameters"
     if record.stage in ("write", "verify"):
