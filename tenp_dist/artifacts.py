@@ -67,6 +67,12 @@ def _not_written(path: Path, error: OSError) -> DiskFullError | OutputError:
     )
 
 
+def drop_leftovers(folder: Path) -> None:
+    """Remove temporary files that killed writers left in a folder; nobody may be writing there."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys left as given and a final newline, atomically."""
     with atomic_write(path) as stream:

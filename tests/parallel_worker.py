@@ -21,7 +21,7 @@ from tenp_dist.engine.parallel import check_parallel, join_ranks, leave_ranks, p
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
-from tenp_dist.scoring.accumulate import LayerAccumulator, weight_norms
+from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
 from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
 
 DOMAINS = ("first", "second")
@@ -75,7 +75,7 @@ def run_layer(frame, layer, module, inputs, hidden, ranks) -> LayerStatistics | 
     experts, accumulator = frame.skeleton.experts_of(module), None
     if experts is not None:
         statistics = LayerStatistics.zeros(DOMAINS, experts.down_proj.shape[0], experts.down_proj.shape[2])
-        accumulator = LayerAccumulator(statistics, experts.down_proj)
+        accumulator = LayerAccumulator(statistics, column_norms(experts))
         module.get_submodule(frame.skeleton.family.block_norm).register_forward_pre_hook(accumulator.see_residual)
     for i, batch in enumerate(inputs):
         if experts is not None:
@@ -85,7 +85,7 @@ def run_layer(frame, layer, module, inputs, hidden, ranks) -> LayerStatistics | 
         hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
     if experts is None:
         return None
-    return LayerStatistics(DOMAINS, statistics.tensors, weight_norms(experts))
+    return LayerStatistics(DOMAINS, statistics.tensors, weight_norms(experts, column_norms(experts)))
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.checkpoint.verify import check_names, verify_tensors
 from tenp_dist.checkpoint.writer import OutputTensor, assign_shards, output_tensors, shard_bytes
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
-from tenp_dist.engine.pool import InProcessPool
+from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import OutputError, SourceError, VerifyError
 from tenp_dist.runtime.ragged_config import ragged_config
 

@@ -19,8 +19,9 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Controller, Ledger, Retries
-from tenp_dist.engine.drive import choose_mode
-from tenp_dist.engine.pool import InProcessPool, RayPool
+from tenp_dist.engine.drive import choose_mode, cores_per_rank
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.schedule import Unit, next_unit, progress_share, split_layers, split_waves
 from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
@@ -98,6 +99,15 @@ def test_mode_follows_memory():
     assert choose_mode(Cluster(device_memory=10, tensor_parallel=2), nbytes, shards, "cpu") == "resident"
     assert choose_mode(Cluster(device_memory=10**9), nbytes, [range(0, 4)], "cpu") == "streaming"
     assert choose_mode(Cluster(mode="streaming", device_memory=20), nbytes, shards, "cpu") == "streaming"
+
+
+def test_a_rank_takes_as_many_cores_as_still_let_every_shard_find_a_node():
+    """One machine: cores / (shards * ranks); several: by node, because a shard's ranks stay together."""
+    for nodes, shards, ranks, cores in (
+        ([2], 1, 1, 2), ([2], 2, 2, 0.5), ([8], 3, 1, 2), ([2], 3, 1, 0.66),
+        ([1, 1, 1], 1, 1, 1), ([2, 2], 1, 2, 1), ([3, 1], 2, 1, 1), ([16, 16], 2, 8, 2), ([0, 4], 2, 1, 2),
+    ):  # fmt: skip
+        assert cores_per_rank(nodes, shards, ranks) == cores, (nodes, shards, ranks)
 
 
 # -- the controller -----------------------------------------------------------------------------------

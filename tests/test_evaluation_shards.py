@@ -19,7 +19,7 @@ from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.pool import InProcessPool
+from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, WorkerLost
 from tenp_dist.evaluation.shard import EvaluateShard
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model, evaluate_shard

@@ -27,7 +27,8 @@ from machine import PeakMemory, print_machine
 from scoring import ROOT, make_corpus
 
 from tenp_dist.config import Cluster
-from tenp_dist.engine.pool import RayPool, available_cores
+from tenp_dist.engine.local import available_cores
+from tenp_dist.engine.pool import RayPool
 
 MEGABYTE = 10**6
 

@@ -35,7 +35,7 @@ def main(model, texts, samples, length, retention, important, slope):
     from brute_force import brute_force_plan, brute_force_statistics
 
     from tenp_dist.engine.compute import microbatches
-    from tenp_dist.engine.pool import available_cores
+    from tenp_dist.engine.local import available_cores
 
     torch.set_num_threads(available_cores())
     print_machine("torch", "transformers")

@@ -38,7 +38,7 @@ def main(model, texts, samples, length, batch_tokens, dtype, threads, repeat):
 
     from tenp_dist.calibration.corpus import write_corpus
     from tenp_dist.engine.compute import Compute, microbatches
-    from tenp_dist.engine.pool import available_cores
+    from tenp_dist.engine.local import available_cores
     from tenp_dist.engine.shard import ScoreTask, score_shard
 
     torch.set_num_threads(threads or available_cores())

@@ -34,7 +34,8 @@ MEGABYTE = 10**6
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 def main(model, retention, shard_mb, writers, repeat, folder):
     from tenp_dist.checkpoint.index import open_index
-    from tenp_dist.engine.pool import InProcessPool, RayPool
+    from tenp_dist.engine.local import InProcessPool
+    from tenp_dist.engine.pool import RayPool
 
     print_machine("torch", "ray")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -123,7 +124,7 @@ def warm(*folders: Path) -> None:
 
 
 def copy(originals: Path, target: Path) -> None:
-    subprocess.run(["cp", "-r", originals, target], check=True)
+    subprocess.run(["cp", "-r", "--reflink=never", originals, target], check=True)
     subprocess.run(["sync", "-f", target], check=True)
 
 

@@ -102,7 +102,8 @@ def _execute_stages(
     from tenp_dist.cli.stages import preflight, stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
     from tenp_dist.engine.coordinator import Coordinator
-    from tenp_dist.engine.pool import InProcessPool, RayPool
+    from tenp_dist.engine.local import InProcessPool
+    from tenp_dist.engine.pool import RayPool
 
     quieten()
     preflight(loaded)

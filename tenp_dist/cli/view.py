@@ -20,7 +20,7 @@ from tenp_dist.artifacts import StageRecord
 from tenp_dist.config import Job
 from tenp_dist.engine.compute import Progress as Step
 from tenp_dist.engine.coordinator import Listener, Stage
-from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.local import Pool
 
 _PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from tenp_dist.artifacts import atomic_write, free_bytes, read_json, write_json
+from tenp_dist.artifacts import atomic_write, drop_leftovers, free_bytes, read_json, write_json
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
@@ -28,7 +28,7 @@ from tenp_dist.checkpoint.writer import (
     write_shard,
 )
 from tenp_dist.engine.compute import Progress
-from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.local import Pool
 from tenp_dist.errors import DiskFullError, OutputError
 
 _MARK = ".writing.json"
@@ -87,6 +87,7 @@ def write_layout(
     for name, text in extra_files.items():
         with atomic_write(folder / name) as stream:
             stream.write(text.encode())
+    drop_leftovers(folder)  # of writers that were killed and replaced
     finish_checkpoint(folder, shards, config, index.folder)
     (folder / _MARK).unlink()
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra_files]
@@ -122,8 +123,7 @@ def _claim(folder: Path, key: str, ours: bool) -> None:
     """Make the folder ours: cleared, or without the leftovers of an interrupted run."""
     if folder.exists() and not ours:
         shutil.rmtree(folder)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
+    drop_leftovers(folder)
     write_json(folder / _MARK, {"key": key})
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from tenp_dist.artifacts import SCHEMA_VERSION, StageRecord, digest_of, read_record, record_path, sizes
 from tenp_dist.config import Job
 from tenp_dist.engine.compute import Progress
-from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.local import Pool
 from tenp_dist.errors import OutputError, StaleError
 
 

@@ -9,7 +9,7 @@ from tenp_dist.config import Cluster
 from tenp_dist.engine.carrier import Carrier, CarryTask, UnitReport
 from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.controller import Controller, Ledger
-from tenp_dist.engine.pool import GroupRequest, Pool
+from tenp_dist.engine.local import GroupRequest, Pool
 from tenp_dist.engine.schedule import Mode, Unit, split_layers
 from tenp_dist.errors import ClusterError
 
@@ -137,10 +137,22 @@ def memory_per_rank(device: str, ranks: int) -> float:
 
 
 def group_request(pool: Pool, cluster: Cluster, device: str) -> GroupRequest:
-    """On accelerators one each; on CPU a rank takes cores / (shards * ranks)."""
-    ranks = cluster.shards * cluster.tensor_parallel
+    """On accelerators one each; on CPU the most cores per rank with which every shard finds a node."""
     if device == "cuda":
         return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout)
-    share = pool.cores / ranks
-    cores = float(int(share)) if share >= 1 else int(share * 100) / 100
+    cores = cores_per_rank(pool.node_cores, cluster.shards, cluster.tensor_parallel)
     return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout)
+
+
+def cores_per_rank(node_cores: Sequence[int], shards: int, ranks: int) -> float:
+    """The largest share of cores with which `shards` groups of `ranks` fit, each group on one node.
+
+    One machine: cores / (shards * ranks). Whole numbers from 1 on, hundredths below.
+    """
+
+    def rounded(share: float) -> float:
+        return float(int(share)) if share >= 1 else int(share * 100) / 100
+
+    shares = {rounded(cores / (groups * ranks)) for cores in node_cores for groups in range(1, shards + 1)}
+    fitting = [c for c in shares if c > 0 and sum(int(cores / (c * ranks) + 1e-9) for cores in node_cores) >= shards]
+    return max(fitting, default=0.01)

@@ -1,9 +1,4 @@
-"""Where work runs: on Ray, or in this process for tests and debugging. The only module that imports Ray.
-
-Work is a plain function of picklable arguments. `stream` runs a generator function somewhere and
-yields what it yields, as it yields it (progress, then a result); `map` runs one call per item in
-parallel and gives results in the order of completion.
-"""
+"""Work on Ray: a cluster, or a local one of our own. The only module that imports Ray."""
 
 from __future__ import annotations
 
@@ -15,9 +10,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from tenp_dist.engine.local import GroupRequest, available_cores
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, WorkerLost, first_line
 
 T = TypeVar("T")
@@ -25,107 +20,6 @@ _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 1.0  # between looks at whether Ray is still there
 _PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
 _START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
-
-
-@dataclass(frozen=True)
-class GroupRequest:
-    """What every group of workers asks for: ranks, cores and accelerators of a rank, seconds to be placed in."""
-
-    ranks: int
-    cores: float
-    gpus: int
-    timeout: float
-
-
-class Pool(Protocol):
-    """What stages need of a place to run.
-
-    cores, gpus: in all. threads: that one streaming worker may use. share: hand an object to many
-    tasks once; pass what it returns as an argument. groups: start one group of workers per tuple of
-    arguments (see `controller.Group`); wait: the first of them whose unit has ended.
-    """
-
-    cores: int
-    gpus: int
-    threads: int
-
-    def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]: ...
-
-    def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]: ...
-
-    def share(self, value: Any) -> Any: ...
-
-    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[Any]: ...
-
-    def wait(self, groups: Sequence[Any]) -> Any: ...
-
-    def describe(self) -> str: ...
-
-    def close(self) -> None: ...
-
-
-class InProcessPool:
-    """Runs everything here, one thing at a time."""
-
-    def __init__(self, cores: int | None = None):
-        self.cores = self.threads = cores or available_cores()
-
-    @property
-    def gpus(self) -> int:
-        import torch
-
-        return torch.cuda.device_count()
-
-    def share(self, value: Any) -> Any:
-        return value
-
-    def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
-        yield from function(*arguments)
-
-    def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
-        for item in items:
-            yield function(*item)
-
-    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
-        if request.ranks > 1:
-            raise ClusterError(
-                "One process cannot be several ranks",
-                where="cluster.tensor_parallel",
-                found=request.ranks,
-                wanted="1 with --debug",
-                next_step="leave out --debug: ranks are processes of Ray",
-            )
-        return [_LocalGroup(worker, one) for one in arguments]
-
-    def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:
-        return groups[0]
-
-    def describe(self) -> str:
-        return f"this process, {self.cores} cores"
-
-    def close(self) -> None:
-        pass
-
-
-class _LocalGroup:
-    """A group of one rank in this process; a unit runs when its result is asked for."""
-
-    def __init__(self, worker: type, arguments: tuple):
-        self._make = lambda: worker(*arguments)
-        self.restart()
-
-    def start(self, unit: Any) -> None:
-        self._unit = unit
-
-    def result(self) -> Any:
-        return self._worker.run(self._unit)
-
-    def restart(self) -> None:
-        self._worker = self._make()
-        self._worker.open()
-
-    def close(self) -> None:
-        del self._worker
 
 
 class RayPool:
@@ -159,7 +53,8 @@ class RayPool:
         self._watch = _Watch(_services(ray))
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
-        self.threads = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        self.node_cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self.threads = max(1, *self.node_cores, 1)
 
     def share(self, value: Any) -> Any:
         return self._ray.put(value)
@@ -486,8 +381,3 @@ def _own_sigterm() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # only the main thread has handlers
             signal.signal(signal.SIGTERM, handler)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -10,8 +10,8 @@ from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.drive import Summary, cut_model, drive
+from tenp_dist.engine.local import Pool
 from tenp_dist.engine.parts import check_ranks
-from tenp_dist.engine.pool import Pool
 from tenp_dist.engine.shard import ScoreShard, ScoreTask, finish_scores
 
 

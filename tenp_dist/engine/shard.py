@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden, run_here, run_layer
 from tenp_dist.engine.compute import Progress, check_finite
 from tenp_dist.engine.parts import Parts
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.layers import Frame, Microbatch
-from tenp_dist.scoring.accumulate import LayerAccumulator, weight_norms
+from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
@@ -30,6 +31,14 @@ class ScoreTask(CarryTask):
         return Parts(self.folder, self.file_key, rank, self.ranks)
 
 
+@dataclass(frozen=True)
+class Norms:
+    """Of a layer's expert weights, float64: of the columns of W_down, and of all three matrices per neuron."""
+
+    columns_EF: torch.Tensor
+    weights_EF: torch.Tensor
+
+
 class ScoreShard(Carrier):
     """One rank of a shard that scores its layers."""
 
@@ -38,6 +47,16 @@ class ScoreShard(Carrier):
     def __init__(self, task: ScoreTask, layers: range | None = None, rank: int = 0):
         super().__init__(task, layers, rank)
         self.parts = task.parts(rank)
+        self._norms: dict[int, Norms] = {}
+
+    def _norms_of(self, layer: int, experts: nn.Module) -> Norms:
+        """The weight norms of a layer, taken once and not for every wave."""
+        if layer not in self._norms:
+            if self.task.mode == "streaming":
+                self._norms.clear()
+            columns = column_norms(experts)
+            self._norms[layer] = Norms(columns, weight_norms(experts, columns).cpu())
+        return self._norms[layer]
 
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> LayerStatistics | None:
         """Statistics of the wave in this layer, unless they are stored."""
@@ -48,7 +67,8 @@ class ScoreShard(Carrier):
         if experts is None or self.parts.waves(layer) > wave:
             run_layer(self.frame, layer, module, batches, states, self._share)
         else:
-            statistics = score_layer(self.frame, layer, module, batches, states, self.domains, self._share)
+            norms = self._norms_of(layer, experts)
+            statistics = score_layer(self.frame, layer, module, batches, states, self.domains, self._share, norms)
         check_finite(states, self.skeleton, layer, module)
         if statistics is not None:
             check_statistics(statistics, layer, first_expert=self._share.get("experts", range(1)).start)
@@ -66,12 +86,13 @@ def score_layer(
     hidden: list[torch.Tensor],
     domains: Sequence[str],
     share: Mapping[str, Any],
+    norms: Norms,
 ) -> LayerStatistics:
     """`run_layer` with the statistics of this rank's experts taken on the way."""
     experts = frame.skeleton.experts_of(module)
     num_experts, _, width = experts.down_proj.shape
     statistics = LayerStatistics.zeros(domains, num_experts, width, device=experts.down_proj.device)
-    accumulator = LayerAccumulator(statistics, experts.down_proj)
+    accumulator = LayerAccumulator(statistics, norms.columns_EF)
     norm = module.get_submodule(frame.skeleton.family.block_norm)
     hook = norm.register_forward_pre_hook(accumulator.see_residual)
     try:
@@ -79,7 +100,7 @@ def score_layer(
     finally:
         hook.remove()
     tensors = {name: tensor.cpu() for name, tensor in statistics.tensors.items()}
-    return LayerStatistics(statistics.domains, tensors, weight_norms(experts).cpu())
+    return LayerStatistics(statistics.domains, tensors, norms.weights_EF)
 
 
 def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int = 0) -> None:
@@ -114,3 +135,4 @@ def finish_scores(task: ScoreTask, moe_layers: Iterable[int], waves: int) -> Non
     task.parts().join(moe_layers, waves)
     for folder in ("parts", "hidden"):
         shutil.rmtree(task.folder / folder, ignore_errors=True)
+    drop_leftovers(task.folder)

@@ -23,7 +23,7 @@ from tenp_dist.engine.carrier import DEFAULT_WAVES, read_hidden, run_here
 from tenp_dist.engine.compute import Compute, Progress, microbatches
 from tenp_dist.engine.controller import Ledger, Retries
 from tenp_dist.engine.drive import cut_model, drive
-from tenp_dist.engine.pool import Pool
+from tenp_dist.engine.local import Pool
 from tenp_dist.engine.schedule import split_waves
 from tenp_dist.errors import WorkerLost
 from tenp_dist.evaluation.metrics import Metrics, compare, open_tail

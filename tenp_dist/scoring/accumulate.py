@@ -32,13 +32,14 @@ class LayerAccumulator:
     """Adds experts calls to a LayerStatistics; an `Observer` of `tenp_dist.model.experts`.
 
     Set `domain` before each microbatch; `see_residual` hooks the norm before the block.
+    column_norm_EF: of `column_norms`, the same for every wave of a layer.
     """
 
-    def __init__(self, statistics: LayerStatistics, down_EDF: torch.Tensor):
+    def __init__(self, statistics: LayerStatistics, column_norm_EF: torch.Tensor):
         self.statistics = statistics
         self.domain = 0
         self.residual_TD: torch.Tensor | None = None
-        self._column_norm_EF = torch.linalg.vector_norm(down_EDF, dim=1, dtype=torch.float32).double()
+        self._column_norm_EF = column_norm_EF
 
     def see_residual(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook of the block's norm: its input is the residual stream before the block."""
@@ -173,11 +174,13 @@ class Runs:
         return embedding_bag(ids_S, values_SC, self.starts_E, mode="sum")
 
 
-def weight_norms(experts: nn.Module) -> torch.Tensor:
+def column_norms(experts: nn.Module) -> torch.Tensor:
+    """|w_j| of every neuron's column of W_down, [E, F] float64."""
+    return torch.linalg.vector_norm(experts.down_proj, dim=1, dtype=torch.float32).double()
+
+
+def weight_norms(experts: nn.Module, column_norm_EF: torch.Tensor) -> torch.Tensor:
     """|gate_j| |up_j| |down_j| per neuron, [E, F] float64: the rank of neurons no token reached."""
     gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
-    norms = [
-        torch.linalg.vector_norm(weight, dim=dim, dtype=torch.float32).double()
-        for weight, dim in ((gate_EFD, 2), (up_EFD, 2), (experts.down_proj, 1))
-    ]
-    return norms[0] * norms[1] * norms[2]
+    gate_EF, up_EF = (torch.linalg.vector_norm(w, dim=2, dtype=torch.float32).double() for w in (gate_EFD, up_EFD))
+    return gate_EF * up_EF * column_norm_EF

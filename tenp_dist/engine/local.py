@@ -1,0 +1,125 @@
+"""What stages need of a place to run, and the simplest such place: this process.
+
+Work is a plain function of picklable arguments. `stream` runs a generator function somewhere and
+yields what it yields, as it yields it (progress, then a result); `map` runs one call per item in
+parallel and gives results in the order of completion; `groups` start workers that keep state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from tenp_dist.errors import ClusterError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """What every group of workers asks for: ranks, cores and accelerators of a rank, seconds to be placed in."""
+
+    ranks: int
+    cores: float
+    gpus: int
+    timeout: float
+
+
+class Pool(Protocol):
+    """What stages need of a place to run.
+
+    cores, gpus: in all; node_cores: of each node. threads: that one streaming worker may use. share: hand
+    an object to many tasks once; pass what it returns as an argument. groups: start one group of workers
+    per tuple of arguments (see `controller.Group`); wait: the first of them whose unit has ended.
+    """
+
+    cores: int
+    gpus: int
+    threads: int
+    node_cores: Sequence[int]
+
+    def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]: ...
+
+    def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]: ...
+
+    def share(self, value: Any) -> Any: ...
+
+    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[Any]: ...
+
+    def wait(self, groups: Sequence[Any]) -> Any: ...
+
+    def describe(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class InProcessPool:
+    """Runs everything here, one thing at a time."""
+
+    def __init__(self, cores: int | None = None):
+        self.cores = self.threads = cores or available_cores()
+        self.node_cores = [self.cores]
+
+    @property
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
+        yield from function(*arguments)
+
+    def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
+        for item in items:
+            yield function(*item)
+
+    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
+        if request.ranks > 1:
+            raise ClusterError(
+                "One process cannot be several ranks",
+                where="cluster.tensor_parallel",
+                found=request.ranks,
+                wanted="1 with --debug",
+                next_step="leave out --debug: ranks are processes of Ray",
+            )
+        return [_LocalGroup(worker, one) for one in arguments]
+
+    def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:
+        return groups[0]
+
+    def describe(self) -> str:
+        return f"this process, {self.cores} cores"
+
+    def close(self) -> None:
+        pass
+
+
+class _LocalGroup:
+    """A group of one rank in this process; a unit runs when its result is asked for."""
+
+    def __init__(self, worker: type, arguments: tuple):
+        self._make = lambda: worker(*arguments)
+        self.restart()
+
+    def start(self, unit: Any) -> None:
+        self._unit = unit
+
+    def result(self) -> Any:
+        return self._worker.run(self._unit)
+
+    def restart(self) -> None:
+        self._worker = self._make()
+        self._worker.open()
+
+    def close(self) -> None:
+        del self._worker
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
