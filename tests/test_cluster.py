@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -261,16 +262,32 @@ def test_the_head_dies(job, reference, tmp_path, start):
     same_bytes(run, reference)
 
 
+HOLD = """
+import sys, time
+import ray
+from ray.util.placement_group import placement_group
+ray.init(address=sys.argv[1], log_to_driver=False)
+assert placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD").wait(30)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
 def test_a_group_that_finds_no_place_is_an_error_in_time(nodes, job, tmp_path, start):
-    """Two ranks need a node with two cores."""
+    """Another job holds the cores of both nodes."""
     nodes.start(1, 1)
-    started = time.monotonic()
-    options = ("cluster.shards=1", "cluster.tensor_parallel=2", "cluster.start_timeout=3")
-    process = start(job, tmp_path / "run", nodes.address, *(part for one in options for part in ("--set", one)))
-    stderr = finish(process, ClusterError.exit_code)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, nodes.address], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline().strip() == "held"
+        started = time.monotonic()
+        process = start(job, tmp_path / "run", nodes.address, "--set", "cluster.start_timeout=3")
+        stderr = finish(process, ClusterError.exit_code)
+    finally:
+        other.kill()
+        other.communicate()
     assert time.monotonic() - started < 60
     assert "The cluster is smaller than asked" in stderr
-    assert "a node with 2 x 1 CPU for every shard" in stderr and "nodes: " in stderr
+    assert "a node with 1 x 1 CPU for every shard" in stderr and "nodes: " in stderr
 
 
 def test_two_ranks_on_a_node_survive_the_loss_of_one(nodes, job, tmp_path, start):
