@@ -152,7 +152,7 @@ def measure_round(task, facts, own: list) -> dict[Any, Any]:
 
 def measure_child(name: str, task, own: list) -> dict[str, float]:
     command = [sys.executable, __file__, *map(str, own), "--measure", name, str(task.corpus.parent)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure_case(case: Case, task, facts) -> Measured:
@@ -212,8 +212,10 @@ def measure_alone(task) -> dict[str, float]:
             reading += time.perf_counter() - started
             module = shard.skeleton.load_layer(layer, state)
             del state
-            scored = shard.skeleton.experts_of(module) is not None
-            more = ((shard.domains, {}), score_layer) if scored else (({},), run_layer)
+            experts = shard.skeleton.experts_of(module)
+            scored = experts is not None
+            norms = shard.norms_of(layer, experts) if scored else None
+            more = ((shard.domains, {}, norms), score_layer) if scored else (({},), run_layer)
             with PeakMemory() as memory:
                 started = time.perf_counter()
                 more[1](shard.frame, layer, module, shard.batches, hidden, *more[0])

@@ -49,7 +49,7 @@ class ScoreShard(Carrier):
         self.parts = task.parts(rank)
         self._norms: dict[int, Norms] = {}
 
-    def _norms_of(self, layer: int, experts: nn.Module) -> Norms:
+    def norms_of(self, layer: int, experts: nn.Module) -> Norms:
         """The weight norms of a layer, taken once and not for every wave."""
         if layer not in self._norms:
             if self.task.mode == "streaming":
@@ -67,7 +67,7 @@ class ScoreShard(Carrier):
         if experts is None or self.parts.waves(layer) > wave:
             run_layer(self.frame, layer, module, batches, states, self._share)
         else:
-            norms = self._norms_of(layer, experts)
+            norms = self.norms_of(layer, experts)
             statistics = score_layer(self.frame, layer, module, batches, states, self.domains, self._share, norms)
         check_finite(states, self.skeleton, layer, module)
         if statistics is not None:
