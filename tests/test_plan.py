@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from tenp_dist.artifacts import read_json, write_json
-from tenp_dist.budget.plan import (
-    MoeLayer,
-    control_budget,
-    make_plan,
-    planning_statistics,
-    read_plan,
-    write_plan,
-)
+from tenp_dist.budget.plan import MoeLayer, control_budget, make_plan, planning_statistics
+from tenp_dist.budget.plan_files import read_plan, write_plan
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, NumericalError, StaleError

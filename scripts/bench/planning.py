@@ -90,7 +90,8 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int) -> int:
 def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int) -> dict[str, float]:
     """Plan the scores in `folder`; seconds include imports of the planner, reading and writing."""
     started = time.perf_counter()
-    from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics, read_plan, write_plan
+    from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
+    from tenp_dist.budget.plan_files import read_plan, write_plan
     from tenp_dist.checkpoint.kept import layer_name
     from tenp_dist.config import Budget
     from tenp_dist.scoring.statistics import read_statistics

@@ -1,29 +1,22 @@
 """From scores and a budget to a plan: which experts stay whole, which neurons every other one keeps.
 
-`make_plan` is pure and holds the statistics of one layer at a time; `write_plan` and `read_plan` are
-the two files of a plan, `plan.json` for people and `plan.safetensors` for the writer.
+`make_plan` is pure and holds the statistics of one layer at a time; `plan_files.py` stores a plan.
 
 E routed experts of a layer, F neurons of an expert, m_l whole experts of layer l, M of the model.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write, digest_of, read_json
 from tenp_dist.budget.selection import top_experts, top_neurons
 from tenp_dist.budget.shape import MoeLayer, Shape, important_share, plan_shape, shape_warnings
-from tenp_dist.budget.trapezoid import exact_string
-from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
+from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, StaleError
 from tenp_dist.scoring.domains import never_routed
@@ -31,8 +24,6 @@ from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LayerStatistics
 
 NEVER_ROUTED_LIMIT = Fraction(1, 100)
-PLAN_JSON = "plan.json"
-PLAN_TENSORS = "plan.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,128 +219,3 @@ def _never_routed_warnings(planned: Mapping[int, LayerPlan]) -> list[str]:
         f"{count} of {experts} routed experts ({count / experts:.1%}) were reached by no calibration token; their "
         "neurons are ranked by weight norms. Calibrate on more text."
     ]
-
-
-def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict[str, Any]:
-    """The content of plan.json."""
-    budget, shape = plan.budget, plan.shape
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "method": budget.method,
-        "source_fingerprint": source_fingerprint,
-        "scores_digest": scores_digest,
-        "budget": {
-            "retention": exact_string(budget.retention_exact),
-            "important": exact_string(plan.important),
-            "slope": exact_string(Fraction(budget.slope)),
-            "align": budget.align,
-            "max_widths": budget.max_widths,
-            "minimum_important": budget.minimum_important,
-            "never_routed": budget.never_routed,
-            "seed": budget.seed,
-        },
-        "retention": {
-            "asked": exact_string(budget.retention_exact),
-            "realised": float(plan.retention),
-            "activated": plan.activated,
-        },
-        "experts": {
-            "total": sum(layer.experts for layer in shape.layers),
-            "whole": plan.whole_experts,
-            "never_routed": sum(len(layer.never_routed) for layer in plan.layers.values()),
-        },
-        "narrow_width": plan.narrow_width,
-        "leftover_neurons": plan.leftover_neurons,
-        "warnings": list(plan.warnings),
-        "layers": {str(layer): _describe_layer(entry) for layer, entry in plan.layers.items()},
-    }
-
-
-def _describe_layer(plan: LayerPlan) -> dict[str, Any]:
-    counts = Counter(plan.kept.widths.tolist())
-    return {
-        "experts": plan.facts.experts,
-        "intermediate_size": plan.facts.intermediate_size,
-        "widths": {str(width): counts[width] for width in sorted(counts)},
-        "retention": float(plan.retention),
-        "activated": plan.activated,
-        "whole": list(plan.whole),
-        "never_routed": list(plan.never_routed),
-    }
-
-
-def write_plan(folder: Path, plan: Plan, *, source_fingerprint: str, scores_digest: str) -> list[Path]:
-    """Write plan.safetensors, then plan.json; returns both paths. Each file carries what ties it to the other.
-
-    Raises:
-        DiskFullError: no space left.
-    """
-    document = describe(plan, source_fingerprint=source_fingerprint, scores_digest=scores_digest)
-    origin = {
-        "schema_version": SCHEMA_VERSION,
-        "source_fingerprint": source_fingerprint,
-        "scores_digest": scores_digest,
-        "plan_digest": digest_of(document),
-    }
-    # One key: safetensors writes several in an order that changes from run to run.
-    metadata = {"plan": json.dumps(origin)}
-    tensors, text = Path(folder) / PLAN_TENSORS, Path(folder) / PLAN_JSON
-    write_kept(tensors, plan.kept, metadata)
-    with atomic_write(text) as stream:
-        stream.write(_readable(document).encode())
-    return [tensors, text]
-
-
-def _readable(document: Mapping[str, Any]) -> str:
-    """JSON with one line per key, per layer and per warning."""
-
-    def compact(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False)
-
-    lines = []
-    for key, value in document.items():
-        if key == "layers":
-            items = ",\n    ".join(f"{compact(layer)}: {compact(entry)}" for layer, entry in value.items())
-            lines.append(f'"layers": {{\n    {items}\n  }}')
-        elif key == "warnings" and value:
-            lines.append('"warnings": [\n    ' + ",\n    ".join(map(compact, value)) + "\n  ]")
-        else:
-            lines.append(f"{compact(key)}: {compact(value)}")
-    return "{\n  " + ",\n  ".join(lines) + "\n}\n"
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The content of plan.json, once it is known to belong to the plan.safetensors beside it.
-
-    Raises:
-        StaleError: a file is missing or unreadable, of another schema, or the two are not of one plan.
-    """
-    text, tensors = Path(folder) / PLAN_JSON, Path(folder) / PLAN_TENSORS
-    for path in (text, tensors):
-        if not path.is_file():
-            raise _stale("There is no plan", path, "a file")
-    try:
-        document = read_json(text)
-    except ValueError as error:
-        raise _stale("plan.json is not valid JSON", text, "the file as it was written") from error
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
-        raise _stale(f"The plan has schema version {version}", text, f"schema version {SCHEMA_VERSION}")
-    if _plan_digest(tensors) != digest_of(document):
-        raise _stale("plan.json and plan.safetensors are not of one plan", folder, "two files written together")
-    return document
-
-
-def _plan_digest(path: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        return json.loads(metadata.get("plan", "{}")).get("plan_digest")
-    except (SafetensorError, ValueError) as error:
-        raise _stale("plan.safetensors cannot be read", path, "the file as it was written") from error
-
-
-def _stale(what: str, where: object, wanted: str) -> StaleError:
-    return StaleError(what, where=where, wanted=wanted, next_step="run the plan stage again")

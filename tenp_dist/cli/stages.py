@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, read_json, write_json
-from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics, read_plan, write_plan
+from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics
+from tenp_dist.budget.plan_files import read_plan, write_plan
 from tenp_dist.budget.shape import MoeLayer, plan_shape
 from tenp_dist.calibration.corpus import build_corpus, check_sources, read_corpus, seen_share, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
