@@ -7,6 +7,7 @@ checkpoint keeps things and which module sees the residual stream.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,6 +30,11 @@ class Family:
     expert_tensor: an expert's tensor inside a layer, as in the checkpoint.
     matrices: the checkpoint's names of gate, up and down.
     block_norm: module inside a layer whose input is the residual stream before the MoE block.
+    router: module inside a layer, and prefix of its tensors, whose parameters and buffers hold one row per
+        routed expert. It returns the chosen experts' ids as its only tensor of integers.
+    groups_key, chosen_groups_key: config keys of the number of equal groups that experts are routed in and
+        of how many of them a token may use, None for a family without groups.
+    group_scorers: experts of a group whose scores rank the group.
     post_expert_scale: config key of a factor applied after the experts, None where the dispatch
         weights already carry it.
     tensor_parallel: verified with more than one rank per shard.
@@ -42,6 +48,10 @@ class Family:
     expert_tensor: str = "mlp.experts.{expert}.{matrix}.weight"
     matrices: Mapping[str, str] = field(default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"})
     block_norm: str = "post_attention_layernorm"
+    router: str = "mlp.gate"
+    groups_key: str | None = None
+    chosen_groups_key: str | None = None
+    group_scorers: int = 1
     post_expert_scale: str | None = None
     tensor_parallel: bool = False
 
@@ -49,19 +59,43 @@ class Family:
         """Routed experts per layer, 0 where the config names none."""
         return next((int(config[key]) for key in self.experts_keys if config.get(key)), 0)
 
+    def groups(self, config: Mapping[str, object]) -> int:
+        """Equal groups of consecutive ids that experts are routed in, 1 for none."""
+        return int((self.groups_key and config.get(self.groups_key)) or 1)
+
+    def least_experts(self, config: Mapping[str, object]) -> int:
+        """The fewest routed experts per layer that the router still works with, equally many in each group.
+
+        A token picks top-k experts from the groups chosen for it, and a group is ranked by its best
+        `group_scorers` experts.
+        """
+        top_k, groups = int(config["num_experts_per_tok"]), self.groups(config)
+        if groups == 1:
+            return top_k
+        chosen = int(config.get(self.chosen_groups_key) or groups)
+        return groups * max(math.ceil(top_k / chosen), self.group_scorers)
+
     def tensor(self, layer: int, expert: int, matrix: str) -> str:
         """Checkpoint name of one expert matrix; `matrix` is gate, up or down."""
         inside = self.expert_tensor.format(expert=expert, matrix=self.matrices[matrix])
         return self.layer.format(layer=layer) + inside
 
 
+_DEEPSEEK = {
+    "experts_keys": ("n_routed_experts", "num_local_experts"),
+    "groups_key": "n_group",
+    "chosen_groups_key": "topk_group",
+    "tensor_parallel": True,
+}
+_QWEN = {"experts_keys": ("num_experts", "num_local_experts"), "tensor_parallel": True}
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="deepseek_v2", experts_keys=("n_routed_experts", "num_local_experts"), tensor_parallel=True),
-        Family(model_type="deepseek_v3", experts_keys=("n_routed_experts", "num_local_experts"), tensor_parallel=True),
-        Family(model_type="qwen2_moe", experts_keys=("num_experts", "num_local_experts"), tensor_parallel=True),
-        Family(model_type="qwen3_moe", experts_keys=("num_experts", "num_local_experts"), tensor_parallel=True),
+        Family(model_type="deepseek_v2", **_DEEPSEEK),
+        Family(model_type="deepseek_v3", **_DEEPSEEK, group_scorers=2),
+        Family(model_type="qwen2_moe", **_QWEN),
+        Family(model_type="qwen3_moe", **_QWEN),
     )
 }
 

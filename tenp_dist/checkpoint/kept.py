@@ -2,26 +2,32 @@
 
 `plan.safetensors` holds, per MoE decoder layer, `layer_00003.kept` (int32, the kept neuron ids of
 all experts one after the other, ascending inside an expert) and `layer_00003.offsets` (int64,
-[experts + 1], where each expert's ids begin and end).
+[experts + 1], where each expert's ids begin and end). Where the plan removes experts from routing there
+is `layer_00003.experts` too (int32, the ids that stay, ascending); a removed expert keeps no neuron.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tenp_dist.artifacts import atomic_write
+from tenp_dist.errors import BudgetError
 
 
 @dataclass(frozen=True)
 class KeptNeurons:
-    """Kept neurons of one layer. offsets [E + 1] int64, indices [offsets[-1]] int32."""
+    """Kept neurons of one layer. offsets [E + 1] int64, indices [offsets[-1]] int32.
+
+    experts: ids that the router still knows, ascending, int32 [K]; None where no expert is removed.
+    """
 
     offsets: np.ndarray
     indices: np.ndarray
+    experts: np.ndarray | None = None
 
     @property
     def num_experts(self) -> int:
@@ -43,9 +49,33 @@ class KeptNeurons:
         return mask_EF
 
     @classmethod
+    def without_others(cls, experts: Sequence[int], num_experts: int, intermediate_size: int) -> KeptNeurons:
+        """The experts named keep all neurons, the others leave the layer."""
+        mask_EF = np.zeros((num_experts, intermediate_size), dtype=bool)
+        mask_EF[list(experts)] = True
+        return replace(cls.from_mask(mask_EF), experts=np.array(sorted(experts), dtype=np.int32))
+
+    @classmethod
     def from_mask(cls, mask_EF: np.ndarray) -> KeptNeurons:
         offsets = np.concatenate([[0], np.cumsum(mask_EF.sum(axis=1))]).astype(np.int64)
         return cls(offsets=offsets, indices=np.nonzero(mask_EF)[1].astype(np.int32))
+
+
+def check_groups(experts: Sequence[int], num_experts: int, groups: int) -> None:
+    """Experts that can stay when all others leave: known ids, each once, ascending, as many in every group.
+
+    Raises:
+        BudgetError: they cannot.
+    """
+    ids = np.asarray(experts, dtype=np.int64)
+    per_group = np.bincount(ids // (num_experts // groups), minlength=groups) if len(ids) and ids.min() >= 0 else []
+    if len(ids) == 0 or (np.diff(ids) <= 0).any() or len(per_group) != groups or len(set(per_group)) != 1:
+        raise BudgetError(
+            "A layer cannot keep these experts alone",
+            found=ids.tolist(),
+            wanted=f"ascending ids below {num_experts}, equally many in each of {groups} groups",
+            next_step="plan again",
+        )
 
 
 def layer_name(layer: int) -> str:
@@ -60,6 +90,8 @@ def write_kept(path: Path, layers: Mapping[int, KeptNeurons], metadata: Mapping[
     for layer, kept in sorted(layers.items()):
         tensors[f"{layer_name(layer)}.kept"] = kept.indices
         tensors[f"{layer_name(layer)}.offsets"] = kept.offsets
+        if kept.experts is not None:
+            tensors[f"{layer_name(layer)}.experts"] = kept.experts
     with atomic_write(path) as stream:
         stream.write(save(tensors, metadata=dict(metadata)))
 
@@ -73,6 +105,7 @@ def read_kept(path: Path) -> dict[int, KeptNeurons]:
         layer: KeptNeurons(
             offsets=tensors[f"{layer_name(layer)}.offsets"],
             indices=tensors[f"{layer_name(layer)}.kept"],
+            experts=tensors.get(f"{layer_name(layer)}.experts"),
         )
         for layer in layers
     }

@@ -1,7 +1,7 @@
 """One rank of a layer shard that evaluates: several variants of a checkpoint in one pass over its weights.
 
-A variant is the checkpoint as it is, or the checkpoint with a plan's neurons masked: every layer is
-read once and all variants' hidden states go through it.
+A variant is the checkpoint as it is, or the checkpoint with a plan's neurons masked, or without the
+experts that a plan removes from routing: every layer is read once and all variants' hidden states go through it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
 from tenp_dist.engine.boundaries import Boundaries
 from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden, run_layer
 from tenp_dist.engine.compute import check_finite
+from tenp_dist.model.routing import restricted_router
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ class EvaluateShard(Carrier):
         module = self.source.get(layer)
         experts = self.skeleton.experts_of(module)
         for variant, states in hidden.items():
-            state = {**self._share, "mask_EF": self._mask(variant, layer, experts)}
-            run_layer(self.frame, layer, module, self._batches(wave), states, state)
+            kept = self._kept[variant].get(layer)
+            state = {**self._share, "mask_EF": self._mask(kept, experts)}
+            with restricted_router(self.skeleton, module, None if kept is None else kept.experts):
+                run_layer(self.frame, layer, module, self._batches(wave), states, state)
             check_finite(states, self.skeleton, layer, module)
 
-    def _mask(self, variant: str, layer: int, experts: nn.Module | None) -> torch.Tensor | None:
-        """The variant's mask of the experts that this rank holds, [E, F]."""
-        kept = self._kept[variant].get(layer)
-        if kept is None or experts is None:
+    def _mask(self, kept: KeptNeurons | None, experts: nn.Module | None) -> torch.Tensor | None:
+        """A variant's mask of the experts that this rank holds, [E, F]; removed experts need none."""
+        if kept is None or kept.experts is not None or experts is None:
             return None
         held = self._share.get("experts", range(kept.num_experts))
         down_EDF = experts.down_proj

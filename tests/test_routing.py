@@ -1,0 +1,157 @@
+"""A layer that routes to some experts only, against token-by-token routing by hand and against a smaller model."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_scoring import FAMILIES
+
+from tenp_dist.checkpoint.kept import KeptNeurons, check_groups, read_kept, write_kept
+from tenp_dist.errors import BudgetError, UnsupportedModelError
+from tenp_dist.model.experts import ExpertsState, register
+from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.model.routing import restricted_router
+from tenp_dist.model.skeleton import Skeleton
+
+KEPT = (0, 3, 4, 5, 6, 7)  # without groups; with four groups of two, one of each would starve DeepSeek-V3
+GROUPED = (1, 2, 4, 7)  # one of each group
+REPLACED = {"deepseek_v3": {"n_group": 2, "topk_group": 1}}  # a group of V3 is ranked by its best two
+KEPT_OF = {"deepseek_v2": GROUPED, "deepseek_v3": (0, 1, 3, 4, 6, 7), "qwen2_moe": KEPT, "qwen3_moe": KEPT}
+
+
+def stock(folder, **changes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+def choose(family: str, config, logits_E, bias_E, kept):
+    """One token: chosen experts -> dispatch weight, from the full router's logits, kept experts only."""
+    ids = list(kept)
+    groups = getattr(config, "n_group", None) or 1
+    if family == "deepseek_v3":
+        scores = {e: 1 / (1 + float(np.exp(-float(logits_E[e])))) for e in ids}
+        ranks = {e: scores[e] + float(bias_E[e]) for e in ids}
+    else:
+        top = max(float(logits_E[e]) for e in ids)
+        total = sum(float(np.exp(float(logits_E[e]) - top)) for e in ids)
+        scores = {e: float(np.exp(float(logits_E[e]) - top)) / total for e in ids}
+        ranks = scores
+    if groups > 1:
+        members = {g: [e for e in ids if e * groups // len(logits_E) == g] for g in range(groups)}
+        best = 2 if family == "deepseek_v3" else 1
+        worth = {g: sum(sorted((ranks[e] for e in members[g]), reverse=True)[:best]) for g in members}
+        allowed = sorted(worth, key=worth.get, reverse=True)[: config.topk_group]
+        ids = [e for g in allowed for e in members[g]]
+    chosen = sorted(ids, key=ranks.get, reverse=True)[: config.num_experts_per_tok]
+    weights = {e: scores[e] for e in chosen}
+    if getattr(config, "norm_topk_prob", False):
+        total = sum(weights.values())
+        weights = {e: weight / total for e, weight in weights.items()}
+    return {e: weight * getattr(config, "routed_scaling_factor", 1.0) for e, weight in weights.items()}
+
+
+def restrict_by_hand(model, family: str, kept_of_layer):
+    """The stock model with every MoE layer's routing decided token by token by `choose`."""
+    for layer, kept in kept_of_layer.items():
+        router = model.model.layers[layer].mlp.gate
+
+        def decide(module, inputs, output, kept=kept):
+            bias_E = getattr(module, "e_score_correction_bias", torch.zeros(module.num_experts))
+            chosen = [choose(family, model.config, row, bias_E, kept) for row in output[0]]
+            weights = torch.tensor([list(token.values()) for token in chosen]).to(output[1].dtype)
+            return output[0], weights, torch.tensor([list(token) for token in chosen])
+
+        router.register_forward_hook(decide)
+    return model
+
+
+@torch.no_grad()
+def logits_by_layers(folder, kept_of_layer, tokens_BS, changes):
+    """Logits by layer streaming, with restricted routers."""
+    register()
+    skeleton = Skeleton(folder, dtype=torch.float32, device=torch.device("cpu"), experts_implementation="tenp")
+    for key, value in changes.items():
+        setattr(skeleton.model.config, key, value)
+        skeleton.config_dict[key] = value
+    for layer in skeleton.moe_layers():
+        router = skeleton.layers[layer].mlp.gate
+        for attribute, key in (("num_group", "n_group"), ("topk_group", "topk_group")):
+            if key in changes:
+                setattr(router, attribute, changes[key])
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        skeleton.load_module(name)
+    frame, batch = Frame(skeleton), Microbatch(tokens_BS, 0)
+    hidden = frame.embed(batch)
+    for layer in range(skeleton.num_layers):
+        module = skeleton.load_layer(layer, skeleton.read_layer(layer))
+        before = copy.deepcopy(module.state_dict())
+        with restricted_router(skeleton, module, kept_of_layer.get(layer)):
+            experts = skeleton.experts_of(module)
+            if experts is not None:
+                experts.tenp_state = ExpertsState()
+            hidden = frame.run_layer(layer, module, batch, hidden)
+        assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+        assert experts is None or module.mlp.gate.num_experts == 8
+    return torch.stack([frame.logits(row) for row in hidden])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_restricted_layer_routes_as_by_hand(family, tiny_model):
+    folder, changes = tiny_model(family), REPLACED.get(family, {})
+    tokens = torch.randint(0, 300, (3, 17), generator=torch.Generator().manual_seed(5))
+    model = stock(folder, **changes)
+    moe = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    full = model(tokens).logits.detach()
+    kept = dict.fromkeys(moe, KEPT_OF[family])
+    with torch.no_grad():
+        expected = restrict_by_hand(model, family, kept)(tokens).logits
+    found = logits_by_layers(folder, kept, tokens, changes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    assert (expected - full).abs().max() > 1e-2, "removing experts changes something"
+
+
+def test_everything_kept_changes_no_bit(tiny_model):
+    folder, tokens = tiny_model("deepseek_v3"), torch.arange(20).view(2, 10)
+    plain = logits_by_layers(folder, {}, tokens, {})
+    assert torch.equal(logits_by_layers(folder, dict.fromkeys(range(4), range(8)), tokens, {}), plain)
+
+
+def test_a_failure_inside_leaves_the_layer_as_it_was(tiny_model):
+    skeleton = Skeleton(tiny_model("qwen3_moe"), dtype=torch.float32, device=torch.device("cpu"))
+    module = skeleton.load_layer(1, skeleton.read_layer(1))
+    weight = module.mlp.gate.weight
+    with pytest.raises(RuntimeError, match="inside"), restricted_router(skeleton, module, (1, 2, 3)):
+        assert module.mlp.gate.weight.shape == (3, 32) and module.mlp.gate.num_experts == 3
+        raise RuntimeError("inside")
+    assert module.mlp.gate.weight is weight and module.mlp.gate.num_experts == 8
+    assert not module.mlp.gate._forward_hooks
+
+
+def test_routers_of_another_form_are_refused(tiny_model):
+    skeleton = Skeleton(tiny_model("qwen3_moe"), dtype=torch.float32, device=torch.device("cpu"))
+    module = skeleton.load_layer(1, skeleton.read_layer(1))
+    module.mlp.gate = torch.nn.Linear(32, 8)
+    with pytest.raises(UnsupportedModelError, match="cannot be removed"), restricted_router(skeleton, module, (1, 2)):
+        pass
+
+
+@pytest.mark.parametrize("ids", [(), (0, 0, 4), (4, 1), (0, 8), (-1, 4), (0, 1, 4)])
+def test_ids_that_cannot_stay(ids):
+    with pytest.raises(BudgetError, match="cannot keep"):
+        check_groups(ids, 8, 2)
+    check_groups((0, 3, 4, 6), 8, 2)
+
+
+def test_kept_experts_come_back_from_their_file(tmp_path):
+    kept = {3: KeptNeurons.without_others((1, 4), 6, 5), 4: KeptNeurons.from_mask(np.ones((6, 5), dtype=bool))}
+    write_kept(tmp_path / "plan.safetensors", kept, {})
+    found = read_kept(tmp_path / "plan.safetensors")
+    assert found[3].experts.tolist() == [1, 4] and found[4].experts is None
+    assert found[3].widths.tolist() == [0, 5, 0, 0, 5, 0]
