@@ -190,16 +190,16 @@ def test_an_error_that_would_come_again_ends_the_run_at_once(tmp_path):
 # -- real workers ---------------------------------------------------------------------------------------
 
 
-def run_scores(pool, model, folder: Path, *, corpus=None, **cluster) -> dict[str, bytes]:
-    """Score with microbatches of one sequence and four waves; the bytes of the score files."""
+def run_scores(pool, model, folder: Path, *, corpus=None, waves=4, **cluster) -> dict[str, bytes]:
+    """Score with microbatches of one sequence; the bytes of the score files."""
     corpus = corpus or random_corpus(256, sequences=10)
     write_corpus(folder / "corpus.arrow", corpus)
     options = Cluster(**cluster)
     task = ScoreTask(
-        model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=4
+        model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=waves
     )
     layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
-    score_model(pool, task, layers, options, 4, lambda progress: None)
+    score_model(pool, task, layers, options, waves, lambda progress: None)
     assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
     return {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}
 
@@ -220,6 +220,17 @@ def test_scores_are_the_same_bytes_for_every_number_of_shards_and_mode(cluster, 
     model = tiny_model("deepseek_v3")
     reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
     assert run_scores(InProcessPool(cores=1), model, tmp_path / "other", **cluster) == reference
+
+
+def test_the_number_of_waves_changes_no_sum(tiny_model, tmp_path):
+    """Microbatches are added one by one: cutting them into 1 or 4 waves gives the same bits."""
+    model = tiny_model("deepseek_v3")
+    run_scores(InProcessPool(cores=1), model, tmp_path / "4")
+    run_scores(InProcessPool(cores=1), model, tmp_path / "1", waves=1)
+    for path in (tmp_path / "4" / "scores").glob("layer_*"):
+        four, one = read_statistics(path), read_statistics(tmp_path / "1" / "scores" / path.name)
+        for name, tensor in four.tensors.items():
+            assert one[name].equal(tensor), (path.name, name)
 
 
 class Dies(Exception):

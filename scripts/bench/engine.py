@@ -214,11 +214,11 @@ def measure_alone(task) -> dict[str, float]:
             del state
             experts = shard.skeleton.experts_of(module)
             scored = experts is not None
-            norms = shard.norms_of(layer, experts) if scored else None
-            more = ((shard.domains, {}, norms), score_layer) if scored else (({},), run_layer)
+            sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
+            run = score_layer if scored else run_layer
             with PeakMemory() as memory:
                 started = time.perf_counter()
-                more[1](shard.frame, layer, module, shard.batches, hidden, *more[0])
+                run(shard.frame, layer, module, shard.batches, hidden, {}, *sums)
                 computing += time.perf_counter() - started
             workspace = max(workspace, memory.peak - memory.first)
             shard.skeleton.unload_layer(layer)

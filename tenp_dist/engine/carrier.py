@@ -14,7 +14,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -90,7 +91,7 @@ class UnitReport:
 class Carrier:
     """One rank. A plain class; `engine/pool.py` makes a Ray actor of a subclass.
 
-    A subclass says what happens in a layer (`_pass`) and, if that leaves something, where it is kept (`_keep`).
+    A subclass says what happens in a layer (`_pass`) and, if that leaves something, how to store it (`_storing`).
     variants: the model's forms that go through the layers side by side. keeps_final: whether what leaves
     the last layer is stored too, or only that it was reached.
 
@@ -107,6 +108,8 @@ class Carrier:
         self._meeting: tuple[str, int] | None = None
         self._hidden: dict[int, tuple[int, Hidden]] = {}  # wave -> (layer it enters, states)
         self._committed = time.monotonic()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result-writer")
+        self._stores: dict[int, Future] = {}  # layer -> its results on their way to disk
 
     def meeting_point(self) -> tuple[str, int]:
         """Address and a free port of this process's node, for the ranks to meet at."""
@@ -143,6 +146,7 @@ class Carrier:
             experts=self._share.get("experts"),
             prepare=lambda module: parallelise_layer(self.skeleton, module, self.ranks),
         )
+        self.source.begin()
         tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
         width = int(self.skeleton.config_dict["hidden_size"])
         nbytes = tokens * width * task.compute.torch_dtype.itemsize * len(self.variants)
@@ -168,29 +172,44 @@ class Carrier:
 
     def _run(self, unit: Unit) -> UnitReport:
         started = time.monotonic()
-        made: dict[int, list[Any]] = {}
+        by_wave = self._spill or self.task.mode == "resident"
+        self._settle(range(unit.start, unit.stop))
         for wave in unit.waves:
             hidden = self._enter(wave, unit.start)
             for layer in range(unit.start, unit.stop):
-                result = self._pass(layer, wave, hidden)
-                if result is not None:
-                    made.setdefault(layer, []).append(result)
+                self._pass(layer, wave, hidden)
+                if by_wave:
+                    self._store_behind(layer)
             self._hidden[wave] = (unit.stop, hidden)
-            if self._spill or self.task.mode == "resident":
-                self._commit(made, (wave,), unit.stop, force=True)
-                made = {}
-        if not self._spill and self.task.mode == "streaming":
-            self._commit(made, unit.waves, unit.stop, force=unit.stop == self.layers.stop)
+            if by_wave:
+                self._commit((wave,), unit.stop, force=True)
+        if not by_wave:
+            self._store_behind(unit.start)
+            self._commit(unit.waves, unit.stop, force=unit.stop == self.layers.stop)
         tokens = sum(batch.tokens_BS.numel() for wave in unit.waves for batch in self._batches(wave))
         tokens *= len(self.variants) * (unit.stop - unit.start)
         return UnitReport(tokens, time.monotonic() - started, resident_memory())
 
-    def _pass(self, layer: int, wave: int, hidden: Hidden) -> Any:
-        """Replace the wave's hidden states by what leaves the layer; what `_keep` gets of it, or None."""
+    def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
+        """Replace the wave's hidden states by what leaves the layer."""
         raise NotImplementedError
 
-    def _keep(self, layer: int, made: Sequence[Any]) -> None:
-        """Store what `_pass` gave for a layer, in wave order; called before the boundary that vouches for it."""
+    def _storing(self, layer: int) -> Callable[[], None] | None:
+        """What stores all that `_pass` has made of a layer; nothing changes it until that has run."""
+        return None
+
+    def _store_behind(self, layer: int) -> None:
+        """Store a layer's results on the writer's thread, while others compute."""
+        storing = self._storing(layer)
+        if storing is not None:
+            self._settle(list(self._stores))
+            self._stores[layer] = self._writer.submit(storing)
+
+    def _settle(self, layers: Iterable[int]) -> None:
+        """Wait until what was made of these layers is stored; raises what went wrong there."""
+        for layer in layers:
+            if layer in self._stores:
+                self._stores.pop(layer).result()
 
     def _batches(self, wave: int) -> list[Microbatch]:
         return [self.batches[i] for i in self.waves[wave]]
@@ -205,14 +224,13 @@ class Carrier:
             return {variant: list(embedded) for variant in self.variants}
         return read_hidden(self.boundaries, wave, layer, self.variants, self.waves[wave], self.task.compute.device)
 
-    def _commit(self, made: Mapping[int, Sequence[Any]], waves: Sequence[int], layer: int, *, force: bool) -> None:
-        """Store results, then (at least at a shard's end) boundaries: a boundary vouches for the results before it."""
-        for made_layer, results in made.items():
-            self._keep(made_layer, results)
+    def _commit(self, waves: Sequence[int], layer: int, *, force: bool) -> None:
+        """Store boundaries, at least at a shard's end, once the results that they vouch for are stored."""
+        if not (self.ranks.parallel or force) and time.monotonic() - self._committed < self.task.commit_seconds:
+            return
+        self._settle(list(self._stores))
         if self.ranks.parallel:
             barrier()  # the boundary vouches for every rank's results; ranks' clocks differ, so they always commit
-        elif not force and time.monotonic() - self._committed < self.task.commit_seconds:
-            return
         dropped = layer == self.skeleton.num_layers and not self.keeps_final
         for wave in waves:
             _, hidden = self._hidden[wave]

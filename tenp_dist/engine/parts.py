@@ -1,13 +1,14 @@
 """Score parts: what a rank has summed so far for a layer, over the waves 0 .. n-1.
 
 `parts/layer_00003.rank_000-of-002.safetensors` holds the sums of a rank's own experts over the waves that
-went through; every new wave is added behind them, in wave order, and the file is replaced whole. When
-all waves are in, the ranks' parts are joined into the layer's score file.
+went through. Microbatches are added one by one, in their order, so that the sums of n waves are the same
+bytes however often they were stored on the way; the file is replaced whole. When all waves are in, the
+ranks' parts are joined into the layer's score file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from tenp_dist.checkpoint.kept import layer_name
@@ -15,7 +16,6 @@ from tenp_dist.errors import StaleError
 from tenp_dist.scoring.statistics import (
     LayerStatistics,
     join_experts,
-    merge,
     read_metadata,
     read_statistics,
     write_statistics,
@@ -35,14 +35,16 @@ class Parts:
         """Waves that are summed for a layer: in its score file, or else in this rank's part."""
         return _waves(self.score_file(layer), self.key) or _waves(self.part_file(layer, self.rank), self.key)
 
-    def add(self, layer: int, waves: Sequence[LayerStatistics], total: int) -> None:
-        """Add the statistics of the next waves, in order, of `total` in all."""
-        path = self.part_file(layer, self.rank)
-        done = _waves(path, self.key)
-        parts = [read_statistics(path), *waves] if done else list(waves)
-        count = done + len(waves)
-        target = self.score_file(layer) if self.ranks == 1 and count == total else path
-        write_statistics(target, merge(parts), layer=layer, key=self.key, waves=count)
+    def read(self, layer: int) -> tuple[int, LayerStatistics | None]:
+        """Waves that are summed for a layer; their sums, or None where none go on: no wave, or all of them."""
+        waves, path = self.waves(layer), self.part_file(layer, self.rank)
+        return waves, read_statistics(path) if waves and _waves(path, self.key) == waves else None
+
+    def write(self, layer: int, statistics: LayerStatistics, waves: int, total: int) -> None:
+        """Store the sums over the first `waves` waves of `total`."""
+        whole = self.ranks == 1 and waves == total
+        path = self.score_file(layer) if whole else self.part_file(layer, self.rank)
+        write_statistics(path, statistics, layer=layer, key=self.key, waves=waves)
 
     def join(self, layers: Iterable[int], waves: int) -> None:
         """Make the score files of all ranks' parts, which must hold all waves; finished ones stay."""

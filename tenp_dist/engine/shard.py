@@ -6,8 +6,8 @@ What is committed (parts, then boundaries) is what a run goes on from; see `carr
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ class Norms:
     weights_EF: torch.Tensor
 
 
+@dataclass
+class Sums:
+    """A layer's statistics over its first `waves` waves, of which `stored` are in its part."""
+
+    statistics: LayerStatistics
+    waves: int
+    stored: int
+
+
 class ScoreShard(Carrier):
     """One rank of a shard that scores its layers."""
 
@@ -48,6 +57,7 @@ class ScoreShard(Carrier):
         super().__init__(task, layers, rank)
         self.parts = task.parts(rank)
         self._norms: dict[int, Norms] = {}
+        self._sums: dict[int, Sums] = {}
 
     def norms_of(self, layer: int, experts: nn.Module) -> Norms:
         """The weight norms of a layer, taken once and not for every wave."""
@@ -58,24 +68,42 @@ class ScoreShard(Carrier):
             self._norms[layer] = Norms(columns, weight_norms(experts, columns).cpu())
         return self._norms[layer]
 
-    def _pass(self, layer: int, wave: int, hidden: Hidden) -> LayerStatistics | None:
-        """Statistics of the wave in this layer, unless they are stored."""
+    def sums_of(self, layer: int, experts: nn.Module) -> Sums:
+        """What is summed for a layer so far; from its part when it is first asked for."""
+        if layer not in self._sums:
+            if self.task.mode == "streaming":
+                self._sums.clear()
+            num_experts, _, width = experts.down_proj.shape
+            waves, stored = self.parts.read(layer)
+            statistics = stored or LayerStatistics.zeros(self.domains, num_experts, width)
+            self._sums[layer] = Sums(statistics.to(experts.down_proj.device), waves, stored=waves)
+        return self._sums[layer]
+
+    def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
+        """Add the wave to the layer's statistics, unless it is in them."""
         module = self.source.get(layer)
         experts = self.skeleton.experts_of(module)
         batches, states = self._batches(wave), hidden[PLAIN]
-        statistics = None
-        if experts is None or self.parts.waves(layer) > wave:
+        if experts is None or self.sums_of(layer, experts).waves > wave:
             run_layer(self.frame, layer, module, batches, states, self._share)
         else:
-            norms = self.norms_of(layer, experts)
-            statistics = score_layer(self.frame, layer, module, batches, states, self.domains, self._share, norms)
+            norms, sums = self.norms_of(layer, experts), self.sums_of(layer, experts)
+            score_layer(self.frame, layer, module, batches, states, self._share, norms, sums.statistics)
+            sums.waves = wave + 1
         check_finite(states, self.skeleton, layer, module)
-        if statistics is not None:
-            check_statistics(statistics, layer, first_expert=self._share.get("experts", range(1)).start)
-        return statistics
 
-    def _keep(self, layer: int, made: Sequence[LayerStatistics]) -> None:
-        self.parts.add(layer, made, len(self.waves))
+    def _storing(self, layer: int) -> Callable[[], None] | None:
+        sums, norms = self._sums.get(layer), self._norms.get(layer)
+        if sums is None or norms is None or sums.waves == sums.stored:
+            return None
+
+        def store() -> None:
+            statistics = replace(sums.statistics.to("cpu"), weight_norm=norms.weights_EF)
+            check_statistics(statistics, layer, first_expert=self._share.get("experts", range(1)).start)
+            self.parts.write(layer, statistics, sums.waves, len(self.waves))
+            sums.stored = sums.waves
+
+        return store
 
 
 def score_layer(
@@ -84,14 +112,11 @@ def score_layer(
     module: nn.Module,
     batches: Sequence[Microbatch],
     hidden: list[torch.Tensor],
-    domains: Sequence[str],
     share: Mapping[str, Any],
     norms: Norms,
-) -> LayerStatistics:
-    """`run_layer` with the statistics of this rank's experts taken on the way."""
-    experts = frame.skeleton.experts_of(module)
-    num_experts, _, width = experts.down_proj.shape
-    statistics = LayerStatistics.zeros(domains, num_experts, width, device=experts.down_proj.device)
+    statistics: LayerStatistics,
+) -> None:
+    """`run_layer` that adds to the statistics of this rank's experts on the way, microbatch by microbatch."""
     accumulator = LayerAccumulator(statistics, norms.columns_EF)
     norm = module.get_submodule(frame.skeleton.family.block_norm)
     hook = norm.register_forward_pre_hook(accumulator.see_residual)
@@ -99,8 +124,6 @@ def score_layer(
         run_layer(frame, layer, module, batches, hidden, share, accumulator)
     finally:
         hook.remove()
-    tensors = {name: tensor.cpu() for name, tensor in statistics.tensors.items()}
-    return LayerStatistics(statistics.domains, tensors, norms.weights_EF)
 
 
 def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int = 0) -> None:

@@ -16,8 +16,8 @@ class LayerSource:
     """Decoder layers of `layers` with their weights.
 
     Streaming holds the layer in use and the next one, which a reader thread fetches meanwhile. Resident
-    keeps every layer that was asked for. `experts`: those to read, None for
-    all. `prepare` gets each loaded layer once (tensor parallelism).
+    keeps every layer, read one after another from `begin` on. `experts`: those to read, None for all.
+    `prepare` gets each loaded layer once (tensor parallelism).
     """
 
     def __init__(
@@ -34,6 +34,11 @@ class LayerSource:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
         self._pending: dict[int, Future] = {}
         self._loaded: dict[int, nn.Module] = {}
+
+    def begin(self) -> None:
+        """Start reading the layers that will be kept, before the first of them is asked for."""
+        for layer in self.layers if self.keep else ():
+            self._read_ahead(layer)
 
     def get(self, layer: int) -> nn.Module:
         """The layer, ready to run; an earlier one is let go unless layers are kept."""

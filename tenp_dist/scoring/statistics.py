@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class LayerStatistics:
         shapes = dict.fromkeys(EXPERT_STATISTICS, shape_NE) | dict.fromkeys(NEURON_STATISTICS, shape_NEF)
         tensors = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         return cls(domains=tuple(domains), tensors=tensors)
+
+    def to(self, device: torch.device | str) -> LayerStatistics:
+        """The same on a device; on the one where it is, the same tensors."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
 def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:
