@@ -191,8 +191,8 @@ def test_a_rank_masks_its_own_experts(passes, tmp_path):
         shard.open()
         shard._share = share
         experts = shard.skeleton.experts_of(shard.source.get(1))
-        masks.append(shard._mask("random", 1, experts))
-        assert shard._mask("source", 1, experts) is None
+        masks.append(shard._mask(shard._kept_of("random", 1), experts))
+        assert shard._mask(shard._kept_of("source", 1), experts) is None
     assert masks[0].shape == (8, 24) and 0 < masks[0].sum() < masks[0].numel()
     assert torch.equal(torch.cat(masks[1:]), masks[0])
 

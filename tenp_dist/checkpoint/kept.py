@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,11 +102,39 @@ def read_kept(path: Path) -> dict[int, KeptNeurons]:
 
     tensors = load_file(path)
     layers = sorted(int(name.split("_")[1].split(".")[0]) for name in tensors if name.endswith(".kept"))
-    return {
-        layer: KeptNeurons(
-            offsets=tensors[f"{layer_name(layer)}.offsets"],
-            indices=tensors[f"{layer_name(layer)}.kept"],
-            experts=tensors.get(f"{layer_name(layer)}.experts"),
-        )
-        for layer in layers
-    }
+    return {layer: _layer_of(tensors, layer) for layer in layers}
+
+
+def _layer_of(tensors: Mapping[str, np.ndarray], layer: int) -> KeptNeurons:
+    name = layer_name(layer)
+    return KeptNeurons(
+        offsets=tensors[f"{name}.offsets"], indices=tensors[f"{name}.kept"], experts=tensors.get(f"{name}.experts")
+    )
+
+
+def read_kept_layer(path: Path, layer: int) -> KeptNeurons | None:
+    """What the file says of one layer, None where it names it not; reads that layer alone."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        names = [name for name in file.keys() if name.startswith(f"{layer_name(layer)}.")]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
+    return _layer_of(tensors, layer) if tensors else None
+
+
+def layer_digests(path: Path) -> dict[int, str]:
+    """Layer -> digest of all that the file says of it; equal where two plans do the same to a layer.
+
+    Reads one layer at a time.
+    """
+    import hashlib
+
+    from safetensors import safe_open
+
+    digests: dict[int, Any] = {}
+    with safe_open(path, framework="numpy") as file:
+        for name in sorted(file.keys()):
+            digest = digests.setdefault(int(name.split("_")[1].split(".")[0]), hashlib.sha256())
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
+    return {layer: digest.hexdigest() for layer, digest in digests.items()}

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,12 @@ class Boundaries:
 
         return load_file(self._path(wave, layer))
 
+    def open(self, wave: int, layer: int) -> Any:
+        """The file, to be read tensor by tensor or slice by slice: a context manager."""
+        from safetensors import safe_open
+
+        return safe_open(self._path(wave, layer), framework="pt")
+
     def _layers(self, wave: int) -> list[int]:
         found = (_NAME.search(path.name) for path in self.folder.glob(f"wave_{wave:03d}.*"))
         return [int(match[2]) for match in found if match]
@@ -56,10 +63,10 @@ class Boundaries:
         return self.folder / f"wave_{wave:03d}.{layer_name(layer)}.safetensors"
 
     def _ours(self, wave: int, layer: int) -> bool:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(self._path(wave, layer), framework="pt") as file:
+            with self.open(wave, layer) as file:
                 return json.loads((file.metadata() or {}).get("tenp", "{}")).get("key") == self.key
         except SafetensorError:
             return False

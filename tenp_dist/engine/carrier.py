@@ -36,9 +36,9 @@ from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.scoring.accumulate import LayerAccumulator
 
 DEFAULT_WAVES = 8
-PLAIN = ""  # the variant of a model that goes through its layers once, as it is
+PLAIN = ""  # the stream of a model that goes through its layers once, as it is
 _PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
-Hidden = dict[str, list[torch.Tensor]]  # of one wave: variant -> states [B, S, D], one tensor per microbatch
+Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D], one tensor per microbatch
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,13 @@ class UnitReport:
 class Carrier:
     """One rank. A plain class; `engine/pool.py` makes a Ray actor of a subclass.
 
-    A subclass says what happens in a layer (`_pass`) and, if that leaves something, how to store it (`_storing`).
-    variants: the model's forms that go through the layers side by side. keeps_final: whether what leaves
-    the last layer is stored too, or only that it was reached.
+    A subclass says what happens in a layer (`_pass`) and, if that leaves something, how to store it (`_storing`),
+    and which of the model's forms go through the layers side by side (`streams`). keeps_final: whether what
+    leaves the last layer is stored too, or only that it was reached.
 
     task: resolved. layers: those that this shard owns, None for all.
     """
 
-    variants: Sequence[str] = (PLAIN,)
     keeps_final = False
 
     def __init__(self, task: CarryTask, layers: range | None = None, rank: int = 0):
@@ -149,11 +148,15 @@ class Carrier:
         self.source.begin()
         tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
         width = int(self.skeleton.config_dict["hidden_size"])
-        nbytes = tokens * width * task.compute.torch_dtype.itemsize * len(self.variants)
-        self._spill = nbytes > task.host_memory
+        streams = max(len(self.streams(layer)) for layer in (*self.layers, self.layers.stop))
+        self._spill = tokens * width * task.compute.torch_dtype.itemsize * streams > task.host_memory
 
     def process_id(self) -> int:
         return os.getpid()
+
+    def streams(self, layer: int) -> Sequence[str]:
+        """Names of the hidden states that enter `layer` side by side; `num_layers` for what leaves the last."""
+        return (PLAIN,)
 
     @torch.inference_mode()
     def run(self, unit: Unit) -> UnitReport:
@@ -187,7 +190,7 @@ class Carrier:
             self._store_behind(unit.start)
             self._commit(unit.waves, unit.stop, force=unit.stop == self.layers.stop)
         tokens = sum(batch.tokens_BS.numel() for wave in unit.waves for batch in self._batches(wave))
-        tokens *= len(self.variants) * (unit.stop - unit.start)
+        tokens *= sum(len(self.streams(layer + 1)) for layer in range(unit.start, unit.stop))
         return UnitReport(tokens, time.monotonic() - started, resident_memory())
 
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
@@ -221,8 +224,9 @@ class Carrier:
             return hidden
         if layer == 0:
             embedded = embed_all(self.frame, self._batches(wave))
-            return {variant: list(embedded) for variant in self.variants}
-        return read_hidden(self.boundaries, wave, layer, self.variants, self.waves[wave], self.task.compute.device)
+            return {stream: list(embedded) for stream in self.streams(0)}
+        names = self.streams(layer)
+        return read_hidden(self.boundaries, wave, layer, names, self.waves[wave], self.task.compute.device)
 
     def _commit(self, waves: Sequence[int], layer: int, *, force: bool) -> None:
         """Store boundaries, at least at a shard's end, once the results that they vouch for are stored."""
@@ -243,23 +247,23 @@ class Carrier:
 
 def _named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
     return {
-        tensor_name(variant, i): state
-        for variant, states in hidden.items()
+        tensor_name(stream, i): state
+        for stream, states in hidden.items()
         for i, state in zip(batches, states, strict=True)
     }
 
 
-def tensor_name(variant: str, batch: int) -> str:
-    """Name of a microbatch's hidden states in a boundary file: `random.00012`, without variants `00012`."""
-    return f"{variant}.{batch:05d}" if variant else f"{batch:05d}"
+def tensor_name(stream: str, batch: int) -> str:
+    """Name of a microbatch's hidden states in a boundary file: `random.00012`, of a plain model `00012`."""
+    return f"{stream}.{batch:05d}" if stream else f"{batch:05d}"
 
 
 def read_hidden(
-    boundaries: Boundaries, wave: int, layer: int, variants: Sequence[str], batches: range, device: str
+    boundaries: Boundaries, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
 ) -> Hidden:
-    """A wave's hidden states of all variants from its boundary file."""
+    """A wave's hidden states of all streams from its boundary file."""
     stored = boundaries.read(wave, layer)
-    return {variant: [stored.pop(tensor_name(variant, i)).to(device) for i in batches] for variant in variants}
+    return {stream: [stored.pop(tensor_name(stream, i)).to(device) for i in batches] for stream in streams}
 
 
 def run_layer(

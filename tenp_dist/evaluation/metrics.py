@@ -1,14 +1,16 @@
 """Next-token figures of several variants against `source`, from their final hidden states.
 
-The tail (norm, head) runs in chunks of tokens, so that logits of a large vocabulary never exist at
-once. Sums are added microbatch by microbatch in the corpus's order: how those came here changes no bit.
+The tail (norm, head) runs in chunks of tokens and one variant after another, so that neither a large
+vocabulary nor many variants ask for memory. Sums are added microbatch by microbatch in the corpus's
+order: how those came here changes no bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,9 @@ from tenp_dist.model.layers import Frame, Microbatch
 
 SOURCE = "source"
 _TAIL_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB in float32
+
+Box = tuple[slice, slice]  # of the [B, S] positions of a microbatch
+States = Callable[[int, Box], torch.Tensor]  # (microbatch, box) -> hidden states of the box, [b, s, D]
 
 
 @dataclass
@@ -41,6 +46,11 @@ class Metrics:
 
     def of(self, variant: str, domain: int) -> _Sums:
         return self.sums.setdefault((variant, domain), _Sums())
+
+    def shared(self, leaders: Mapping[str, str]) -> Metrics:
+        """The same with the figures of `leaders[variant]` for every variant, in the order of `leaders`."""
+        pairs = [(name, i) for name in leaders for i in range(len(self.domains)) if (leaders[name], i) in self.sums]
+        return Metrics(self.domains, {(name, i): self.sums[leaders[name], i] for name, i in pairs})
 
     def summary(self) -> dict[str, dict]:
         """variant -> {domains: {name: figures}, mean: figures averaged over the domains}."""
@@ -86,19 +96,37 @@ def open_tail(checkpoint: Path, compute: Compute) -> Frame:
     return frame
 
 
-def compare(
-    metrics: Metrics, frame: Frame, batches: Sequence[Microbatch], final: Mapping[str, Sequence[torch.Tensor]]
-) -> None:
+def compare(metrics: Metrics, frame: Frame, batches: Mapping[int, Microbatch], final: Mapping[str, States]) -> None:
     """Add next-token figures of every variant against `source`, token by token.
 
-    final: variant -> hidden states that left the last layer, one [B, S, D] per microbatch.
+    One variant after another: of a chunk only the source's log-probabilities and one variant's are held.
+
+    Args:
+        batches: number -> microbatch.
+        final: variant -> reader of the hidden states that left the last layer, `source` among them.
     """
-    for i, batch in enumerate(batches):
-        positions = _predicting(batch)
-        targets_T = batch.tokens_BS[:, 1:][positions]
-        states = {name: hidden[i][:, :-1][positions] for name, hidden in final.items()}
-        for chunk in torch.arange(targets_T.numel(), device=targets_T.device).split(_chunk(frame)):
-            _add_chunk(metrics, frame, {name: state[chunk] for name, state in states.items()}, targets_T[chunk], batch)
+    for number, batch in batches.items():
+        positions_BS = _predicting(batch)
+        targets_BS = batch.tokens_BS[:, 1:]
+        for box in boxes(tuple(positions_BS.shape), _chunk(frame)):
+            here = positions_BS[box]
+            if bool(here.any()):
+                states = {name: partial(_chosen, read, number, box, here) for name, read in final.items()}
+                _add_chunk(metrics, frame, states, targets_BS[box][here], batch.domain)
+
+
+def boxes(shape: tuple[int, int], positions: int) -> Iterator[Box]:
+    """Rectangles of at most `positions` that cover [B, S] in order: whole rows, or parts of one row."""
+    rows, columns = shape
+    height, width = max(1, positions // columns), min(columns, positions)
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
+
+
+def _chosen(read: States, number: int, box: Box, here: torch.Tensor) -> torch.Tensor:
+    """Hidden states [T, D] of the predicting positions in a box."""
+    return read(number, box)[here]
 
 
 def _predicting(batch: Microbatch) -> torch.Tensor:
@@ -113,14 +141,18 @@ def _chunk(frame: Frame) -> int:
 
 
 def _add_chunk(
-    metrics: Metrics, frame: Frame, states: Mapping[str, torch.Tensor], targets_T: torch.Tensor, batch: Microbatch
+    metrics: Metrics,
+    frame: Frame,
+    states: Mapping[str, Callable[[], torch.Tensor]],
+    targets_T: torch.Tensor,
+    domain: int,
 ) -> None:
-    reference_TV = torch.log_softmax(frame.logits(states[SOURCE]).float(), dim=-1)
+    reference_TV = torch.log_softmax(frame.logits(states[SOURCE]()).float(), dim=-1)
     reference_top_T = reference_TV.argmax(dim=-1)
-    for name, state_TD in states.items():
-        log_TV = reference_TV if name == SOURCE else torch.log_softmax(frame.logits(state_TD).float(), dim=-1)
+    for name, read in states.items():
+        log_TV = reference_TV if name == SOURCE else torch.log_softmax(frame.logits(read()).float(), dim=-1)
         top_T = log_TV.argmax(dim=-1)
-        sums = metrics.of(name, batch.domain)
+        sums = metrics.of(name, domain)
         sums.tokens += targets_T.numel()
         sums.nll -= float(log_TV.gather(1, targets_T.unsqueeze(1)).double().sum())
         sums.agree += int((top_T == reference_top_T).sum())

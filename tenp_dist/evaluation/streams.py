@@ -1,17 +1,20 @@
 """Compare models on held-out tokens: layer by layer through shards, then the tail over what left them.
 
 Every pass takes its variants through the layers of one checkpoint, on the same shards as scoring, and
-stores the final hidden states of every wave. One worker then reads them, wave by wave, and makes the
-figures. What is stored is what a run goes on from, after a worker or the driver was lost.
+stores the final hidden states of every wave. One worker then reads them, wave by wave and piece by
+piece, and makes the figures. What is stored is what a run goes on from, after a worker or the driver was lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +22,14 @@ from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
-from tenp_dist.engine.carrier import DEFAULT_WAVES, read_hidden, run_here
+from tenp_dist.engine.carrier import DEFAULT_WAVES, run_here, tensor_name
 from tenp_dist.engine.compute import Compute, Progress, microbatches
 from tenp_dist.engine.controller import Ledger, Retries
 from tenp_dist.engine.drive import cut_model, drive
 from tenp_dist.engine.local import Pool
 from tenp_dist.engine.schedule import split_waves
 from tenp_dist.errors import WorkerLost
-from tenp_dist.evaluation.metrics import Metrics, compare, open_tail
+from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
 from tenp_dist.evaluation.shard import EvaluateShard, PassTask
 
 
@@ -70,7 +73,21 @@ class EvaluateTask:
             ranks=self.ranks,
             number=number,
             variants=one.variants,
+            layers=_num_layers(one.checkpoint),
         )
+
+    def waves_within(self, host_memory: int | None) -> int:
+        """`waves`, or as many more as it takes for the variants' hidden states of one wave to fit `host_memory` twice.
+
+        Twice because a wave is held once more while it is stored.
+        """
+        if host_memory is None:
+            return self.waves
+        tokens = read_corpus(self.corpus).tokens_NS.size
+        width = int(open_index(self.passes[0].checkpoint).config["hidden_size"])
+        streams = max(len(one.variants) for one in self.passes)
+        nbytes = 2 * tokens * width * self.compute.torch_dtype.itemsize * streams
+        return max(self.waves, -(-nbytes // host_memory))
 
 
 def evaluate_model(
@@ -91,7 +108,8 @@ def evaluate_model(
         ClusterError: more shards than layers, the cluster is smaller than asked, or a worker was lost too often.
         NumericalError: NaN or Inf left a layer.
     """
-    passes = replace(task, ranks=cluster.tensor_parallel).pass_tasks()
+    waves = task.waves_within(cluster.host_memory)
+    passes = replace(task, ranks=cluster.tensor_parallel, waves=waves).pass_tasks()
     cut = cut_model(cluster, nbytes, task.compute.device)
     waves = passes[0].count_waves()
     steps = len(nbytes) * waves
@@ -132,17 +150,33 @@ def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
     batches = microbatches(corpus, compute.batch_tokens, compute.device)
     waves = split_waves(len(batches), first.waves)
     frame, metrics = open_tail(first.model, compute), Metrics(corpus.domains)
+    leaders = [_final_streams(one) for one in passes]
     for wave, numbers in enumerate(waves):
         started = time.monotonic()
-        final = {}
-        for one in passes:
-            final |= read_hidden(
-                one.boundaries, wave, frame.skeleton.num_layers, tuple(one.variants), numbers, compute.device
-            )
-        compare(metrics, frame, [batches[i] for i in numbers], final)
+        with contextlib.ExitStack() as files:
+            final = {}
+            for one, streams in zip(passes, leaders, strict=True):
+                stored = files.enter_context(one.boundaries.open(wave, one.layers))
+                final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
+            compare(metrics, frame, {i: batches[i] for i in numbers}, final)
         tokens = sum(batches[i].tokens_BS.numel() for i in numbers) * len(final)
         yield Progress(wave + 1, len(waves), tokens, time.monotonic() - started, "norm and head")
-    yield metrics
+    yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})
+
+
+def _final_streams(one: PassTask) -> dict[str, str]:
+    """Variant -> the stream that it left the last layer in."""
+    streams = one.streams()
+    return {name: streams.leader(name, one.layers) for name in one.variants}
+
+
+def _read_box(stored: Any, stream: str, device: str, number: int, box: Box) -> torch.Tensor:
+    """Hidden states of a box of a microbatch, [b, s, D]; nothing else of the file is read."""
+    return stored.get_slice(tensor_name(stream, number))[box].to(device)
+
+
+def _num_layers(checkpoint: Path) -> int:
+    return int(open_index(checkpoint).config["num_hidden_layers"])
 
 
 def evaluate_shard(task: EvaluateTask) -> Iterator[Progress | Metrics]:

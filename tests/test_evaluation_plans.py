@@ -1,0 +1,198 @@
+"""Many plans in one pass: reading costs what one plan's does, each plan's figures are those it has alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_checkpoint import random_kept
+from test_evaluation import COMPUTE, evaluate, expected_figures, load, logits_of, masked
+from test_scoring import random_corpus
+
+from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
+from tenp_dist.config import Cluster
+from tenp_dist.engine.carrier import Carrier
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.evaluation import metrics as metrics_module
+from tenp_dist.evaluation.metrics import boxes
+from tenp_dist.evaluation.shard import EvaluateShard
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.variants import shared_prefixes
+from tenp_dist.model.skeleton import Skeleton
+
+
+def plan_files(folder: Path, source: Path, count: int) -> dict[str, Path]:
+    """`count` plans of random masks, each other in every MoE layer."""
+    files = {}
+    for seed in range(count):
+        files[f"plan {seed}"] = folder / f"kept-{seed}.safetensors"
+        write_kept(files[f"plan {seed}"], random_kept(source, seed=seed), {"plan": "test"})
+    return files
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[int, int]]:
+    """(layer, bytes) of every layer that is read from the checkpoint from now on."""
+    seen, real = [], Skeleton.read_layer
+
+    def counted(self, layer, *arguments):
+        state = real(self, layer, *arguments)
+        seen.append((layer, sum(tensor.nbytes for tensor in state.values())))
+        return state
+
+    monkeypatch.setattr(Skeleton, "read_layer", counted)
+    return seen
+
+
+@pytest.mark.parametrize("waves", [1, 3])
+def test_reading_costs_the_same_for_one_plan_and_for_seven(waves, tiny_model, tmp_path, reads):
+    source, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    costs = []
+    for count in (0, 1, 7):
+        reads.clear()
+        files = plan_files(tmp_path, source, count)
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        write_corpus(folder / "held-out.arrow", corpus)
+        task = EvaluateTask([Pass(source, {"source": None, **files})], folder / "held-out.arrow", folder, "k", COMPUTE)
+        evaluate_model(*arguments(replace(task, waves=waves), source, folder))
+        costs.append(sorted(reads))
+    assert costs[0] == costs[1] == costs[2]
+    assert [layer for layer, _ in costs[0]] == [0, 1, 2, 3], "each layer once"
+
+
+def arguments(task: EvaluateTask, source: Path, folder: Path, **cluster):
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    ledger = Ledger(folder / "ledger.jsonl")
+    return InProcessPool(cores=1), task, [1] * layers, Cluster(**cluster), lambda step: None, ledger
+
+
+def test_a_plan_among_many_has_the_figures_that_it_has_alone(tiny_model, tmp_path):
+    """And those of the stock model with the masks built in, by definition."""
+    source, corpus = tiny_model("qwen3_moe"), random_corpus(256, padded=True)
+    files = plan_files(tmp_path, source, 4)
+    together = evaluate([Pass(source, {"source": None, **files})], corpus, tmp_path)
+    assert list(together) == ["source", *files]
+    reference = logits_of(load(source), corpus)
+    for seed, (name, path) in enumerate(files.items()):
+        alone = evaluate([Pass(source, {"source": None, name: path})], corpus, tmp_path)
+        assert together[name] == alone[name]
+        logits = logits_of(masked(load(source), random_kept(source, seed=seed)), corpus)
+        for i, domain in enumerate(corpus.domains):
+            expected = expected_figures(reference, logits, corpus, i)
+            assert together[name]["domains"][domain]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert len({figures["mean"]["nll"] for figures in together.values()}) == 5
+
+
+def test_variants_share_layers_until_their_plans_differ():
+    """By hand: b changes layer 1, c changes layer 1 as b does and layer 2 otherwise, d is b again."""
+    changes = {"a": {}, "b": {1: "x", 2: "y"}, "c": {1: "x", 2: "z"}, "d": {1: "x", 2: "y"}}
+    found = shared_prefixes(changes, layers=4)
+    assert [list(leaders.values()) for leaders in found] == [
+        ["a", "a", "a", "a"],  # enters layer 0
+        ["a", "a", "a", "a"],
+        ["a", "b", "b", "b"],
+        ["a", "b", "c", "b"],
+        ["a", "b", "c", "b"],  # leaves layer 3
+    ]
+
+
+def test_alike_in_one_layer_after_a_difference_is_not_shared():
+    changes = {"a": {0: "x", 1: "y"}, "b": {0: "z", 1: "y"}}
+    assert shared_prefixes(changes, layers=2)[-1] == {"a": "a", "b": "b"}
+
+
+def test_shared_layers_run_once_and_an_equal_plan_costs_nothing(tiny_model, tmp_path, monkeypatch):
+    """Layer 0 is dense: one run of it. Of three plans one is a copy and one differs from layer 3 on only."""
+    source, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    first, other = random_kept(source, seed=0), random_kept(source, seed=1)
+    made = {"first": first, "copy": first, "late": {**first, 3: other[3]}}
+    for name, kept in made.items():
+        write_kept(tmp_path / f"{name}.safetensors", kept, {"plan": name})
+    runs, real = [], EvaluateShard._run_variant
+
+    def counted(self, name, layer, *rest):
+        runs.append((layer, name))
+        real(self, name, layer, *rest)
+
+    monkeypatch.setattr(EvaluateShard, "_run_variant", counted)
+    variants = {"source": None} | {name: tmp_path / f"{name}.safetensors" for name in made}
+    found = evaluate([Pass(source, variants)], corpus, tmp_path)
+    waves = sum(layer == 0 for layer, _ in runs)
+    wanted = [(0, "source"), (1, "source"), (1, "first"), (2, "source"), (2, "first")]
+    wanted += [(3, "source"), (3, "first"), (3, "late")]
+    assert sorted(runs) == sorted(wanted * waves)
+    assert found["copy"] == found["first"] != found["late"]
+    for name in ("first", "late"):
+        alone = evaluate([Pass(source, {"source": None, name: variants[name]})], corpus, tmp_path)
+        assert alone[name] == found[name]
+
+
+def test_digests_tell_layers_apart_and_layers_are_read_alone(tiny_model, tmp_path):
+    kept = random_kept(tiny_model("deepseek_v3"), seed=3)
+    write_kept(tmp_path / "a.safetensors", kept, {"plan": "a"})
+    write_kept(tmp_path / "b.safetensors", {**kept, 2: random_kept(tiny_model("deepseek_v3"), seed=4)[2]}, {})
+    a, b = layer_digests(tmp_path / "a.safetensors"), layer_digests(tmp_path / "b.safetensors")
+    assert list(a) == [1, 2, 3] and [a[layer] == b[layer] for layer in a] == [True, False, True]
+    read = read_kept_layer(tmp_path / "a.safetensors", 2)
+    assert np.array_equal(read.indices, kept[2].indices) and np.array_equal(read.offsets, kept[2].offsets)
+    assert read_kept_layer(tmp_path / "a.safetensors", 0) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (1, 5), (4, 1)])
+@pytest.mark.parametrize("positions", [1, 2, 3, 7, 8, 14, 100])
+def test_boxes_cover_every_position_once_in_order(shape, positions):
+    numbers = np.arange(shape[0] * shape[1]).reshape(shape)
+    pieces = [numbers[box] for box in boxes(shape, positions)]
+    assert [number for piece in pieces for number in piece.ravel()] == list(range(numbers.size))
+    assert all(0 < piece.size <= max(positions, 1) for piece in pieces)
+
+
+def test_the_tail_reads_pieces_and_gives_the_same_figures(tiny_model, tmp_path, monkeypatch):
+    """Chunks of 10 positions cut rows of 23: figures as of whole microbatches; never two variants at once."""
+    source, corpus = tiny_model("deepseek_v3"), random_corpus(256, padded=True)
+    variants = {"source": None, **plan_files(tmp_path, source, 3)}
+    whole = evaluate([Pass(source, variants)], corpus, tmp_path)
+    sizes, real = [], metrics_module._chosen
+
+    def watched(read, number, box, here):
+        sizes.append(here.numel())
+        return real(read, number, box, here)
+
+    monkeypatch.setattr(metrics_module, "_TAIL_ELEMENTS", 10 * 320)
+    monkeypatch.setattr(metrics_module, "_chosen", watched)
+    pieces = evaluate([Pass(source, variants)], corpus, tmp_path)
+    assert max(sizes) == 10 and len(sizes) % len(variants) == 0
+    for name, figures in whole.items():
+        for key, value in figures["mean"].items():
+            assert pieces[name]["mean"][key] == pytest.approx(value, rel=1e-6, abs=1e-9)
+
+
+def test_many_streams_spill_and_are_cut_into_more_waves(tiny_model, tmp_path, monkeypatch):
+    """Hidden states of all variants of a wave fit the host memory twice: never more is held between units."""
+    source, corpus = tiny_model("deepseek_v3"), random_corpus(256, sequences=6)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_corpus(folder / "held-out.arrow", corpus)
+    variants = {"source": None, **plan_files(tmp_path, source, 5)}
+    compute = replace(COMPUTE, batch_tokens=24)
+    task = EvaluateTask([Pass(source, variants)], folder / "held-out.arrow", folder, "k", compute, waves=1)
+    roomy = evaluate_model(*arguments(task, source, folder)).summary()
+    one_wave = corpus.tokens_NS.size * 32 * 4 * len(variants)
+    limit = one_wave // 2
+    assert task.waves_within(limit) == 4 and task.waves_within(None) == task.waves_within(10 * one_wave) == 1
+    held, real = [], Carrier._commit
+
+    def watched(self, waves, layer, *, force):
+        held.append(sum(t.nbytes for _, hidden in self._hidden.values() for states in hidden.values() for t in states))
+        real(self, waves, layer, force=force)
+
+    monkeypatch.setattr(Carrier, "_commit", watched)
+    tight = evaluate_model(*arguments(task, source, folder, host_memory=limit)).summary()
+    assert tight == roomy
+    assert 0 < max(held) <= limit
