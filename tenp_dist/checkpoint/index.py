@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -74,17 +74,9 @@ def open_index(folder: Path) -> CheckpointIndex:
     weight_map = _weight_map(folder)
     digest = hashlib.sha256(_canonical(config))
     digest.update(_canonical(weight_map))
-    tensors: dict[str, TensorEntry] = {}
-    files: dict[str, int] = {}
-    for file in sorted(set(weight_map.values())):
-        header, data, size = _read_header(folder, file)
-        files[file] = size
-        digest.update(_canonical([file, size, header]))
-        tensors.update(
-            (name, _entry(folder / file, file, name, value, data, size))
-            for name, value in header.items()
-            if weight_map.get(name) == file
-        )
+    tensors, files = _read_files(
+        folder, sorted(set(weight_map.values())), digest, lambda name, file: weight_map.get(name) == file
+    )
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise SourceError(
@@ -96,6 +88,35 @@ def open_index(folder: Path) -> CheckpointIndex:
         )
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
     return CheckpointIndex(folder, config, ordered, files, digest.hexdigest())
+
+
+def index_files(folder: Path, files: Sequence[str], skip: Collection[str] = ()) -> CheckpointIndex:
+    """The tensors of safetensors files that have neither config nor index, but those named in `skip`.
+
+    Raises:
+        SourceError: a file is missing, truncated or contradictory.
+    """
+    digest = hashlib.sha256()
+    tensors, sizes = _read_files(folder, files, digest, lambda name, file: name not in ("__metadata__", *skip))
+    return CheckpointIndex(folder, {}, tensors, sizes, digest.hexdigest())
+
+
+def _read_files(
+    folder: Path, files: Sequence[str], digest: hashlib._Hash, wanted: Callable[[str, str], bool]
+) -> tuple[dict[str, TensorEntry], dict[str, int]]:
+    """Wanted (name, file) entries and file sizes; headers go into the digest."""
+    tensors: dict[str, TensorEntry] = {}
+    sizes: dict[str, int] = {}
+    for file in files:
+        header, data, size = _read_header(folder, file)
+        sizes[file] = size
+        digest.update(_canonical([file, size, header]))
+        tensors.update(
+            (name, _entry(folder / file, file, name, value, data, size))
+            for name, value in header.items()
+            if wanted(name, file)
+        )
+    return tensors, sizes
 
 
 def read_config(folder: Path) -> dict:

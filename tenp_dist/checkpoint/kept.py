@@ -79,6 +79,11 @@ def check_groups(experts: Sequence[int], num_experts: int, groups: int) -> None:
         )
 
 
+def narrow_experts(kept: KeptNeurons, neurons: int) -> list[int]:
+    """Experts that keep some of their `neurons` and not all."""
+    return [expert for expert, width in enumerate(kept.widths.tolist()) if 0 < width < neurons]
+
+
 def layer_name(layer: int) -> str:
     """The name of a decoder layer in files and tensor names: `layer_00003`."""
     return f"layer_{layer:05d}"

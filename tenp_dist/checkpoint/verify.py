@@ -71,8 +71,11 @@ def verify_tensors(
     kept: Mapping[int, KeptNeurons],
     *,
     narrow: bool,
+    compensated: TensorReader | None = None,
 ) -> Verified:
     """Compare the named tensors with what source and plan say they are.
+
+    compensated: the kept columns of those W_down that were compensated (`engine/recheck.py` checks these themselves).
 
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.
@@ -88,7 +91,10 @@ def verify_tensors(
         expected, found = _bits(source.tensor(name)), _bits(written.tensor(name))
         if name in selections:
             axis, layer, expert = selections[name]
-            expected = _pruned(expected, axis, torch.from_numpy(kept[layer].of(expert).copy()).long(), narrow)
+            neurons = torch.from_numpy(kept[layer].of(expert).copy()).long()
+            if compensated is not None and name in compensated.index.tensors:
+                expected = expected.index_copy(axis, neurons, _bits(compensated.tensor(name)))
+            expected = _pruned(expected, axis, neurons, narrow)
             pruned += 1
         _compare(name, source, written, expected, found)
         nbytes += found.numel() * found.element_size()

@@ -101,18 +101,24 @@ def assign_shards(tensors: Sequence[OutputTensor], shard_size: int) -> list[Outp
     ]
 
 
-def write_shard(folder: Path, shard: OutputShard, reader: TensorReader, kept: Mapping[int, KeptNeurons]) -> int:
-    """Write one shard atomically; returns its size in bytes."""
+def write_shard(
+    folder: Path,
+    shard: OutputShard,
+    reader: TensorReader,
+    kept: Mapping[int, KeptNeurons],
+    compensated: TensorReader | None = None,
+) -> int:
+    """Write one shard atomically; returns its size in bytes. compensated: see `tensor_bytes`."""
     with atomic_write(folder / shard.file) as stream:
         stream.write(shard_header(shard))
         for tensor in shard.tensors:
-            stream.write(tensor_bytes(tensor, reader, kept))
+            stream.write(tensor_bytes(tensor, reader, kept, compensated))
         return stream.tell()
 
 
-def shard_header(shard: OutputShard) -> bytes:
+def shard_header(shard: OutputShard, metadata: Mapping[str, str] | None = None) -> bytes:
     """The safetensors header, padded with spaces to a multiple of 8."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
     for tensor in shard.tensors:
         offsets = [begin, begin + tensor.nbytes]
@@ -128,20 +134,34 @@ def shard_bytes(shard: OutputShard) -> int:
     return len(shard_header(shard)) + shard.nbytes
 
 
-def tensor_bytes(tensor: OutputTensor, reader: TensorReader, kept: Mapping[int, KeptNeurons]) -> memoryview:
-    """The bytes of an output tensor: copied, or only the kept neurons' rows or columns."""
-    raw = reader.raw(tensor.name)
+def tensor_bytes(
+    tensor: OutputTensor,
+    reader: TensorReader,
+    kept: Mapping[int, KeptNeurons],
+    compensated: TensorReader | None = None,
+) -> memoryview:
+    """The bytes of an output tensor: copied, or only the kept neurons' rows or columns.
+
+    compensated: holds the kept columns of those W_down that take other values than the source's.
+    """
     if tensor.pruning is None:
-        return memoryview(raw)
-    entry = reader.index.entry(tensor.name)
-    source = np.frombuffer(raw, dtype=f"u{ITEM_SIZE[entry.dtype]}").reshape(entry.shape)
+        return memoryview(reader.raw(tensor.name))
     neurons = kept[tensor.pruning.layer].of(tensor.pruning.expert)
+    if compensated is not None and tensor.name in compensated.index.tensors:
+        selected = _integers(compensated, tensor.name)
+    else:
+        selected = np.take(_integers(reader, tensor.name), neurons, axis=tensor.pruning.axis)
     if tensor.pruning.narrow:
-        return _flat(np.take(source, neurons, axis=tensor.pruning.axis))
-    zeroed = np.zeros_like(source)
-    rows = (slice(None),) * tensor.pruning.axis + (neurons,)
-    zeroed[rows] = source[rows]
+        return _flat(selected)
+    zeroed = np.zeros(tensor.shape, dtype=selected.dtype)
+    zeroed[(slice(None),) * tensor.pruning.axis + (neurons,)] = selected
     return _flat(zeroed)
+
+
+def _integers(reader: TensorReader, name: str) -> np.ndarray:
+    """A tensor's bytes as unsigned integers of its item size, in its shape."""
+    entry = reader.index.entry(name)
+    return np.frombuffer(reader.raw(name), dtype=f"u{ITEM_SIZE[entry.dtype]}").reshape(entry.shape)
 
 
 def _flat(array: np.ndarray) -> memoryview:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,12 @@ class Boundaries:
         with atomic_write(self._path(wave, layer)) as stream:
             stream.write(save(tensors, metadata={"tenp": json.dumps({"key": self.key})}))
         for earlier in self._layers(wave):
-            if earlier < layer:
+            if earlier < self._needed_from(layer):
                 self._path(wave, earlier).unlink(missing_ok=True)
+
+    def _needed_from(self, layer: int) -> int:
+        """The earliest file that a wave still needs once the one of `layer` is there."""
+        return layer
 
     def read(self, wave: int, layer: int) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
@@ -70,3 +74,22 @@ class Boundaries:
                 return json.loads((file.metadata() or {}).get("tenp", "{}")).get("key") == self.key
         except SafetensorError:
             return False
+
+
+class GuardedBoundaries(Boundaries):
+    """For stages whose sums of a layer exist only in memory until its last wave.
+
+    A boundary counts only where the layers before it are finished: what a wave needs to go through an unfinished
+    layer again stays stored. unfinished: the first layer whose result is not stored, infinity if there is none.
+    """
+
+    def __init__(self, folder: Path, key: str, unfinished: Callable[[], float]):
+        super().__init__(folder, key)
+        self._unfinished = unfinished
+
+    def position(self, wave: int) -> int:
+        limit = self._unfinished()
+        return max((layer for layer in self._layers(wave) if layer <= limit and self._ours(wave, layer)), default=0)
+
+    def _needed_from(self, layer: int) -> int:
+        return int(min(layer, self._unfinished()))

@@ -34,6 +34,7 @@ from tenp_dist.errors import WorkerLost, first_line
 from tenp_dist.model.experts import ExpertsState
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.scoring.accumulate import LayerAccumulator
+from tenp_dist.scoring.compensation import Moments
 
 DEFAULT_WAVES = 8
 PLAIN = ""  # the stream of a model that goes through its layers once, as it is
@@ -273,7 +274,7 @@ def run_layer(
     batches: Sequence[Microbatch],
     hidden: list[torch.Tensor],
     state: Mapping[str, Any],
-    accumulator: LayerAccumulator | None = None,
+    accumulator: LayerAccumulator | Moments | None = None,
 ) -> None:
     """Run a layer over microbatches; `hidden` becomes what leaves it. state: of the experts (`Ranks.share`, a mask)."""
     experts = frame.skeleton.experts_of(module)

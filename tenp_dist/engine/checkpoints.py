@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -57,13 +58,15 @@ def write_layout(
     writers: int | None,
     key: str,
     overwrite: bool,
+    compensated: CheckpointIndex | None = None,
     repair: bool = False,
     replace: Callable[[], None] = lambda: None,
     progress: Callable[[Progress], None],
 ) -> Written:
     """Write one layout. config: its config.json; extra_files: name -> text, written before the index.
 
-    repair: the folder was finished under this key and lost files since. replace: called once nothing
+    compensated: where W_down of compensated experts is. repair: the folder was finished under this key and lost files
+    since. replace: called once nothing
     speaks against writing, before the first byte.
 
     Raises:
@@ -80,7 +83,7 @@ def write_layout(
     replace()
     _claim(folder, key, ours)
     started, done = monotonic(), 0
-    shared = pool.share((index, dict(kept)))
+    shared = pool.share((index, dict(kept), compensated))
     for size in pool.map(_write_one, [(shared, folder, shard) for shard in due], limit=writers):
         done += size
         progress(Progress(done, sum(map(shard_bytes, due)), 0, monotonic() - started, "bytes"))
@@ -96,10 +99,17 @@ def write_layout(
     return Written(files, sum(shard.nbytes for shard in shards), len(shards), len(shards) - len(due))
 
 
-def _write_one(shared: tuple[CheckpointIndex, dict[int, KeptNeurons]], folder: Path, shard: OutputShard) -> int:
-    index, kept = shared
-    with TensorReader(index) as reader:
-        return write_shard(folder, shard, reader, kept)
+Shared = tuple[CheckpointIndex, dict[int, KeptNeurons], CheckpointIndex | None]
+
+
+def _write_one(shared: Shared, folder: Path, shard: OutputShard) -> int:
+    index, kept, compensated = shared
+    with TensorReader(index) as reader, _reader(compensated) as columns:
+        return write_shard(folder, shard, reader, kept, columns)
+
+
+def _reader(index: CheckpointIndex | None) -> AbstractContextManager[TensorReader | None]:
+    return nullcontext() if index is None else TensorReader(index)
 
 
 def _is_ours(folder: Path, key: str) -> bool:
@@ -154,9 +164,10 @@ def verify_layout(
     folder: Path,
     plan: Path,
     layout: str,
+    compensated: CheckpointIndex | None = None,
     progress: Callable[[Progress], None],
 ) -> Verified:
-    """Compare a written layout with source and plan, one task per file.
+    """Compare a written layout with source, plan and compensated columns, one task per file.
 
     Raises:
         VerifyError: the first difference.
@@ -168,7 +179,7 @@ def verify_layout(
     by_file: dict[str, list[str]] = {}
     for name, entry in written.tensors.items():
         by_file.setdefault(entry.file, []).append(name)
-    shared = pool.share((source, written, kept))
+    shared = pool.share((source, written, kept, compensated))
     started, parts = monotonic(), []
     for part in pool.map(_verify_one, [(shared, names, layout) for names in by_file.values()]):
         parts.append(part)
@@ -178,9 +189,10 @@ def verify_layout(
 
 
 def _verify_one(shared: tuple, names: Sequence[str], layout: str) -> Verified:
-    source, written, kept = shared
-    with TensorReader(source) as reader, TensorReader(written) as check:
-        return verify_tensors(names, reader, check, family_of(source.config), kept, narrow=layout == "ragged")
+    source, written, kept, compensated = shared
+    family, narrow = family_of(source.config), layout == "ragged"
+    with TensorReader(source) as reader, TensorReader(written) as check, _reader(compensated) as columns:
+        return verify_tensors(names, reader, check, family, kept, narrow=narrow, compensated=columns)
 
 
 def _counts(part: Verified) -> tuple[int, int, int, int]:

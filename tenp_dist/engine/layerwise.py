@@ -1,0 +1,132 @@
+"""Stages that sum something over all waves of a layer and store its result once: layer by layer, always streaming.
+
+The sums of the layer in work exist only in memory; a killed worker costs that layer, and the waves go through
+it again from their boundaries (`GuardedBoundaries`). Layers that are stored are run, not summed again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.config import Cluster
+from tenp_dist.engine.boundaries import GuardedBoundaries
+from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden, run_layer
+from tenp_dist.engine.compute import Progress, check_finite
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.drive import Summary, cut_model, drive
+from tenp_dist.engine.local import Pool
+from tenp_dist.model.layers import Microbatch
+
+
+@dataclass(frozen=True)
+class LayerwiseTask(CarryTask):
+    """plan: kept-neurons file. moe: its layers, each with one result a rank. weights: of domains, 1 if not named."""
+
+    plan: Path = Path()
+    moe: Sequence[int] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def done_by(self, layer: int, rank: int) -> bool:
+        """Whether a rank has stored its result of a layer."""
+        raise NotImplementedError
+
+    def unfinished(self) -> float:
+        """The first layer that some rank has not stored, infinity if there is none."""
+        open_layers = (layer for layer in self.moe if not all(self.done_by(layer, rank) for rank in range(self.ranks)))
+        return next(open_layers, float("inf"))
+
+    @property
+    def boundaries(self) -> GuardedBoundaries:
+        return GuardedBoundaries(self.folder / "hidden", self.file_key, self.unfinished)
+
+
+class LayerwiseShard(Carrier):
+    """One rank. A subclass says what is summed (`_begin`), how (`_sum`), and how its result is stored (`_finish`)."""
+
+    task: LayerwiseTask
+
+    def open(self) -> None:
+        super().open()
+        kept = read_kept(self.task.plan)
+        self._kept = {layer: kept[layer] for layer in self.layers if layer in kept}
+        self._weights = [float(self.task.weights.get(domain, 1)) for domain in self.domains]
+        self._sums: Any = None
+        self._complete: int | None = None  # the layer whose sums hold every wave
+
+    def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
+        """Add the wave to the layer's sums, unless its result is stored."""
+        module = self.source.get(layer)
+        batches, states = self._batches(wave), hidden[PLAIN]
+        if layer not in self._kept or self.task.done_by(layer, self.rank):
+            run_layer(self.frame, layer, module, batches, states, self._share)
+            check_finite(states, self.skeleton, layer, module)
+            return
+        if wave == 0:
+            self._settle(list(self._stores))  # the sums of one layer at a time
+            self._sums = self._begin(layer, self.skeleton.experts_of(module))
+        self._sum(layer, module, batches, states)
+        check_finite(states, self.skeleton, layer, module)
+        if wave == len(self.waves) - 1:
+            self._complete = layer
+
+    def _storing(self, layer: int) -> Callable[[], None] | None:
+        if self._complete != layer:
+            return None
+        sums, experts = self._sums, self.skeleton.experts_of(self.source.get(layer))
+        self._sums = self._complete = None
+        weights = experts.down_proj  # the module itself goes back to `meta` when the next layer comes
+
+        def store() -> None:
+            with torch.inference_mode():
+                self._finish(layer, sums, weights)
+
+        return store
+
+    def _held(self, layer: int) -> range:
+        """Global ids of the layer's experts that this rank holds."""
+        return self._share.get("experts", range(self._kept[layer].num_experts))
+
+    def _begin(self, layer: int, experts: nn.Module) -> Any:
+        raise NotImplementedError
+
+    def _finish(self, layer: int, sums: Any, down_EDF: torch.Tensor) -> None:
+        """Store what the sums of all waves give. down_EDF: W_down of this rank's experts, as loaded."""
+        raise NotImplementedError
+
+    def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
+        """Run the layer over a wave and add to `_sums`, which is an observer unless a subclass says otherwise."""
+        run_layer(self.frame, layer, module, batches, states, self._share, self._sums)
+
+
+def drive_layerwise(
+    pool: Pool,
+    worker: type[LayerwiseShard],
+    task: LayerwiseTask,
+    nbytes: Sequence[int],
+    cluster: Cluster,
+    progress: Callable[[Progress], None],
+    ledger: Ledger,
+) -> Summary:
+    """Finish all layers of a task; several shards take turns, ranks of a shard work side by side.
+
+    Args:
+        task: settled (no `auto` in it), with its ranks. nbytes: of every decoder layer in compute dtype.
+
+    Raises:
+        ClusterError: more shards than layers, the cluster is smaller than asked, or a shard was lost too often.
+    """
+    cluster = cluster.model_copy(update={"mode": "streaming"})
+    cut = cut_model(cluster, nbytes, task.compute.device)
+    done = Summary(0, 0.0, cut.mode, [], 1.0)
+    if task.unfinished() < len(nbytes):
+        done = drive(pool, worker, task, cut, cluster, progress, ledger)
+    shutil.rmtree(task.folder / "hidden", ignore_errors=True)
+    return done
