@@ -55,11 +55,12 @@ class RecheckTask(LayerwiseTask):
 
 @dataclass
 class Tap:
-    """Sums a sampled layer's moments in float64. G_FF, tokens: by global expert id."""
+    """Sums a sampled layer's moments in float64. G_FF, damping (as stored), tokens: by global expert id."""
 
     experts: nn.Module
     first: int
     G_FF: dict[int, torch.Tensor]
+    damping: Mapping[int, float]
     tokens: dict[int, int] = field(default_factory=dict)
     valid_T: torch.Tensor | None = None
     weight: float = 1.0
@@ -84,13 +85,13 @@ class RecheckShard(LayerwiseShard):
 
     def _begin(self, layer: int, experts: nn.Module) -> Tap:
         table = read_table(layer_file(self.task.compensation, layer, self.rank, self.task.ranks))
-        self._damping = dict(zip(table["experts"], table["damping"], strict=True))
+        damping = dict(zip(table["experts"], table["damping"], strict=True))
         neurons = experts.down_proj.shape[2]
         made = {
             expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=experts.down_proj.device)
-            for expert in sample(sorted(self._damping), layer)
+            for expert in sample(sorted(damping), layer)
         }
-        return Tap(experts, self._held(layer).start, made)
+        return Tap(experts, self._held(layer).start, made, damping)
 
     def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
         tap: Tap = self._sums
@@ -111,17 +112,24 @@ class RecheckShard(LayerwiseShard):
             TensorReader(self.skeleton.index) as source,
         ):
             for expert, G_FF in sums.G_FF.items():
-                worst = max(worst, self._check(layer, expert, G_FF.cpu(), sums.tokens.get(expert, 0), source, stored))
+                tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
+                worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
         result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
         write_json(self.task.result(layer, self.rank), result)
 
     def _check(
-        self, layer: int, expert: int, G_FF: torch.Tensor, tokens: int, source: TensorReader, stored: TensorReader
+        self,
+        layer: int,
+        expert: int,
+        G_FF: torch.Tensor,
+        tokens: int,
+        damping: float,
+        source: TensorReader,
+        stored: TensorReader,
     ) -> float:
         """Share of the possible gain that the stored columns lose; raises VerifyError where it is too much."""
         name = self.skeleton.family.tensor(layer, expert, DOWN)
         kept_W = torch.from_numpy(self._kept[layer].of(expert).astype(np.int64))
-        damping = self._damping[expert]
         least = self.task.ridge * max(1.0, ENOUGH * len(kept_W) / max(tokens, 1))
         lost = lost_share(source.tensor(name).double(), stored.tensor(name), G_FF, kept_W, damping)
         allowed = TOLERANCE[self.task.compute.dtype]

@@ -1,0 +1,313 @@
+"""Compensation against least squares on hooked activations, its bytes through cuts and ranks, writer and verify."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from brute_force import Tap
+from test_checkpoint import all_tensors, random_kept
+from test_scoring import FAMILIES, batches_of, random_corpus
+
+from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.compensated import full_width_down, layer_file, open_compensated, read_table
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.families import DOWN, family_of
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
+from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.config import Cluster
+from tenp_dist.engine.compensate import CompensateTask, compensate_model, outcome
+from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.engine.recheck import RecheckTask, recheck_model
+from tenp_dist.engine.scoring import layers_of_facts
+from tenp_dist.errors import VerifyError
+from tenp_dist.scoring.compensation import ENOUGH
+
+RIDGE = 0.01
+
+
+def compensate(
+    model, folder, kept=None, *, corpus=None, ridge=RIDGE, weights=None, dtype="float32", pool=None, **cluster
+):
+    """Run the stage in this process; returns its task, with corpus and plan in `folder`."""
+    write_corpus(folder / "corpus.arrow", corpus if corpus is not None else random_corpus(256))
+    kept = random_kept(model) if kept is None else kept
+    write_kept(folder / "plan.safetensors", kept, {})
+    options = Cluster(**{"commit_seconds": 0, **cluster})
+    task = CompensateTask(
+        model, folder / "corpus.arrow", folder / "compensation", "key", Compute("cpu", dtype, 64, 1), waves=3,
+        plan=folder / "plan.safetensors", moe=tuple(kept), ridge=ridge, weights=weights or {},
+        ranks=options.tensor_parallel,
+    )  # fmt: skip
+    layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
+    compensate_model(
+        pool or InProcessPool(cores=1), task, layers.nbytes, options, lambda step: None, Ledger(folder / "ledger")
+    )
+    assert not (task.folder / "hidden").exists()
+    return task
+
+
+def bytes_of(task) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(task.folder.iterdir())}
+
+
+def hooked(model, corpus, weights=None):
+    """(layer, expert) -> per token sqrt(weight) g m [n, F] and W_down [D, F], from the stock model, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
+    ).eval()
+    taps = {i: Tap(layer) for i, layer in enumerate(loaded.model.layers) if hasattr(layer.mlp, "experts")}
+    batches = batches_of(corpus)
+    with torch.no_grad():
+        for tokens, mask, _ in batches:
+            loaded(tokens, attention_mask=None if mask is None else mask.long())
+    found = {}
+    for layer, tap in taps.items():
+        gate_up, down = tap.experts.gate_up_proj.detach().double(), tap.experts.down_proj.detach().double()
+        for expert in range(down.shape[0]):
+            rows = [
+                rows_of(call, expert, mask, gate_up[expert]) * (weights or {}).get(corpus.domains[domain], 1.0) ** 0.5
+                for (_, mask, domain), call in zip(batches, tap.calls, strict=True)
+                if (weights or {}).get(corpus.domains[domain], 1.0) > 0
+            ]
+            found[layer, expert] = torch.cat(rows).numpy(), down[expert].numpy()
+    return found
+
+
+def rows_of(call, expert, mask, gate_up):
+    hit = call["index"] == expert
+    used = hit.any(dim=1) if mask is None else hit.any(dim=1) & mask.reshape(-1)
+    x, g, half = call["x"][used], (call["g"] * hit).sum(dim=1)[used], gate_up.shape[0] // 2
+    return torch.nn.functional.silu(x @ gate_up[:half].T) * (x @ gate_up[half:].T) * g[:, None]
+
+
+def least_squares(a_TF, down_DF, kept, ridge):
+    """min |A W^T - A_S W'^T|^2 + r |W' - W_S|^2 as one stacked least-squares problem; damped where tokens are few."""
+    a_TS = a_TF[:, kept]
+    damping = ridge * max(1.0, ENOUGH * len(kept) / len(a_TF))
+    r = damping * (a_TS**2).sum(axis=0).mean()
+    left = np.vstack([a_TS, np.sqrt(r) * np.eye(len(kept))])
+    right = np.vstack([a_TF @ down_DF.T, np.sqrt(r) * down_DF[:, kept].T])
+    return np.linalg.lstsq(left, right, rcond=None)[0].T, damping
+
+
+def stored_columns(task, kept):
+    """(layer, expert) -> stored W_down[:, S]."""
+    family = family_of(open_index(task.model).config)
+    with TensorReader(open_compensated(task.folder)) as reader:
+        return {
+            (layer, expert): reader.tensor(family.tensor(layer, expert, DOWN))
+            for layer, neurons in kept.items()
+            for expert in range(neurons.num_experts)
+            if family.tensor(layer, expert, DOWN) in reader.index.tensors
+        }
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["concat", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_equal_stacked_least_squares(family, padded, tiny_model, tmp_path):
+    """Columns, damping and both residuals, of every narrow expert that a token reached, and of no other."""
+    model, corpus = tiny_model(family), random_corpus(256, sequences=12, padded=padded)
+    kept = random_kept(model)
+    task = compensate(model, tmp_path, kept, corpus=corpus)
+    columns, expected = stored_columns(task, kept), hooked(model, corpus)
+    assert set(columns) == {(la, e) for (la, e), (a, _) in expected.items() if e > 0 and len(a)}
+    for layer in kept:
+        table = read_table(layer_file(task.folder, layer))
+        for i, expert in enumerate(table["experts"]):
+            a_TF, down_DF = expected[layer, expert]
+            ids = kept[layer].of(expert)
+            wanted, damping = least_squares(a_TF, down_DF, ids, RIDGE)
+            change = np.abs(wanted - down_DF[:, ids]).max()
+            assert np.abs(columns[layer, expert].double().numpy() - wanted).max() < 2e-4 * change, (layer, expert)
+            assert table["tokens"][i] == len(a_TF) and table["damping"][i] == pytest.approx(damping)
+            energy = ((a_TF @ down_DF.T) ** 2).sum()
+            plain = ((a_TF @ down_DF.T - a_TF[:, ids] @ down_DF[:, ids].T) ** 2).sum() / energy
+            solved = ((a_TF @ down_DF.T - a_TF[:, ids] @ wanted.T) ** 2).sum() / energy
+            assert table["energy"][i] == pytest.approx(energy, rel=1e-4)
+            assert table["before"][i] == pytest.approx(plain, rel=1e-3, abs=1e-5)
+            assert table["after"][i] == pytest.approx(solved, rel=1e-3, abs=1e-5)
+
+
+def test_without_ridge_no_expert_is_worse_than_plain(tiny_model, tmp_path):
+    """The error on the calibration tokens falls to the least possible; ridge 0.01 keeps part of it, and never adds."""
+    model, kept = tiny_model("deepseek_v3"), random_kept(tiny_model("deepseek_v3"))
+    corpus = random_corpus(256, sequences=24)
+    for name, ridge in (("none", 1e-7), ("some", RIDGE)):
+        (tmp_path / name).mkdir()
+        compensate(model, tmp_path / name, kept, corpus=corpus, ridge=ridge)
+    for layer in kept:
+        none, some = (read_table(layer_file(tmp_path / name / "compensation", layer)) for name in ("none", "some"))
+        for before, least, after in zip(none["before"], none["after"], some["after"], strict=True):
+            assert least <= after <= before and least < 0.97 * before
+
+
+def test_domain_weights_multiply_tokens(tiny_model, tmp_path):
+    model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=12)
+    kept, weights = random_kept(model), {"first": 3.0, "second": 0.0}
+    task = compensate(model, tmp_path, kept, corpus=corpus, weights=weights)
+    expected = hooked(model, corpus, weights)
+    for (layer, expert), found in stored_columns(task, kept).items():
+        a_TF, down_DF = expected[layer, expert]
+        wanted, _ = least_squares(a_TF, down_DF, kept[layer].of(expert), RIDGE)
+        change = np.abs(wanted - down_DF[:, kept[layer].of(expert)]).max()
+        assert np.abs(found.double().numpy() - wanted).max() < 2e-4 * change
+
+
+def test_whole_and_unreached_experts_keep_the_source(tiny_model, tmp_path):
+    """Nothing is stored for them; a corpus of two tokens leaves most experts without one."""
+    model = tiny_model("deepseek_v3")
+    whole = {
+        layer: KeptNeurons.from_mask(np.ones((k.num_experts, 24), bool)) for layer, k in random_kept(model).items()
+    }
+    task = compensate(model, tmp_path, whole)
+    assert stored_columns(task, whole) == {}
+    corpus = random_corpus(256, sequences=2, length=2)
+    (tmp_path / "few").mkdir()
+    kept = random_kept(model)
+    task = compensate(model, tmp_path / "few", kept, corpus=corpus)
+    document = outcome(task, 24)
+    expected = hooked(model, corpus)
+    for layer, one in document["layers"].items():
+        reached = [e for e in range(1, 8) if len(expected[int(layer), e][0])]
+        assert one["damped"] == reached and one["left_alone"] == sorted(set(range(1, 8)) - set(reached))
+    assert document["left_alone"] > 0
+
+
+def test_a_float32_source_in_bfloat16_keeps_its_digits(tiny_model, tmp_path):
+    """Scored in bfloat16 the loaded weights are rounded; the kept columns still start from the source's own."""
+    model = tiny_model("qwen3_moe")
+    kept = random_kept(model)
+    task = compensate(model, tmp_path, kept, ridge=1e9, dtype="bfloat16")
+    source, family = all_tensors(model), family_of(open_index(model).config)
+    for (layer, expert), found in stored_columns(task, kept).items():
+        plain = source[family.tensor(layer, expert, DOWN)][:, kept[layer].of(expert).tolist()]
+        torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-8)
+
+
+CASES = [
+    {"shards": 2},
+    {"shards": 3, "mode": "resident"},
+    {"host_memory": 1000},
+    {"shards": 2, "host_memory": 1000},
+    {"commit_seconds": 1000},
+]
+
+
+@pytest.mark.parametrize("cluster", CASES, ids=str)
+def test_the_same_bytes_for_every_number_of_shards(cluster, tiny_model, tmp_path):
+    reference = compensate(tiny_model("deepseek_v3"), tmp_path)
+    (tmp_path / "other").mkdir()
+    assert bytes_of(compensate(tiny_model("deepseek_v3"), tmp_path / "other", **cluster)) == bytes_of(reference)
+
+
+class Dies(Exception):
+    """Stands for a power cut: no handler of ours sees it."""
+
+
+@pytest.mark.parametrize("spill", [False, True], ids=["held", "spilled"])
+@pytest.mark.parametrize("where", ["result", "boundary"])
+def test_a_run_cut_anywhere_ends_with_the_same_bytes(where, spill, tiny_model, tmp_path, monkeypatch):
+    """Cut at the n-th write of a layer or a boundary, for every n; resumed with 1 or 2 shards."""
+    from tenp_dist.checkpoint import compensated
+    from tenp_dist.engine import boundaries
+
+    model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
+    memory = {"host_memory": 1000} if spill else {}
+    reference = bytes_of(compensate(model, tmp_path, corpus=corpus))
+    module = {"result": compensated, "boundary": boundaries}[where]
+    real, count = module.atomic_write, 0
+
+    def dying(path):
+        nonlocal count
+        count += 1
+        if count == cut:
+            raise Dies
+        return real(path)
+
+    for cut in range(1, 40):
+        count, folder = 0, tmp_path / str(cut)
+        folder.mkdir()
+        monkeypatch.setattr(module, "atomic_write", dying)
+        try:
+            compensate(model, folder, corpus=corpus, shards=2, **memory)
+        except Dies:
+            monkeypatch.setattr(module, "atomic_write", real)
+            assert bytes_of(compensate(model, folder, corpus=corpus, shards=1 + cut % 2, **memory)) == reference, cut
+        else:
+            assert cut > 3
+            return
+    raise AssertionError("more writes than thought of")
+
+
+def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path):
+    model = tiny_model("deepseek_v2")
+    kept, source = random_kept(model), all_tensors(model)
+    task, family = compensate(model, tmp_path, kept), family_of(open_index(model).config)
+    columns = stored_columns(task, kept)
+    for layer, neurons in kept.items():
+        down_EDF = torch.stack([source[family.tensor(layer, e, DOWN)] for e in range(2, 6)])
+        with TensorReader(open_compensated(task.folder)) as reader:
+            full_EDF = full_width_down(reader, family, layer, neurons, down_EDF, range(2, 6))
+        for row, expert in enumerate(range(2, 6)):
+            ids = neurons.of(expert).tolist()
+            dropped = sorted(set(range(24)) - set(ids))
+            assert torch.equal(full_EDF[row][:, ids], columns.get((layer, expert), down_EDF[row][:, ids]))
+            assert not full_EDF[row][:, dropped].any()
+
+
+def recheck(task, folder, **changes):
+    shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)} | {"folder": folder, **changes}
+    again = RecheckTask(**shared, compensation=task.folder)
+    layers = layers_of_facts(checkpoint_facts(open_index(task.model)), 4)
+    return recheck_model(
+        InProcessPool(cores=1), again, layers.nbytes, Cluster(), lambda step: None, Ledger(folder / "ledger")
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recheck_passes_what_was_solved(dtype, tiny_model, tmp_path):
+    task = compensate(tiny_model("deepseek_v3", dtype), tmp_path, corpus=random_corpus(256, padded=True), dtype=dtype)
+    found = recheck(task, tmp_path / "verify")
+    assert found["experts"] == sum(len(read_table(layer_file(task.folder, layer))["experts"]) for layer in task.moe)
+    assert found["worst"] < {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+
+
+FAULTS = {
+    "another ridge": lambda task: dataclasses.replace(task, ridge=0.02),
+    "another domain weight": lambda task: dataclasses.replace(task, weights={"first": 4.0}),
+    "an expert not compensated": lambda task: _edit(task, lambda found, plain: plain),
+    "half of the change": lambda task: _edit(task, lambda found, plain: (found + plain) / 2),
+    "columns in another order": lambda task: _edit(task, lambda found, plain: found.flip(1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_recheck_finds(fault, tiny_model, tmp_path):
+    task = compensate(tiny_model("deepseek_v3"), tmp_path, corpus=random_corpus(256, sequences=24))
+    with pytest.raises(VerifyError, match="not the solution"):
+        recheck(FAULTS[fault](task), tmp_path / "verify")
+
+
+def _edit(task, change):
+    """Replace the columns of one expert of the last layer by what `change` makes of them and the source's."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = layer_file(task.folder, task.moe[-1])
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors, family = load_file(path), family_of(open_index(task.model).config)
+    expert = int(tensors["experts"][3])
+    name = family.tensor(task.moe[-1], expert, DOWN)
+    kept = random_kept(task.model)[task.moe[-1]].of(expert).tolist()
+    tensors[name] = change(tensors[name], all_tensors(task.model)[name][:, kept]).contiguous()
+    save_file(tensors, path, metadata)
+    return task
