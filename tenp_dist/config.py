@@ -123,6 +123,10 @@ class Output(_Part):
     layouts: tuple[Literal["ragged", "padded"], ...] = Field(("ragged",), description="checkpoint layouts to write")
     shard_size: Size = Field(5 * 10**9, description="largest output shard (one tensor may exceed it)")
     dtype: Literal["source"] = Field("source", description="dtype of pruned tensors")
+    compensate: bool = Field(
+        False, description="solve W_down of narrow experts for what their dropped neurons contributed"
+    )
+    ridge: Exact = Field(Decimal("0.01"), gt=0, description="how much compensation shrinks to the original weights")
 
 
 class Cluster(_Part):

@@ -22,8 +22,9 @@ STAGES = {
     "calibrate": "Tokenise the calibration text; write calibration/calibration.arrow.",
     "score": "Run the model over the tokens layer by layer; write scores/layer_*.safetensors.",
     "plan": "Choose whole experts and kept neurons; write plan.json and plan.safetensors.",
+    "compensate": "Solve W_down of narrow experts for what their dropped neurons contributed.",
     "write": "Write the pruned checkpoint in every layout of the job.",
-    "verify": "Compare the written checkpoint with source and plan, byte by byte.",
+    "verify": "Compare the written checkpoint with source and plan, byte by byte; solve compensated weights again.",
     "evaluate": "Compare source, pruned and a random control on held-out text.",
     "report": "Write report/index.html, report/report.json and the model card.",
 }
@@ -33,6 +34,7 @@ EXAMPLES = {
     "calibrate": ["JOB.yaml --set calibration.sources.0.samples=8"],
     "score": ["JOB.yaml --set score.dtype=float32"],
     "plan": ["JOB.yaml --set budget.retention=0.45 --overwrite"],
+    "compensate": ["JOB.yaml --set output.compensate=true", "JOB.yaml --set output.ridge=0.001 --overwrite"],
     "write": ["JOB.yaml --set 'output.layouts=[ragged, padded]'"],
     "verify": ["JOB.yaml"],
     "evaluate": ["JOB.yaml --set evaluation.sequence_length=1024"],
@@ -109,8 +111,8 @@ def _execute_stages(
     preflight(loaded)
     stages = stages_for(loaded)
     chosen = names or [stage.name for stage in stages]
-    if set(chosen) - {stage.name for stage in stages}:
-        raise JobError("The job has no `evaluation`", where=job, next_step="add an `evaluation:` part to the job file")
+    for name in set(chosen) - {stage.name for stage in stages}:
+        raise _not_asked_for(name, job)
     with View(total=len(chosen)) as view:
         make_pool = InProcessPool if debug else RayPool
         coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
@@ -120,6 +122,12 @@ def _execute_stages(
         click.echo(json.dumps(result, indent=2))
     else:
         print_summary(loaded, result["stages"])
+
+
+def _not_asked_for(stage: str, job: Path) -> JobError:
+    if stage == "compensate":
+        return JobError("The job does not compensate", where=job, next_step="set output.compensate to true")
+    return JobError("The job has no `evaluation`", where=job, next_step="add an `evaluation:` part to the job file")
 
 
 def _unexpected(error: Exception) -> TenpError:

@@ -1,6 +1,6 @@
 """The pipeline as data: every stage, what it reads, and the few lines that call the rooms below.
 
-inspect -> calibrate -> score -> plan -> write -> verify -> evaluate -> report; every arrow is a file.
+inspect -> calibrate -> score -> plan -> [compensate ->] write -> verify -> evaluate -> report; every arrow is a file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
+from tenp_dist.cli.compensation import DOCUMENT, FOLDER, compensate, compensated_index, recheck
 from tenp_dist.config import Budget, Job, Text
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
 from tenp_dist.engine.compute import Compute
@@ -94,6 +95,17 @@ def _plan(context: Context) -> Output:
     return Output(files, digest, {key: document[key] for key in keys})
 
 
+def _compensate(context: Context) -> Output:
+    read_plan(context.run_dir)  # its two files belong together
+    return compensate(context, *_calibration_pass(context))
+
+
+def _calibration_pass(context: Context) -> tuple[dict, Path, Compute, dict[str, Fraction]]:
+    """Facts, corpus, compute and domain weights: what a pass of the calibration tokens needs."""
+    compute = _compute(context, context.job.score.batch_tokens)
+    return _facts(context), context.run_dir / CORPUS, compute, _domain_weights(context.job)
+
+
 def _write(context: Context) -> Output:
     job, facts = context.job, _facts(context)
     read_plan(context.run_dir)  # its two files belong together
@@ -109,6 +121,7 @@ def _write(context: Context) -> Output:
             shard_size=job.output.shard_size,
             writers=job.cluster.writers,
             key=digest_of([context.key, layout]),
+            compensated=compensated_index(job),
             overwrite=context.overwrite,
             repair=context.repair,
             replace=context.replace,
@@ -150,6 +163,7 @@ def _verify(context: Context) -> Output:
             folder=context.run_dir / "checkpoint" / layout,
             plan=context.run_dir / "plan.safetensors",
             layout=layout,
+            compensated=compensated_index(job),
             progress=context.progress,
         )
         layouts[layout] = {
@@ -161,9 +175,11 @@ def _verify(context: Context) -> Output:
         }
     path = context.run_dir / "verify.json"
     document = {"schema_version": SCHEMA_VERSION, "layouts": layouts}
+    if job.output.compensate:
+        document["compensation"] = recheck(context, *_calibration_pass(context))
     context.replace()
     write_json(path, document)
-    return Output([path], digest_of(document), {"layouts": layouts})
+    return Output([path], digest_of(document), {key: document[key] for key in document if key != "schema_version"})
 
 
 def _evaluate(context: Context) -> Output:
@@ -230,15 +246,34 @@ def preflight(job: Job) -> None:
 
 
 def stages_for(job: Job) -> list[Stage]:
-    """The stages of a job in order; `evaluate` is there if the job asks for it."""
+    """The stages of a job in order; `compensate` and `evaluate` are there if the job asks for them."""
     evaluate = ("evaluate",) if job.evaluation else ()
+    compensated = ("compensate",) if job.output.compensate else ()
+    tokens = ("inspect", "calibrate") if compensated else ()  # verify solves again from them
     stages = [
         Stage("inspect", "Inspect the source", (), _inspect_fields, _inspect, ("facts.json",)),
         Stage("calibrate", "Tokenise calibration text", ("inspect",), _calibrate_fields, _calibrate, ("calibration",)),
         Stage("score", "Score experts and neurons", ("inspect", "calibrate"), _score_fields, _score, ("scores",)),
         Stage("plan", "Plan the budget", ("inspect", "score"), _plan_fields, _plan, ("plan.json", "plan.safetensors")),
-        Stage("write", "Write the checkpoint", ("inspect", "plan"), _write_fields, _write, ("checkpoint",)),
-        Stage("verify", "Verify the checkpoint", ("plan", "write"), _no_fields, _verify, ("verify.json",)),
+        Stage(
+            "compensate",
+            "Compensate kept neurons",
+            ("inspect", "calibrate", "plan"),
+            _compensate_fields,
+            _compensate,
+            (FOLDER, DOCUMENT),
+        ),
+        Stage(
+            "write", "Write the checkpoint", ("inspect", "plan", *compensated), _write_fields, _write, ("checkpoint",)
+        ),
+        Stage(
+            "verify",
+            "Verify the checkpoint",
+            (*tokens, "plan", *compensated, "write"),
+            _no_fields,
+            _verify,
+            ("verify.json",),
+        ),
         Stage(
             "evaluate",
             "Evaluate on held-out text",
@@ -250,13 +285,14 @@ def stages_for(job: Job) -> list[Stage]:
         Stage(
             "report",
             "Write the report",
-            ("score", "plan", "write", "verify", *evaluate),
+            ("score", "plan", *compensated, "write", "verify", *evaluate),
             _no_fields,
             _report,
             ("report",),
         ),
     ]
-    return [stage for stage in stages if stage.name != "evaluate" or job.evaluation]
+    asked = {"evaluate": bool(job.evaluation), "compensate": job.output.compensate}
+    return [stage for stage in stages if asked.get(stage.name, True)]
 
 
 def _no_fields(job: Job) -> dict:
@@ -281,8 +317,13 @@ def _plan_fields(job: Job) -> dict:
     return job.budget.model_dump(mode="json") | {"weights": weights}
 
 
+def _compensate_fields(job: Job) -> dict:
+    weights = {domain: str(weight) for domain, weight in _domain_weights(job).items()}
+    return _score_fields(job) | {"ridge": str(job.output.ridge), "weights": weights}
+
+
 def _write_fields(job: Job) -> dict:
-    return job.output.model_dump(mode="json")
+    return job.output.model_dump(mode="json", exclude={"ridge"})
 
 
 def _evaluate_fields(job: Job) -> dict:

@@ -131,6 +131,11 @@ def _gist(record: StageRecord) -> str:
         return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s{shards}{resumed}"
     if record.stage == "plan":
         return f"kept {summary['retention']['realised']:.2%} of routed parameters"
+    if record.stage == "compensate":
+        return (
+            f"{summary['compensated']} experts, {summary['damped']} damped, {summary['left_alone']} left alone,"
+            f" error {summary['before']:.1%} -> {summary['after']:.1%} of their energy"
+        )
     if record.stage in ("write", "verify"):
         return ", ".join(f"{name} {size(layout['bytes'])}" for name, layout in summary["layouts"].items())
     return summary.get("page", "")

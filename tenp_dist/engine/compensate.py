@@ -9,7 +9,7 @@ them all. So several shards take turns; ranks work side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from tenp_dist.engine.drive import Summary
 from tenp_dist.engine.layerwise import LayerwiseShard, LayerwiseTask, drive_layerwise
 from tenp_dist.engine.local import Pool
 from tenp_dist.scoring.compensation import ENOUGH, Moments
+
+FEW = 0.1  # share of narrow experts with few tokens above which there is a warning
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,21 @@ def outcome(task: CompensateTask, neurons: int) -> dict[str, Any]:
         alone = sorted(set(narrow_experts(kept[layer], neurons)) - set(table["experts"]))
         layers[str(layer)] = {"compensated": len(table["experts"]), **error, "damped": sorted(damped)}
         layers[str(layer)]["left_alone"] = alone
+    solved = [one for one in layers.values() if one["compensated"]]
     totals = {
         "compensated": sum(one["compensated"] for one in layers.values()),
         **{name: sum(len(one[name]) for one in layers.values()) for name in ("damped", "left_alone")},
-        **{name: sum(one[name] for one in layers.values()) / max(1, len(layers)) for name in ("before", "after")},
+        **{name: sum(one[name] for one in solved) / max(1, len(solved)) for name in ("before", "after")},
     }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "ridge": task.ridge,
-        "enough_tokens_per_neuron": ENOUGH,
-        **totals,
-        "layers": layers,
-    }
+    document = {"schema_version": SCHEMA_VERSION, "ridge": task.ridge, **totals, "warnings": _warnings(totals)}
+    return document | {"layers": layers}
+
+
+def _warnings(totals: Mapping[str, Any]) -> list[str]:
+    narrow, few = totals["compensated"] + totals["left_alone"], totals["damped"] + totals["left_alone"]
+    if few <= FEW * narrow:
+        return []
+    return [
+        f"{few} of {narrow} narrow experts saw fewer than {ENOUGH} calibration tokens per kept neuron: "
+        "their compensation is damped or left out; calibrate on more text"
+    ]

@@ -13,6 +13,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | checkpoints | layout -> files and bytes on disk                                               |
 | evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
 | verify      | `verify.json`, or None                                                          |
+| compensation | `compensation.json` and what verify says of it, or None                        |
 | job         | what was asked for, paths cut to their last part                                |
 | provenance  | digests of inputs and stages, versions of the libraries                         |
 | absent      | one sentence for every part that is not there                                   |
@@ -37,7 +38,7 @@ STARVED_SHARE = 0.1
 """An expert with fewer tokens than this share of an even split is called starved."""
 
 LIBRARIES = ("tenp-dist", "torch", "transformers", "safetensors", "numpy", "matplotlib")
-STAGES = ("inspect", "calibrate", "score", "plan", "write", "verify", "evaluate")
+STAGES = ("inspect", "calibrate", "score", "plan", "compensate", "write", "verify", "evaluate")
 LAYOUTS = ("ragged", "uniform", "padded")
 MODEL_KEYS = (
     "family",
@@ -76,6 +77,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
             next_step="plan again for this model, or report on the run that the plan belongs to",
         )
     verify = _optional(run_dir / "verify.json")
+    compensation = _compensation(run_dir, job, verify)
     evaluation = _evaluation(_optional(run_dir / "evaluation.json"))
     checkpoints = _checkpoints(run_dir)
     weights = _domain_weights(job)
@@ -84,13 +86,16 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "model": {"name": facts["model"], **{key: facts.get(key) for key in MODEL_KEYS}},
         "headline": _headline(facts, plan, checkpoints, evaluation, verify),
-        "warnings": [*plan.get("warnings", []), *(evaluation or {}).get("warnings", [])],
+        "warnings": [
+            warning for part in (plan, compensation, evaluation) for warning in (part or {}).get("warnings", [])
+        ],
         "absent": _absent(layers, checkpoints, verify, evaluation),
         "plan": {key: plan.get(key) for key in PLAN_KEYS},
         "routing": _routing_total(layers),
         "layers": layers,
         "checkpoints": checkpoints,
         "verify": verify and verify["layouts"],
+        "compensation": compensation,
         "evaluation": evaluation,
         "job": _job(job),
         "provenance": _provenance(run_dir, facts, plan),
@@ -213,6 +218,14 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "warnings": evaluation.get("warnings", []),
         "variants": {name: extended(variant) for name, variant in evaluation["variants"].items()},
     }
+
+
+def _compensation(run_dir: Path, job: Mapping[str, Any], verify: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What was compensated; a document that another job left behind does not count."""
+    document = _optional(run_dir / "compensation.json")
+    if document is None or not (job.get("output") or {}).get("compensate"):
+        return None
+    return {**document, "verified": (verify or {}).get("compensation")}
 
 
 def _absent(layers, checkpoints, verify, evaluation) -> list[str]:
