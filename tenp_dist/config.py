@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tenp_dist.errors import JobError
 
@@ -35,6 +35,11 @@ def parse_bytes(value: object) -> int:
 
 Size = Annotated[int, BeforeValidator(parse_bytes)]
 Exact = Annotated[Decimal, BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)]
+
+
+T = TypeVar("T", bound="Text")
+AUTO = "auto"
+Auto = Literal["auto"]
 
 
 class _Part(BaseModel):
@@ -62,6 +67,8 @@ class Source(_Part):
 
 
 class Text(_Part):
+    """Where text comes from and how it is cut."""
+
     sources: tuple[Source, ...] = Field(min_length=1, description="where the text comes from")
     sequence_length: int = Field(2048, ge=2, description="tokens per sequence")
     packing: Literal["concat", "document"] = Field(
@@ -71,13 +78,37 @@ class Text(_Part):
 
 
 class Calibration(Text):
-    """Tokens that the model is scored on."""
+    """Tokens that the model is scored on, and some that an `auto` budget is chosen on."""
+
+    selection_share: Exact | None = Field(
+        None, ge=0, lt=1, description="share of every source set aside to choose an auto budget on"
+    )
 
 
 class Evaluation(Text):
-    """Held-out tokens that source, pruned and random-control models are compared on."""
+    """Held-out tokens that source, pruned and random-control models are compared on, and plans if asked."""
 
     batch_tokens: Size = Field(8192, description="tokens per microbatch")
+    checkpoint: bool = Field(True, description="measure the written checkpoint and its random control")
+    plans: tuple[Path, ...] = Field((), description="plan files to measure, as masks in the same pass")
+    grid: Mapping[str, tuple[Any, ...]] = Field({}, description="budget key -> values; every combination is measured")
+
+    @field_validator("grid")
+    @classmethod
+    def _budget_keys(cls, grid: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
+        unknown = [key for key in grid if key not in Budget.model_fields]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], Budget.model_fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"grid names {unknown[0]}, which is no key of budget{hint}")
+        if any(not values or AUTO in values for values in grid.values()):
+            raise ValueError("grid wants at least one value per key, and no `auto`")
+        return grid
+
+    @property
+    def many(self) -> bool:
+        """Whether plans are measured besides the written checkpoint."""
+        return bool(self.plans or self.grid)
 
 
 class Score(_Part):
@@ -91,8 +122,12 @@ class Score(_Part):
 class Budget(_Part):
     method: str = Field("tenp", description="a registered method: tenp, enp, random")
     retention: Exact = Field(Decimal("0.6"), description="routed-expert parameters kept, 0 < rho <= 1")
-    important: Exact | None = Field(None, description="share of experts kept whole, 0 <= alpha <= rho; default rho/3")
-    slope: Exact = Field(Decimal(1), ge=-1, le=1, description="0 rectangle, 1 no whole experts in the first layer")
+    important: Exact | Auto | None = Field(
+        None, description="share of experts kept whole, 0 <= alpha <= rho, or auto; default rho/3"
+    )
+    slope: Annotated[Exact, Field(ge=-1, le=1)] | Auto = Field(
+        Decimal(1), description="0 rectangle, 1 no whole experts in the first layer, or auto"
+    )
     align: int = Field(1, ge=1, description="narrow widths are multiples of this")
     max_widths: int = Field(2, ge=1, description="distinct widths per layer")
     minimum_important: int = Field(0, ge=0, description="whole experts that every layer keeps at least")
@@ -103,9 +138,14 @@ class Budget(_Part):
     def _feasible(self) -> Budget:
         if not 0 < self.retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, found {self.retention}")
-        if self.important is not None and not 0 <= self.important <= self.retention:
+        if isinstance(self.important, Decimal) and not 0 <= self.important <= self.retention:
             raise ValueError(f"important must lie between 0 and retention ({self.retention}), found {self.important}")
         return self
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The keys that are to be chosen by measuring."""
+        return tuple(key for key in ("important", "slope") if getattr(self, key) == AUTO)
 
     @property
     def retention_exact(self) -> Fraction:
@@ -155,9 +195,25 @@ class Job(_Part):
     evaluation: Evaluation | None = None
     cluster: Cluster = Cluster()
 
+    @model_validator(mode="after")
+    def _something_to_choose_on(self) -> Job:
+        if self.budget.auto and not self.selection_share:
+            raise ValueError("an auto budget is chosen on text set aside: selection_share must be above 0")
+        if self.selection_share and min(source.samples for source in self.calibration.sources) < 2:
+            raise ValueError("selection_share sets aside a part of every source: each needs at least 2 samples")
+        return self
 
-def load_job(path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None) -> Job:
+    @property
+    def selection_share(self) -> Fraction:
+        """Share of every calibration source that nothing is scored on; 1/4 for an `auto` budget if not given."""
+        given = self.calibration.selection_share
+        return Fraction(1, 4) * bool(self.budget.auto) if given is None else Fraction(given)
+
+
+def load_job(path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, plans: Sequence[Path] = ()) -> Job:
     """Read a job file, apply `key.sub=value` overrides, resolve paths.
+
+    plans: measured instead of what the job's `evaluation` names and of the written checkpoint.
 
     Raises:
         JobError: unreadable file, unknown key (with a suggestion), value out of range.
@@ -187,9 +243,23 @@ def load_job(path: Path, overrides: Sequence[str] = (), run_dir: Path | None = N
         )
     for override in overrides:
         _apply_override(values, override)
+    if plans:
+        _measure_only(values, plans, path)
     if run_dir is not None:
         values["run_dir"] = str(Path(run_dir).resolve())
     return build_job(values, base=path.resolve().parent, where=path)
+
+
+def no_evaluation(where: object) -> JobError:
+    return JobError("The job has no `evaluation`", where=where, next_step="add an `evaluation:` part to the job file")
+
+
+def _measure_only(values: dict, plans: Sequence[Path], where: Path) -> None:
+    if not isinstance(values.get("evaluation"), dict):
+        raise JobError(
+            "The job has no `evaluation`", where=where, next_step="add an `evaluation:` part to the job file"
+        )
+    values["evaluation"] |= {"plans": [str(Path(plan).resolve()) for plan in plans], "grid": {}, "checkpoint": False}
 
 
 def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -> Job:
@@ -203,7 +273,7 @@ def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -
             "model": _resolve(base, job.model),
             "run_dir": _resolve(base, job.run_dir),
             "calibration": _resolve_sources(base, job.calibration),
-            "evaluation": job.evaluation and _resolve_sources(base, job.evaluation),
+            "evaluation": job.evaluation and _resolve_plans(base, _resolve_sources(base, job.evaluation)),
         }
     )
 
@@ -212,12 +282,16 @@ def _resolve(base: Path, path: Path) -> Path:
     return (base / path.expanduser()).resolve()
 
 
-def _resolve_sources(base: Path, text: Text) -> Text:
+def _resolve_sources(base: Path, text: T) -> T:
     sources = tuple(
         source.model_copy(update={"path": _resolve(base, source.path)}) if source.path else source
         for source in text.sources
     )
     return text.model_copy(update={"sources": sources})
+
+
+def _resolve_plans(base: Path, evaluation: Evaluation) -> Evaluation:
+    return evaluation.model_copy(update={"plans": tuple(_resolve(base, path) for path in evaluation.plans)})
 
 
 def _apply_override(values: dict, override: str) -> None:

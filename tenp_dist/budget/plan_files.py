@@ -113,7 +113,17 @@ def read_plan(folder: Path) -> dict[str, Any]:
     Raises:
         StaleError: a file is missing or unreadable, of another schema, or the two are not of one plan.
     """
-    text, tensors = Path(folder) / PLAN_JSON, Path(folder) / PLAN_TENSORS
+    return read_plan_pair(Path(folder) / PLAN_JSON, Path(folder) / PLAN_TENSORS)
+
+
+def plan_pair(path: Path) -> tuple[Path, Path]:
+    """The two files of a plan, named by a folder or by the .json beside which its .safetensors lies."""
+    text = path / PLAN_JSON if path.is_dir() else path
+    return text, text.with_suffix(".safetensors")
+
+
+def read_plan_pair(text: Path, tensors: Path) -> dict[str, Any]:
+    """`read_plan` of files of any name."""
     for path in (text, tensors):
         if not path.is_file():
             raise _stale("There is no plan", path, "a file")
@@ -125,7 +135,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise _stale(f"The plan has schema version {version}", text, f"schema version {SCHEMA_VERSION}")
     if _plan_digest(tensors) != digest_of(document):
-        raise _stale("plan.json and plan.safetensors are not of one plan", folder, "two files written together")
+        raise _stale("plan.json and plan.safetensors are not of one plan", text.parent, "two files written together")
     return document
 
 

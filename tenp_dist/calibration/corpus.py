@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,22 +62,47 @@ def build_corpus(text: Text, model: Path, vocab_size: int) -> Corpus:
     Raises:
         CalibrationError: no tokenizer, tokens outside the vocabulary, unreadable, empty or too short text.
     """
+    return build_split(text, model, vocab_size, Fraction(0))[0]
+
+
+def build_split(text: Text, model: Path, vocab_size: int, share: Fraction) -> tuple[Corpus, Corpus | None]:
+    """Tokenise every source and set aside the last `share` of its sequences, at least one; None for share 0.
+
+    The last ones, so that no more than one document of a source lies on both sides.
+
+    Raises:
+        CalibrationError: as `build_corpus`.
+    """
     tokenizer = _load_tokenizer(model)
     domains = tuple(dict.fromkeys(source.domain for source in text.sources))
-    rows, domain_ids = [], []
+    kept, aside = [], []
     for source in text.sources:
         sequences = _sequences(source, text, tokenizer)
         _check_vocabulary(sequences, vocab_size, source, model)
-        rows.extend(sequences)
-        domain_ids.extend([domains.index(source.domain)] * len(sequences))
+        last = max(1, math.floor(share * len(sequences))) if share else 0
+        domain, cut = domains.index(source.domain), len(sequences) - last
+        kept += [(domain, row) for row in sequences[:cut]]
+        aside += [(domain, row) for row in sequences[cut:]]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     pad = pad if pad < vocab_size else 0  # some tokenizers add a pad token that the model has no row for
-    tokens_NS = np.full((len(rows), text.sequence_length), pad, dtype=np.int32)
+    assembled = [_assemble(rows, text.sequence_length, pad, domains) for rows in (kept, aside)]
+    return assembled[0], assembled[1] if share else None
+
+
+def _assemble(rows: Sequence[tuple[int, list[int]]], length: int, pad: int, domains: tuple[str, ...]) -> Corpus:
+    """rows: (domain, tokens) of every sequence."""
+    tokens_NS = np.full((len(rows), length), pad, dtype=np.int32)
     mask_NS = np.zeros(tokens_NS.shape, dtype=bool)
-    for i, row in enumerate(rows):
+    for i, (_, row) in enumerate(rows):
         tokens_NS[i, : len(row)] = row
         mask_NS[i, : len(row)] = True
-    return Corpus(tokens_NS, mask_NS, np.asarray(domain_ids, dtype=np.int32), domains)
+    return Corpus(tokens_NS, mask_NS, np.asarray([domain for domain, _ in rows], dtype=np.int32), domains)
+
+
+def joined(*corpora: Corpus) -> Corpus:
+    """Corpora of the same domains and length, one after the other."""
+    arrays = [np.concatenate([getattr(c, name) for c in corpora]) for name in ("tokens_NS", "mask_NS", "domain_N")]
+    return Corpus(*arrays, corpora[0].domains)
 
 
 def check_sources(text: Text) -> None:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that --help is instant.
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import sys
@@ -21,6 +22,7 @@ STAGES = {
     "inspect": "Read config and safetensors headers; write facts.json.",
     "calibrate": "Tokenise the calibration text; write calibration/calibration.arrow.",
     "score": "Run the model over the tokens layer by layer; write scores/layer_*.safetensors.",
+    "select": "Choose the budget's auto keys on calibration text set aside; write selection.json.",
     "plan": "Choose whole experts and kept neurons; write plan.json and plan.safetensors.",
     "compensate": "Solve W_down of narrow experts for what their dropped neurons contributed.",
     "write": "Write the pruned checkpoint in every layout of the job.",
@@ -33,11 +35,12 @@ EXAMPLES = {
     "inspect": ["JOB.yaml --set model=/models/DeepSeek-V3"],
     "calibrate": ["JOB.yaml --set calibration.sources.0.samples=8"],
     "score": ["JOB.yaml --set score.dtype=float32"],
+    "select": ["JOB.yaml --set budget.important=auto --set budget.slope=auto"],
     "plan": ["JOB.yaml --set budget.retention=0.45 --overwrite"],
     "compensate": ["JOB.yaml --set output.compensate=true", "JOB.yaml --set output.ridge=0.001 --overwrite"],
     "write": ["JOB.yaml --set 'output.layouts=[ragged, padded]'"],
     "verify": ["JOB.yaml"],
-    "evaluate": ["JOB.yaml --set evaluation.sequence_length=1024"],
+    "evaluate": ["JOB.yaml --set evaluation.sequence_length=1024", "JOB.yaml --plans a.json b.json"],
     "report": ["JOB.yaml"],
 }
 
@@ -96,10 +99,11 @@ def _execute_stages(
     overwrite: bool,
     as_json: bool,
     debug: bool,
+    plans: tuple[Path, ...] = (),
 ) -> None:
     from tenp_dist.config import load_job
 
-    loaded = load_job(job, overrides, run_dir)
+    loaded = load_job(job, overrides, run_dir, plans)
 
     from tenp_dist.cli.stages import preflight, stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
@@ -125,9 +129,19 @@ def _execute_stages(
 
 
 def _not_asked_for(stage: str, job: Path) -> JobError:
+    """A stage that the job has no use for."""
+    from tenp_dist.config import no_evaluation
+
     if stage == "compensate":
         return JobError("The job does not compensate", where=job, next_step="set output.compensate to true")
-    return JobError("The job has no `evaluation`", where=job, next_step="add an `evaluation:` part to the job file")
+    if stage == "select":
+        return JobError(
+            "Nothing in the job's budget is to be chosen",
+            where=job,
+            wanted="important: auto or slope: auto",
+            next_step="plan as the budget says, or set one of them to auto",
+        )
+    return no_evaluation(job)
 
 
 def _unexpected(error: Exception) -> TenpError:
@@ -154,11 +168,27 @@ def _help(name: str, text: str) -> str:
     return f"{text}\n\n\b\nExamples:\n{examples}"
 
 
+def _plans_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--plans A B`: the option takes A, what follows the job file without an option is added to it."""
+
+    @functools.wraps(command)
+    def joined(*, plans: tuple[Path, ...], more_plans: tuple[Path, ...], **options: Any) -> None:
+        if more_plans and not plans:
+            raise click.UsageError(f"Got unexpected extra argument ({more_plans[0]})")
+        command(plans=(*plans, *more_plans), **options)
+
+    text = "Measure these plan.json files instead of the written checkpoint, all in one pass."
+    path = click.Path(path_type=Path)
+    option = click.option("--plans", multiple=True, type=path, metavar="PLAN...", help=text)
+    return option(click.argument("more_plans", nargs=-1, type=path, metavar="")(joined))
+
+
 def _add_command(name: str, names: list[str] | None, text: str) -> None:
-    @cli.command(name, help=_help(name, text))
-    @_options
-    def command(**options: Any) -> None:
+    def run(**options: Any) -> None:
         _execute(names, **options)
+
+    command = _plans_option(run) if name == "evaluate" else run
+    cli.command(name, help=_help(name, text))(_options(command))
 
 
 _add_command("run", None, "Run every stage of a job and skip those already done.")

@@ -1,22 +1,33 @@
 """The pipeline as data: every stage, what it reads, and the few lines that call the rooms below.
 
-inspect -> calibrate -> score -> plan -> [compensate ->] write -> verify -> evaluate -> report; every arrow is a file.
+inspect -> calibrate -> score -> [select ->] plan -> [compensate ->] write -> verify -> evaluate -> report; every
+arrow is a file.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, read_json, write_json
-from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics
+from tenp_dist.budget.plan import Plan, control_budget, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import read_plan, write_plan
 from tenp_dist.budget.shape import MoeLayer, plan_shape
-from tenp_dist.calibration.corpus import build_corpus, check_sources, read_corpus, seen_share, write_corpus
+from tenp_dist.calibration.corpus import (
+    Corpus,
+    build_corpus,
+    build_split,
+    check_sources,
+    joined,
+    read_corpus,
+    seen_share,
+    write_corpus,
+)
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -30,7 +41,18 @@ from tenp_dist.engine.coordinator import Context, Output, Stage
 from tenp_dist.engine.parallel import check_parallel
 from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
+from tenp_dist.errors import BudgetError
 from tenp_dist.evaluation.metrics import SOURCE
+from tenp_dist.evaluation.plans import (
+    NamedPlan,
+    check_distinct,
+    entry,
+    given_plans,
+    grid_budgets,
+    store_plans,
+    with_controls,
+)
+from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
@@ -38,6 +60,7 @@ from tenp_dist.runtime.transformers import modeling_source
 from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
 
 CORPUS = "calibration/calibration.arrow"
+SELECTION = "calibration/selection.arrow"
 HELD_OUT = "evaluation/evaluation.arrow"
 SEEN_LIMIT = 0.01
 
@@ -61,11 +84,16 @@ def _inspect(context: Context) -> Output:
 
 
 def _calibrate(context: Context) -> Output:
-    corpus = build_corpus(context.job.calibration, context.job.model, _facts(context)["vocab_size"])
-    path = context.run_dir / CORPUS
+    job, path = context.job, context.run_dir / CORPUS
+    corpus, aside = build_split(job.calibration, job.model, _facts(context)["vocab_size"], job.selection_share)
     context.replace()
     write_corpus(path, corpus)
-    return Output([path], corpus.digest, {"tokens": corpus.tokens_by_domain(), "sequences": len(corpus.tokens_NS)})
+    summary = {"tokens": corpus.tokens_by_domain(), "sequences": len(corpus.tokens_NS)}
+    if aside is None:
+        return Output([path], corpus.digest, summary)
+    write_corpus(context.run_dir / SELECTION, aside)
+    summary["set_aside"] = aside.tokens_by_domain()
+    return Output([path, context.run_dir / SELECTION], digest_of([corpus.digest, aside.digest]), summary)
 
 
 def _score(context: Context) -> Output:
@@ -82,11 +110,43 @@ def _score(context: Context) -> Output:
     return Output(files, digest, summary | {"shards": done.shards, "resumed": round(done.resumed_share, 3)})
 
 
-def _plan(context: Context) -> Output:
+def _select(context: Context) -> Output:
+    """Choose the budget's `auto` keys on calibration text that was set aside."""
+    job, folder = context.job, context.run_dir / "selection"
+    context.replace()
+    plans, infeasible = store_plans(candidates(job.budget), folder / "plans", _maker(context), _writer(context))
+    corpus, passes = context.run_dir / SELECTION, (_masks(job, plans),)
+    figures = _measure(context, "select", passes, corpus, folder, job.score.batch_tokens)
+    source = figures.pop(SOURCE)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        **selection_document(job.budget, plans, figures, source, _domain_weights(job)),
+        "infeasible": infeasible,
+    }
+    path = context.run_dir / "selection.json"
+    write_json(path, document)
+    shutil.rmtree(folder)  # what was not chosen can be made again from the scores
+    return Output([path], digest_of(document), {key: document[key] for key in ("chosen", "criterion", "infeasible")})
+
+
+def _budget(context: Context) -> Budget:
+    """The job's budget, its `auto` keys as chosen."""
     budget = context.job.budget
-    plan = make_plan(
-        budget, _moe_layers(context), _statistics(context, budget), domain_weights=_domain_weights(context.job)
-    )
+    return chosen_budget(budget, read_json(context.run_dir / "selection.json")) if budget.auto else budget
+
+
+def _maker(context: Context) -> Callable[[Budget], Plan]:
+    """Makes plans from the stored scores."""
+    layers, weights = _moe_layers(context), _domain_weights(context.job)
+    return lambda budget: make_plan(budget, layers, _statistics(context, budget), domain_weights=weights)
+
+
+def _writer(context: Context) -> Callable[[Path, Plan], list[Path]]:
+    return lambda folder, plan: _write_plan(context, folder, plan)
+
+
+def _plan(context: Context) -> Output:
+    plan = _maker(context)(_budget(context))
     context.replace()
     files = _write_plan(context, context.run_dir, plan)
     document = read_plan(context.run_dir)
@@ -185,42 +245,77 @@ def _verify(context: Context) -> Output:
 def _evaluate(context: Context) -> Output:
     job, run_dir = context.job, context.run_dir
     corpus = build_corpus(job.evaluation, job.model, _facts(context)["vocab_size"])
+    given = given_plans(job.evaluation.plans, _index(job.model).fingerprint)
     context.replace()
     write_corpus(run_dir / HELD_OUT, corpus)
-    control = make_plan(
-        control_budget(job.budget), _moe_layers(context), _statistics(context, control_budget(job.budget))
-    )
-    control_files = _write_plan(context, run_dir / "evaluation" / "random", control)
+    plans, refused = _plans_beside(context, given)
+    control = [_control(context)] if job.evaluation.checkpoint else []
+    passes = [_masks(job, [*control, *plans])]
     layout = "ragged" if "ragged" in job.output.layouts else job.output.layouts[0]
-    random = run_dir / "evaluation" / "random" / "plan.safetensors"
-    passes = (
-        Pass(job.model, {SOURCE: None, "random": random}),
-        Pass(run_dir / "checkpoint" / layout, {"pruned": None}),
-    )
-    variants = _measure(context, passes)
-    seen = seen_share(corpus, read_corpus(run_dir / CORPUS))
+    if job.evaluation.checkpoint:
+        passes.append(Pass(run_dir / "checkpoint" / layout, {"pruned": None}))
+    folder = run_dir / "evaluation"
+    figures = _measure(context, "evaluate", passes, run_dir / HELD_OUT, folder, job.evaluation.batch_tokens)
+    seen = seen_share(corpus, _calibrated_on(run_dir))
     document = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": job.evaluation.sequence_length,
-        "variants": {name: variants[name] for name in (SOURCE, "pruned", "random")},
-        "pruned_from": f"checkpoint/{layout}",
+        "variants": {name: figures[name] for name in (SOURCE, "pruned", "random") if name in figures},
+        "plans": [entry(plan, figures[plan.name]) for plan in plans],
+        "pruned_from": f"checkpoint/{layout}" if job.evaluation.checkpoint else None,
         "seen_in_calibration": seen,
-        "warnings": _seen_warnings(seen),
+        "warnings": [*_seen_warnings(seen), *_refused_warnings(refused)],
     }
     path = run_dir / "evaluation.json"
     write_json(path, document)
-    files = [path, run_dir / HELD_OUT, *control_files]
-    return Output(files, digest_of(document), document)
+    made = [file for plan in (*control, *plans) if plan not in given for file in (plan.text, plan.tensors)]
+    return Output([path, run_dir / HELD_OUT, *made], digest_of(document), document)
 
 
-def _measure(context: Context, passes: Sequence[Pass]) -> dict[str, Any]:
+def _plans_beside(context: Context, given: Sequence[NamedPlan]) -> tuple[list[NamedPlan], list[str]]:
+    """The plans that the job asks for besides the checkpoint, with their random controls; and those refused."""
+    asked = context.job.evaluation
+    if not asked.many:
+        return [], []
+    budgets, out_of_range = grid_budgets(_budget(context), asked.grid) if asked.grid else ({}, [])
+    budgets |= {plan.name: plan.budget for plan in given}
+    controls = {name: budget for name, budget in with_controls(budgets).items() if name not in budgets}
+    for plan in given:
+        del budgets[plan.name]
+    folder = context.run_dir / "evaluation" / "plans"
+    plans, refused = store_plans({**budgets, **controls}, folder, _maker(context), _writer(context))
+    plans = [*(plan for plan in plans if plan.name in budgets), *given, *(p for p in plans if p.name in controls)]
+    check_distinct(plans)
+    return plans, [*out_of_range, *refused]
+
+
+def _control(context: Context) -> NamedPlan:
+    """The random control of the written checkpoint, called `random`."""
+    plan = _maker(context)(control_budget(_budget(context)))
+    tensors, text = _write_plan(context, context.run_dir / "evaluation" / "random", plan)
+    return NamedPlan("random", text, tensors, {})
+
+
+def _masks(job: Job, plans: Sequence[NamedPlan]) -> Pass:
+    """One pass over the source, as it is and under every plan."""
+    return Pass(job.model, {SOURCE: None, **{plan.name: plan.tensors for plan in plans}})
+
+
+def _measure(
+    context: Context, stage: str, passes: Sequence[Pass], corpus: Path, folder: Path, batch_tokens: int
+) -> dict[str, dict[str, Any]]:
     """variant -> its figures."""
     job, run_dir = context.job, context.run_dir
-    compute = _compute(context, job.evaluation.batch_tokens)
-    task = EvaluateTask(passes, run_dir / HELD_OUT, run_dir / "evaluation", context.key, compute, waves=job.score.waves)
+    compute = _compute(context, batch_tokens)
+    task = EvaluateTask(passes, corpus, folder, context.key, compute, waves=job.score.waves)
     nbytes = layers_of_facts(_facts(context), compute.torch_dtype.itemsize).nbytes
-    ledger = Ledger(run_dir / "stages" / "evaluate.ledger.jsonl")
+    ledger = Ledger(run_dir / "stages" / f"{stage}.ledger.jsonl")
     return evaluate_model(context.pool, task, nbytes, job.cluster, context.progress, ledger).summary()
+
+
+def _calibrated_on(run_dir: Path) -> Corpus:
+    """All text that had a say in the plan."""
+    return joined(*(read_corpus(run_dir / name) for name in (CORPUS, SELECTION) if (run_dir / name).exists()))
 
 
 def _report(context: Context) -> Output:
@@ -238,15 +333,30 @@ def preflight(job: Job) -> None:
     """
     facts = checkpoint_facts(_index(job.model))
     layers = [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
-    plan_shape(job.budget, layers)
+    _check_budget(job.budget, layers)
     config = _index(job.model).config
     check_parallel(family_of(config), config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
         check_sources(text)
+    if job.evaluation:
+        given_plans(job.evaluation.plans, _index(job.model).fingerprint)
+
+
+def _check_budget(budget: Budget, layers: Sequence[MoeLayer]) -> None:
+    """Raises what planning would; of an `auto` budget only if no combination can be met."""
+    budgets, errors = list(candidates(budget).values()) if budget.auto else [budget], []
+    for one in budgets:
+        try:
+            plan_shape(one, layers)
+        except BudgetError as error:
+            errors.append(error)
+    if len(errors) == len(budgets):
+        raise errors[0]
 
 
 def stages_for(job: Job) -> list[Stage]:
-    """The stages of a job in order; `compensate` and `evaluate` are there if the job asks for them."""
+    """The stages of a job in order; `select`, `compensate` and `evaluate` are there if the job asks for them."""
+    select = ("select",) if job.budget.auto else ()
     evaluate = ("evaluate",) if job.evaluation else ()
     compensated = ("compensate",) if job.output.compensate else ()
     tokens = ("inspect", "calibrate") if compensated else ()  # verify solves again from them
@@ -254,7 +364,22 @@ def stages_for(job: Job) -> list[Stage]:
         Stage("inspect", "Inspect the source", (), _inspect_fields, _inspect, ("facts.json",)),
         Stage("calibrate", "Tokenise calibration text", ("inspect",), _calibrate_fields, _calibrate, ("calibration",)),
         Stage("score", "Score experts and neurons", ("inspect", "calibrate"), _score_fields, _score, ("scores",)),
-        Stage("plan", "Plan the budget", ("inspect", "score"), _plan_fields, _plan, ("plan.json", "plan.safetensors")),
+        Stage(
+            "select",
+            "Choose the budget",
+            ("inspect", "calibrate", "score"),
+            _select_fields,
+            _select,
+            ("selection", "selection.json"),
+        ),
+        Stage(
+            "plan",
+            "Plan the budget",
+            ("inspect", "score", *select),
+            _plan_fields,
+            _plan,
+            ("plan.json", "plan.safetensors"),
+        ),
         Stage(
             "compensate",
             "Compensate kept neurons",
@@ -277,7 +402,7 @@ def stages_for(job: Job) -> list[Stage]:
         Stage(
             "evaluate",
             "Evaluate on held-out text",
-            ("inspect", "calibrate", "plan", "write"),
+            _evaluate_needs(job),
             _evaluate_fields,
             _evaluate,
             ("evaluation", "evaluation.json"),
@@ -285,14 +410,24 @@ def stages_for(job: Job) -> list[Stage]:
         Stage(
             "report",
             "Write the report",
-            ("score", "plan", *compensated, "write", "verify", *evaluate),
+            ("score", *select, "plan", *compensated, "write", "verify", *evaluate),
             _no_fields,
             _report,
             ("report",),
         ),
     ]
-    asked = {"evaluate": bool(job.evaluation), "compensate": job.output.compensate}
+    asked = {"select": job.budget.auto, "evaluate": job.evaluation, "compensate": job.output.compensate}
     return [stage for stage in stages if asked.get(stage.name, True)]
+
+
+def _evaluate_needs(job: Job) -> tuple[str, ...]:
+    """Only a written checkpoint has to be planned and written; other plans are made from the scores."""
+    needs = ["inspect", "calibrate"]
+    if job.evaluation and job.evaluation.many:
+        needs += ["score", *(["select"] if job.budget.auto and job.evaluation.grid else [])]
+    if job.evaluation and job.evaluation.checkpoint:
+        needs += ["plan", "write"]
+    return tuple(needs)
 
 
 def _no_fields(job: Job) -> dict:
@@ -304,12 +439,18 @@ def _inspect_fields(job: Job) -> dict:
 
 
 def _calibrate_fields(job: Job) -> dict:
-    return _text_fields(job, job.calibration) | {"tokenizer": _tokenizer_digest(job.model)}
+    share = {"selection_share": str(job.selection_share)}
+    return _text_fields(job, job.calibration) | share | {"tokenizer": _tokenizer_digest(job.model)}
 
 
 def _score_fields(job: Job) -> dict:
     cluster = {"device": job.cluster.device, "tensor_parallel": job.cluster.tensor_parallel}
     return job.score.model_dump(mode="json") | cluster
+
+
+def _select_fields(job: Job) -> dict:
+    tried = [budget.model_dump(mode="json") for budget in candidates(job.budget).values()]
+    return _plan_fields(job) | _score_fields(job) | {"candidates": digest_of(tried)}
 
 
 def _plan_fields(job: Job) -> dict:
@@ -328,7 +469,10 @@ def _write_fields(job: Job) -> dict:
 
 def _evaluate_fields(job: Job) -> dict:
     compute = {"dtype": job.score.dtype} | {key: getattr(job.cluster, key) for key in ("device", "tensor_parallel")}
-    return _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
+    fields = _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
+    given = given_plans(job.evaluation.plans, _index(job.model).fingerprint)
+    fields["plans"] = {plan.name: [file_digest(plan.text), file_digest(plan.tensors)] for plan in given}
+    return fields | (_plan_fields(job) if job.evaluation.many else {})
 
 
 def _text_fields(job: Job, text: Text) -> dict:
@@ -406,3 +550,7 @@ def _seen_warnings(seen: dict[str, float]) -> list[str]:
         for domain, share in seen.items()
         if share > SEEN_LIMIT
     ]
+
+
+def _refused_warnings(refused: Sequence[str]) -> list[str]:
+    return [f"not measured, no plan meets it: {name}" for name in refused]

@@ -22,6 +22,7 @@ from tenp_dist.engine.compute import Progress as Step
 from tenp_dist.engine.coordinator import Listener, Stage
 from tenp_dist.engine.local import Pool
 
+_WIDE = 120  # columns from which a table shows every domain
 _PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 
 
@@ -129,6 +130,8 @@ def _gist(record: StageRecord) -> str:
         shards = f", {len(summary['shards'])} shards {summary['mode']}" if len(summary["shards"]) > 1 else ""
         resumed = f", {summary['resumed']:.0%} was there already" if summary["resumed"] else ""
         return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s{shards}{resumed}"
+    if record.stage == "select":
+        return ", ".join(f"{key} {value}" for key, value in summary["chosen"].items())
     if record.stage == "plan":
         return f"kept {summary['retention']['realised']:.2%} of routed parameters"
     if record.stage == "compensate":
@@ -148,7 +151,10 @@ def print_summary(job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
     if "plan" in stages:
         _print_plan(console, stages)
     if "evaluate" in stages:
-        _print_evaluation(console, stages["evaluate"])
+        if "pruned" in stages["evaluate"]["variants"]:
+            _print_evaluation(console, stages["evaluate"])
+        if stages["evaluate"]["plans"]:
+            print_plans(console, stages["evaluate"])
     _print_places(console, job, stages)
 
 
@@ -193,6 +199,31 @@ def _print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     console.print(
         "[dim]NLL in nats per token. The random control keeps as many experts whole and neurons, drawn by chance.[/dim]"
     )
+    console.print()
+
+
+def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:
+    """One line a plan, in the order in which they were given; the controls last."""
+    source = evaluation["variants"]["source"]
+    domains = list(source["domains"]) if console.width >= _WIDE else []
+    table = Table(title="Plans on held-out text", title_justify="left", title_style="bold")
+    table.add_column("plan", overflow="fold", min_width=24)
+    for heading in ("kept", "NLL added", *domains, "KL", "same top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for plan in evaluation["plans"]:
+        added = [plan["domains"][name]["nll"] - source["domains"][name]["nll"] for name in domains]
+        mean = plan["mean"]
+        table.add_row(
+            plan["name"],
+            f"{plan['retention']['realised']:.2%}",
+            f"{mean['nll'] - source['mean']['nll']:+.4f}",
+            *(f"{value:+.4f}" for value in added),
+            f"{mean['kl']:.4f}",
+            f"{mean['top1_agreement']:.1%}",
+            style="dim" if plan["control"] else None,
+        )
+    console.print(table)
+    console.print(f"[dim]NLL of the source: {source['mean']['nll']:.4f} nats per token.[/dim]")
     console.print()
 
 

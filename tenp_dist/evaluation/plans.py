@@ -1,0 +1,161 @@
+"""The plans of an evaluation besides the written checkpoint: a grid of budgets, plan files, random controls.
+
+All are masks of one pass over the source, so twenty cost the reading of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.budget.plan import Plan, control_budget
+from tenp_dist.budget.plan_files import plan_pair, read_plan_pair
+from tenp_dist.config import Budget
+from tenp_dist.errors import BudgetError, JobError, StaleError
+from tenp_dist.scoring.methods import registry
+
+MakePlan = Callable[[Budget], Plan]
+WritePlan = Callable[[Path, Plan], Sequence[Path]]
+CONTROL = "control: "
+_WHOLE_ONLY = ("important", "slope", "minimum_important")  # keys that say which experts stay whole
+
+
+@dataclass(frozen=True)
+class NamedPlan:
+    """A stored plan. document: what its plan.json says."""
+
+    name: str
+    text: Path
+    tensors: Path
+    document: Mapping[str, Any]
+
+    @property
+    def budget(self) -> Budget:
+        return budget_of(self.document)
+
+
+def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Budget], list[str]]:
+    """Every combination of the grid's values over `budget`: name -> budget, and those that are out of range.
+
+    Keys vary in the order of the budget's own, the last one fastest. Keys that a method does not read are left
+    out of its names, so no budget comes twice.
+    """
+    budgets, refused = {}, []
+    keys = [key for key in Budget.model_fields if key in grid]
+    for values in itertools.product(*(grid[key] for key in keys)):
+        changes = dict(zip(keys, values, strict=True))
+        method = str(changes.get("method", budget.method))
+        if not registry.get(method).whole_experts:
+            changes = {key: value for key, value in changes.items() if key not in _WHOLE_ONLY}
+        name = grid_name(method, changes)
+        try:
+            budgets[name] = Budget.model_validate(budget.model_dump() | changes)
+        except ValueError:
+            refused.append(name)
+    return budgets, list(dict.fromkeys(refused))
+
+
+def grid_name(method: str, changes: Mapping[str, Any]) -> str:
+    """`tenp retention=0.3 important=0.1`."""
+    return " ".join([method, *(f"{key}={value}" for key, value in changes.items() if key != "method")])
+
+
+def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """The budgets, then for every retention (and kind of control) that has none a control of its first plan."""
+    drawn = {(budget.method, budget.retention) for budget in budgets.values()}
+    controls = {}
+    for budget in budgets.values():
+        control = control_budget(budget)
+        if (control.method, control.retention) not in drawn:
+            drawn.add((control.method, control.retention))
+            controls[f"{CONTROL}{control.method} retention={control.retention}"] = control
+    return {**budgets, **controls}
+
+
+def store_plans(
+    budgets: Mapping[str, Budget], folder: Path, make: MakePlan, write: WritePlan
+) -> tuple[list[NamedPlan], list[str]]:
+    """Make every plan from the stored scores and write it under `folder`; and those that no plan can meet.
+
+    Raises:
+        BudgetError: none can be met.
+    """
+    stored, refused, error = [], [], None
+    for name, budget in budgets.items():
+        try:
+            plan = make(budget)
+        except BudgetError as infeasible:
+            refused, error = [*refused, name], infeasible
+            continue
+        home = folder / re.sub(r"[^A-Za-z0-9.]+", "-", name)
+        write(home, plan)
+        text, tensors = plan_pair(home)
+        stored.append(NamedPlan(name, text, tensors, read_plan_pair(text, tensors)))
+    if error is not None and not stored:
+        raise error
+    return stored, refused
+
+
+def given_plans(paths: Iterable[Path], fingerprint: str) -> list[NamedPlan]:
+    """Plan files that a user names, by file name (`plan.json`: by its folder's).
+
+    Raises:
+        StaleError: a plan is missing or damaged, of another schema, or of another model.
+    """
+    plans: list[NamedPlan] = []
+    for path in paths:
+        text, tensors = plan_pair(path)
+        document = read_plan_pair(text, tensors)
+        if document["source_fingerprint"] != fingerprint:
+            raise StaleError(
+                "The plan was made from another model",
+                where=text,
+                found=document["source_fingerprint"],
+                wanted=fingerprint,
+                next_step="plan again for this model, or evaluate with the job of the model that was planned",
+            )
+        name = text.parent.name if text.name == "plan.json" else text.stem
+        same = sum(plan.name.split(" (")[0] == name for plan in plans)
+        plans.append(NamedPlan(f"{name} ({same + 1})" if same else name, text, tensors, document))
+    return plans
+
+
+def budget_of(document: Mapping[str, Any]) -> Budget:
+    """The budget that plan.json was made for; shares that no decimal equals are cut after nine digits."""
+    values = {"method": document["method"], **document["budget"]}
+    known = {key: _decimal(value) for key, value in values.items() if key in Budget.model_fields}
+    return Budget.model_validate(known)
+
+
+def _decimal(value: Any) -> Any:
+    if not (isinstance(value, str) and re.fullmatch(r"-?\d+/\d+", value)):
+        return value
+    share = Fraction(value)
+    return Decimal(share.numerator * 10**9 // share.denominator).scaleb(-9)
+
+
+def entry(plan: NamedPlan, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What evaluation.json says of a plan."""
+    document = plan.document
+    return {
+        "name": plan.name,
+        "method": document["method"],
+        "control": plan.name.startswith(CONTROL),
+        "budget": document["budget"],
+        "retention": document["retention"],
+        **figures,
+    }
+
+
+def check_distinct(plans: Sequence[NamedPlan]) -> None:
+    """Raise JobError where two plans have one name."""
+    names = [plan.name for plan in plans]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise JobError("Two plans have one name", where="evaluation", found=twice, next_step="rename one of the files")

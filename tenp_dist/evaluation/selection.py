@@ -1,0 +1,103 @@
+"""Choosing `auto` keys of a budget: a grid of plans measured on calibration text that nothing was scored on.
+
+The grid is ours: alpha in six shares of rho, which hold the paper's best (rho/2 for Qwen1.5-MoE and rho/3 for
+DeepSeek-V2-Lite at rho 0.6, rho/6 at 0.3), and the slope in four steps. All plans go through the model in one
+pass. Chosen is the least divergence from the source (KL), not the least NLL: it compares whole distributions
+instead of one token's probability, so it settles on less text, and a plan gains nothing by chance on a domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_FLOOR, Decimal
+from fractions import Fraction
+from typing import Any
+
+from tenp_dist.config import Budget
+from tenp_dist.errors import JobError
+from tenp_dist.evaluation.plans import NamedPlan
+from tenp_dist.scoring.methods import registry
+
+ALPHA_SHARES = tuple(Fraction(n, 12) for n in (0, 1, 2, 4, 6, 8))
+SLOPES = tuple(map(Decimal, ("0", "0.33", "0.67", "1")))
+CRITERION = "kl"
+
+
+def candidates(budget: Budget) -> dict[str, Budget]:
+    """Name -> budget of every combination tried, in the order in which ties are settled: alpha, then slope.
+
+    Raises:
+        JobError: the method keeps no expert whole, so there is nothing to choose.
+    """
+    if not registry.get(budget.method).whole_experts:
+        raise JobError(
+            f"Method {budget.method} has no whole experts to choose a number of",
+            where="budget: " + ", ".join(f"{key}: auto" for key in budget.auto),
+            wanted="auto with a method that keeps experts whole",
+            next_step="leave `important` and `slope` out, or use method tenp",
+        )
+    alphas = [_alpha(budget, share) for share in ALPHA_SHARES] if "important" in budget.auto else [budget.important]
+    slopes = SLOPES if "slope" in budget.auto else [budget.slope]
+    pairs = [(alpha, slope) for alpha in dict.fromkeys(alphas) for slope in (slopes if alpha != 0 else slopes[:1])]
+    return {
+        f"important={alpha} slope={slope}": budget.model_copy(update={"important": alpha, "slope": slope})
+        for alpha, slope in pairs
+    }
+
+
+def _alpha(budget: Budget, share: Fraction) -> Decimal:
+    """share * rho, cut after four digits."""
+    exact = budget.retention_exact * share
+    value = (Decimal(exact.numerator) / Decimal(exact.denominator)).quantize(Decimal("0.0001"), rounding=ROUND_FLOOR)
+    return value.normalize() + 0
+
+
+def selection_document(
+    budget: Budget,
+    plans: Sequence[NamedPlan],
+    figures: Mapping[str, Mapping[str, Any]],
+    source: Mapping[str, Any],
+    weights: Mapping[str, Fraction],
+) -> dict[str, Any]:
+    """The content of selection.json.
+
+    Args:
+        plans: in the order in which ties are settled. figures: plan name -> figures of evaluation.
+        source: figures of the model as it is. weights: domain -> weight, as for scores.
+    """
+    curve = [_point(plan, figures[plan.name], source, weights) for plan in plans]
+    best = min(curve, key=lambda point: point[CRITERION])  # the first of equals
+    return {
+        "auto": list(budget.auto),
+        "criterion": CRITERION,
+        "chosen": {key: best[key] for key in ("important", "slope")},
+        "tokens": {domain: row["tokens"] for domain, row in source["domains"].items()},
+        "source_nll": _mean(source, "nll", weights),
+        "curve": curve,
+    }
+
+
+def _point(
+    plan: NamedPlan, figures: Mapping[str, Any], source: Mapping[str, Any], weights: Mapping[str, Fraction]
+) -> dict[str, Any]:
+    measured = {key: _mean(figures, key, weights) for key in ("nll", "kl", "top1_agreement")}
+    return {
+        "important": plan.document["budget"]["important"],
+        "slope": plan.document["budget"]["slope"],
+        "retention": plan.document["retention"]["realised"],
+        "nll_increase": measured["nll"] - _mean(source, "nll", weights),
+        **measured,
+    }
+
+
+def _mean(figures: Mapping[str, Any], key: str, weights: Mapping[str, Fraction]) -> float:
+    """Over domains, by their weights."""
+    rows = figures["domains"]
+    shares = {domain: float(weights.get(domain, 1)) for domain in rows}
+    return sum(shares[domain] * row[key] for domain, row in rows.items()) / sum(shares.values())
+
+
+def chosen_budget(budget: Budget, document: Mapping[str, Any]) -> Budget:
+    """The budget with its `auto` keys as chosen."""
+    chosen = {key: Decimal(document["chosen"][key]) for key in budget.auto}
+    return Budget.model_validate(budget.model_dump() | chosen)
