@@ -15,6 +15,7 @@ from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.engine.compute import Compute
 from tenp_dist.evaluation.metrics import Metrics
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_shard
+from tenp_dist.evaluation.variants import Variant
 from tenp_dist.runtime.ragged_config import modeling_module
 from tenp_dist.runtime.transformers import modeling_source
 
@@ -73,7 +74,9 @@ def test_streamed_figures_equal_a_plain_forward(family, padded, tiny_model, tmp_
     folder, corpus = tiny_model(family), random_corpus(256, padded=padded)
     kept = random_kept(folder)
     write_kept(tmp_path / "kept.safetensors", kept, {"plan": "test"})
-    found = evaluate([Pass(folder, {"source": None, "random": tmp_path / "kept.safetensors"})], corpus, tmp_path)
+    found = evaluate(
+        [Pass(folder, {"source": Variant(), "random": Variant(tmp_path / "kept.safetensors")})], corpus, tmp_path
+    )
     model = load(folder)
     reference = logits_of(model, corpus)
     variants = {"source": reference, "random": logits_of(masked(model, kept), corpus)}
@@ -122,8 +125,8 @@ def test_a_written_checkpoint_evaluates_like_its_masks(layout, tiny_model, tmp_p
     else:
         write(source, kept, tmp_path / "out", "padded")
     passes = [
-        Pass(source, {"source": None, "masks": tmp_path / "kept.safetensors"}),
-        Pass(tmp_path / "out", {"written": None}),
+        Pass(source, {"source": Variant(), "masks": Variant(tmp_path / "kept.safetensors")}),
+        Pass(tmp_path / "out", {"written": Variant()}),
     ]
     found = evaluate(passes, corpus, tmp_path)
     for key in ("nll", "kl", "top1_agreement"):

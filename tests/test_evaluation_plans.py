@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_checkpoint import random_kept
+from test_compensation import compensate
 from test_evaluation import COMPUTE, evaluate, expected_figures, load, logits_of, masked
 from test_scoring import random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
+from tenp_dist.checkpoint.families import FAMILIES
 from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
+from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.config import Cluster
 from tenp_dist.engine.carrier import Carrier
 from tenp_dist.engine.controller import Ledger
@@ -22,16 +27,17 @@ from tenp_dist.evaluation import metrics as metrics_module
 from tenp_dist.evaluation.metrics import boxes
 from tenp_dist.evaluation.shard import EvaluateShard
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
-from tenp_dist.evaluation.variants import shared_prefixes
+from tenp_dist.evaluation.variants import Variant, shared_prefixes
 from tenp_dist.model.skeleton import Skeleton
 
 
-def plan_files(folder: Path, source: Path, count: int) -> dict[str, Path]:
+def plan_files(folder: Path, source: Path, count: int) -> dict[str, Variant]:
     """`count` plans of random masks, each other in every MoE layer."""
     files = {}
     for seed in range(count):
-        files[f"plan {seed}"] = folder / f"kept-{seed}.safetensors"
-        write_kept(files[f"plan {seed}"], random_kept(source, seed=seed), {"plan": "test"})
+        path = folder / f"kept-{seed}.safetensors"
+        files[f"plan {seed}"] = Variant(path)
+        write_kept(path, random_kept(source, seed=seed), {"plan": "test"})
     return files
 
 
@@ -59,7 +65,9 @@ def test_reading_costs_the_same_for_one_plan_and_for_seven(waves, tiny_model, tm
         folder = tmp_path / str(count)
         folder.mkdir()
         write_corpus(folder / "held-out.arrow", corpus)
-        task = EvaluateTask([Pass(source, {"source": None, **files})], folder / "held-out.arrow", folder, "k", COMPUTE)
+        task = EvaluateTask(
+            [Pass(source, {"source": Variant(), **files})], folder / "held-out.arrow", folder, "k", COMPUTE
+        )
         evaluate_model(*arguments(replace(task, waves=waves), source, folder))
         costs.append(sorted(reads))
     assert costs[0] == costs[1] == costs[2]
@@ -76,11 +84,11 @@ def test_a_plan_among_many_has_the_figures_that_it_has_alone(tiny_model, tmp_pat
     """And those of the stock model with the masks built in, by definition."""
     source, corpus = tiny_model("qwen3_moe"), random_corpus(256, padded=True)
     files = plan_files(tmp_path, source, 4)
-    together = evaluate([Pass(source, {"source": None, **files})], corpus, tmp_path)
+    together = evaluate([Pass(source, {"source": Variant(), **files})], corpus, tmp_path)
     assert list(together) == ["source", *files]
     reference = logits_of(load(source), corpus)
-    for seed, (name, path) in enumerate(files.items()):
-        alone = evaluate([Pass(source, {"source": None, name: path})], corpus, tmp_path)
+    for seed, (name, variant) in enumerate(files.items()):
+        alone = evaluate([Pass(source, {"source": Variant(), name: variant})], corpus, tmp_path)
         assert together[name] == alone[name]
         logits = logits_of(masked(load(source), random_kept(source, seed=seed)), corpus)
         for i, domain in enumerate(corpus.domains):
@@ -121,7 +129,7 @@ def test_shared_layers_run_once_and_an_equal_plan_costs_nothing(tiny_model, tmp_
         real(self, name, layer, *rest)
 
     monkeypatch.setattr(EvaluateShard, "_run_variant", counted)
-    variants = {"source": None} | {name: tmp_path / f"{name}.safetensors" for name in made}
+    variants = {"source": Variant()} | {name: Variant(tmp_path / f"{name}.safetensors") for name in made}
     found = evaluate([Pass(source, variants)], corpus, tmp_path)
     waves = sum(layer == 0 for layer, _ in runs)
     wanted = [(0, "source"), (1, "source"), (1, "first"), (2, "source"), (2, "first")]
@@ -129,7 +137,7 @@ def test_shared_layers_run_once_and_an_equal_plan_costs_nothing(tiny_model, tmp_
     assert sorted(runs) == sorted(wanted * waves)
     assert found["copy"] == found["first"] != found["late"]
     for name in ("first", "late"):
-        alone = evaluate([Pass(source, {"source": None, name: variants[name]})], corpus, tmp_path)
+        alone = evaluate([Pass(source, {"source": Variant(), name: variants[name]})], corpus, tmp_path)
         assert alone[name] == found[name]
 
 
@@ -156,7 +164,7 @@ def test_boxes_cover_every_position_once_in_order(shape, positions):
 def test_the_tail_reads_pieces_and_gives_the_same_figures(tiny_model, tmp_path, monkeypatch):
     """Chunks of 10 positions cut rows of 23: figures as of whole microbatches; never two variants at once."""
     source, corpus = tiny_model("deepseek_v3"), random_corpus(256, padded=True)
-    variants = {"source": None, **plan_files(tmp_path, source, 3)}
+    variants = {"source": Variant(), **plan_files(tmp_path, source, 3)}
     whole = evaluate([Pass(source, variants)], corpus, tmp_path)
     sizes, real = [], metrics_module._chosen
 
@@ -179,7 +187,7 @@ def test_many_streams_spill_and_are_cut_into_more_waves(tiny_model, tmp_path, mo
     folder = tmp_path / "run"
     folder.mkdir()
     write_corpus(folder / "held-out.arrow", corpus)
-    variants = {"source": None, **plan_files(tmp_path, source, 5)}
+    variants = {"source": Variant(), **plan_files(tmp_path, source, 5)}
     compute = replace(COMPUTE, batch_tokens=24)
     task = EvaluateTask([Pass(source, variants)], folder / "held-out.arrow", folder, "k", compute, waves=1)
     roomy = evaluate_model(*arguments(task, source, folder)).summary()
@@ -196,3 +204,44 @@ def test_many_streams_spill_and_are_cut_into_more_waves(tiny_model, tmp_path, mo
     tight = evaluate_model(*arguments(task, source, folder, host_memory=limit)).summary()
     assert tight == roomy
     assert 0 < max(held) <= limit
+
+
+def test_compensated_plans_among_plain_ones_have_the_figures_of_their_weights(tiny_model, tmp_path):
+    """Two of them, so that one's weights cannot stand for the other's; against the stock model holding them."""
+    source, corpus = tiny_model("deepseek_v3"), random_corpus(256)
+    variants, logits = {"source": Variant()}, {}
+    for seed in (0, 1):
+        folder, kept = tmp_path / str(seed), random_kept(source, seed=seed)
+        folder.mkdir()
+        compensated = Variant(folder / "plan.safetensors", compensate(source, folder, kept).folder)
+        variants |= {f"plain {seed}": Variant(compensated.plan), f"compensated {seed}": compensated}
+        model = load(source)
+        with TensorReader(open_compensated(compensated.compensation)) as reader, torch.no_grad():
+            for layer, neurons in kept.items():
+                down = model.model.layers[layer].mlp.experts.down_proj
+                down.copy_(full_width_down(reader, FAMILIES["deepseek_v3"], layer, neurons, down))
+        logits[f"compensated {seed}"] = logits_of(model, corpus)
+        logits[f"plain {seed}"] = logits_of(masked(load(source), kept), corpus)
+    task = replace(COMPUTE, batch_tokens=24)  # several waves: every variant's weights come and go
+    found = evaluate([Pass(source, variants)], corpus, tmp_path, task)
+    reference = logits_of(load(source), corpus)
+    for name, values in logits.items():
+        for i, domain in enumerate(corpus.domains):
+            expected = expected_figures(reference, values, corpus, i)
+            assert found[name]["domains"][domain]["kl"] == pytest.approx(expected["kl"], rel=1e-3), name
+    kl = {name: figures["mean"]["kl"] for name, figures in found.items()}
+    assert kl["compensated 0"] != kl["plain 0"] and kl["compensated 1"] != kl["plain 1"]
+
+
+def test_compensation_is_part_of_what_a_variant_is(tiny_model, tmp_path):
+    source = tiny_model("deepseek_v3")
+    variants = []
+    for name in ("here", "moved"):
+        (tmp_path / name).mkdir()
+        solved = compensate(source, tmp_path / name, random_kept(source)).folder
+        variants.append(Variant(tmp_path / name / "plan.safetensors", solved))
+    here, moved = variants
+    plain = Variant(here.plan)
+    assert here.digest == moved.digest != plain.digest
+    assert here.changes() == moved.changes()
+    assert all(plain.changes()[layer] != here.changes()[layer] for layer in (1, 2, 3))

@@ -23,6 +23,7 @@ from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, WorkerLost
 from tenp_dist.evaluation.shard import EvaluateShard
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model, evaluate_shard
+from tenp_dist.evaluation.variants import Variant
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def passes(tiny_model, tmp_path_factory):
             kept = random_kept(source)
             write_kept(folder / "kept.safetensors", kept, {"plan": "test"})
             write(source, kept, folder / "padded", "padded")
-            masked = Pass(source, {"source": None, "random": folder / "kept.safetensors"})
-            made[family] = masked, Pass(folder / "padded", {"pruned": None})
+            masked = Pass(source, {"source": Variant(), "random": Variant(folder / "kept.safetensors")})
+            made[family] = masked, Pass(folder / "padded", {"pruned": Variant()})
         return made[family]
 
     return make
@@ -167,7 +168,7 @@ def test_hidden_states_of_anything_else_do_not_count(passes, tmp_path):
     task = task_of(two, tmp_path / "a", sequences=2, waves=2)
     other = task_of(two, tmp_path / "b", sequences=3, waves=2)
     write_kept(tmp_path / "kept.safetensors", random_kept(two[0].checkpoint, seed=99), {"plan": "test"})
-    masked = Pass(two[0].checkpoint, {"source": None, "random": tmp_path / "kept.safetensors"})
+    masked = Pass(two[0].checkpoint, {"source": Variant(), "random": Variant(tmp_path / "kept.safetensors")})
     changed = [
         replace(task, key="other"),
         replace(task, passes=(masked, two[1])),

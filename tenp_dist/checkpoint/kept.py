@@ -89,6 +89,11 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:05d}"
 
 
+def layer_of_name(name: str) -> int:
+    """3 of `layer_00003.kept`, and of a file named so."""
+    return int(name.split("_")[1].split(".")[0])
+
+
 def write_kept(path: Path, layers: Mapping[int, KeptNeurons], metadata: Mapping[str, str]) -> None:
     from safetensors.numpy import save
 
@@ -106,7 +111,7 @@ def read_kept(path: Path) -> dict[int, KeptNeurons]:
     from safetensors.numpy import load_file
 
     tensors = load_file(path)
-    layers = sorted(int(name.split("_")[1].split(".")[0]) for name in tensors if name.endswith(".kept"))
+    layers = sorted(layer_of_name(name) for name in tensors if name.endswith(".kept"))
     return {layer: _layer_of(tensors, layer) for layer in layers}
 
 
@@ -139,7 +144,7 @@ def layer_digests(path: Path) -> dict[int, str]:
     digests: dict[int, Any] = {}
     with safe_open(path, framework="numpy") as file:
         for name in sorted(file.keys()):
-            digest = digests.setdefault(int(name.split("_")[1].split(".")[0]), hashlib.sha256())
+            digest = digests.setdefault(layer_of_name(name), hashlib.sha256())
             tensor = file.get_tensor(name)
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
     return {layer: digest.hexdigest() for layer, digest in digests.items()}

@@ -54,6 +54,7 @@ from tenp_dist.evaluation.plans import (
 )
 from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.variants import Variant
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 from tenp_dist.runtime.transformers import modeling_source
@@ -253,7 +254,7 @@ def _evaluate(context: Context) -> Output:
     passes = [_masks(job, [*control, *plans])]
     layout = "ragged" if "ragged" in job.output.layouts else job.output.layouts[0]
     if job.evaluation.checkpoint:
-        passes.append(Pass(run_dir / "checkpoint" / layout, {"pruned": None}))
+        passes.append(Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()}))
     folder = run_dir / "evaluation"
     figures = _measure(context, "evaluate", passes, run_dir / HELD_OUT, folder, job.evaluation.batch_tokens)
     seen = seen_share(corpus, _calibrated_on(run_dir))
@@ -298,7 +299,7 @@ def _control(context: Context) -> NamedPlan:
 
 def _masks(job: Job, plans: Sequence[NamedPlan]) -> Pass:
     """One pass over the source, as it is and under every plan."""
-    return Pass(job.model, {SOURCE: None, **{plan.name: plan.tensors for plan in plans}})
+    return Pass(job.model, {SOURCE: Variant(), **{plan.name: Variant(plan.tensors) for plan in plans}})
 
 
 def _measure(

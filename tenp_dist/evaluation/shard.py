@@ -6,18 +6,20 @@ do the same; see `variants.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
+from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.engine.boundaries import Boundaries
 from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden, run_layer
 from tenp_dist.engine.compute import check_finite
-from tenp_dist.evaluation.variants import Streams
+from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.routing import restricted_router
 
 
@@ -25,11 +27,11 @@ from tenp_dist.model.routing import restricted_router
 class PassTask(CarryTask):
     """What a worker of one pass needs.
 
-    number: of the pass; variants: name -> plan.safetensors, None for no plan. layers: of the model.
+    number: of the pass; variants: by name. layers: of the model.
     """
 
     number: int = 0
-    variants: Mapping[str, Path | None] = field(default_factory=dict)
+    variants: Mapping[str, Variant] = field(default_factory=dict)
     layers: int = 0
 
     @property
@@ -49,6 +51,7 @@ class EvaluateShard(Carrier):
     def open(self) -> None:
         self._streams = self.task.streams()
         self._kept: tuple[int, dict[str, KeptNeurons | None]] = (-1, {})  # layer in hand, stream -> what it keeps
+        self._down: tuple[tuple[str, int] | None, torch.Tensor | None] = (None, None)  # stream and layer, its W_down
         super().open()
 
     def streams(self, layer: int) -> Sequence[str]:
@@ -65,9 +68,12 @@ class EvaluateShard(Carrier):
                 hidden[name] = states
 
     def _run_variant(self, name: str, layer: int, module: nn.Module, wave: int, states: list[torch.Tensor]) -> None:
-        kept = self._kept_of(name, layer)
-        state = {**self._share, "mask_EF": self._mask(kept, self.skeleton.experts_of(module))}
-        with restricted_router(self.skeleton, module, None if kept is None else kept.experts):
+        kept, experts = self._kept_of(name, layer), self.skeleton.experts_of(module)
+        state = {**self._share, "mask_EF": self._mask(kept, experts)}
+        with (
+            restricted_router(self.skeleton, module, None if kept is None else kept.experts),
+            _replaced(experts, self._down_of(name, layer, kept, experts)),
+        ):
             run_layer(self.frame, layer, module, self._batches(wave), states, state)
         check_finite(states, self.skeleton, layer, module)
 
@@ -77,9 +83,28 @@ class EvaluateShard(Carrier):
             self._kept = (layer, {})
         kept = self._kept[1]
         if variant not in kept:
-            path = self.task.variants[variant]
+            path = self.task.variants[variant].plan
             kept[variant] = None if path is None else read_kept_layer(path, layer)
         return kept[variant]
+
+    def _down_of(
+        self, variant: str, layer: int, kept: KeptNeurons | None, experts: nn.Module | None
+    ) -> torch.Tensor | None:
+        """A compensated variant's W_down [E, D, F] of this rank's experts, None for the source's own.
+
+        The last one is kept, and no more: several compensated variants read theirs once a wave.
+        """
+        folder = self.task.variants[variant].compensation
+        if folder is None or kept is None or experts is None:
+            return None
+        if self._down[0] != (variant, layer):
+            self._down = (None, None)
+            with TensorReader(open_compensated(folder)) as reader:
+                full = full_width_down(
+                    reader, self.skeleton.family, layer, kept, experts.down_proj, self._share.get("experts")
+                )
+            self._down = ((variant, layer), full)
+        return self._down[1]
 
     def _mask(self, kept: KeptNeurons | None, experts: nn.Module | None) -> torch.Tensor | None:
         """A variant's mask of the experts that this rank holds, [E, F]; removed experts need none."""
@@ -89,3 +114,17 @@ class EvaluateShard(Carrier):
         down_EDF = experts.down_proj
         mask_EF = kept.mask(down_EDF.shape[2])[held.start : held.stop]
         return torch.from_numpy(mask_EF).to(down_EDF.device)
+
+
+@contextlib.contextmanager
+def _replaced(experts: nn.Module | None, down_EDF: torch.Tensor | None) -> Iterator[None]:
+    """Inside the context the experts' W_down is another."""
+    if experts is None or down_EDF is None:
+        yield
+        return
+    own = experts.down_proj
+    experts.down_proj = nn.Parameter(down_EDF, requires_grad=False)
+    try:
+        yield
+    finally:
+        experts.down_proj = own

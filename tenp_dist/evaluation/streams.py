@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tenp_dist.artifacts import digest_of, file_digest
+from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
@@ -31,14 +31,15 @@ from tenp_dist.engine.schedule import split_waves
 from tenp_dist.errors import WorkerLost
 from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
 from tenp_dist.evaluation.shard import EvaluateShard, PassTask
+from tenp_dist.evaluation.variants import Variant
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over a checkpoint's layers. variants: name -> kept-neurons file, None for no mask."""
+    """One pass over a checkpoint's layers, and the variants of it that go through them."""
 
     checkpoint: Path
-    variants: Mapping[str, Path | None]
+    variants: Mapping[str, Variant]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class EvaluateTask:
         return [self._pass_task(number, one) for number, one in enumerate(self.passes)]
 
     def _pass_task(self, number: int, one: Pass) -> PassTask:
-        masks = {name: path and file_digest(path) for name, path in one.variants.items()}
-        made_from = [self.key, read_corpus(self.corpus).digest, number, open_index(one.checkpoint).fingerprint, masks]
+        variants = {name: variant.digest for name, variant in one.variants.items()}
+        checkpoint = open_index(one.checkpoint).fingerprint
+        made_from = [self.key, read_corpus(self.corpus).digest, number, checkpoint, variants]
         return PassTask(
             one.checkpoint,
             self.corpus,

@@ -1,4 +1,4 @@
-"""Variants of one checkpoint: the checkpoint as it is, or under a plan, and what they have in common.
+"""Variants of one checkpoint: as it is, under a plan, compensated too; and what they have in common.
 
 Variants do the same up to the first layer that their plans change differently: there they share one
 stream of hidden states, which stands under the name of its first variant. Plans that are alike in
@@ -8,20 +8,49 @@ every layer share it to the end.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from tenp_dist.checkpoint.kept import layer_digests
+from tenp_dist.artifacts import digest_of, file_digest
+from tenp_dist.checkpoint.compensated import made_from
+from tenp_dist.checkpoint.kept import layer_digests, layer_of_name
 
-Plans = Mapping[str, Path | None]  # variant -> its plan.safetensors, None for the checkpoint as it is
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of a checkpoint. plan: its plan.safetensors, None for as it is.
+
+    compensation: folder of the plan's compensated W_down, None for the source's columns.
+    """
+
+    plan: Path | None = None
+    compensation: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        return digest_of([self.plan and file_digest(self.plan), self._solved()])
+
+    def changes(self) -> dict[int, str]:
+        """Layer -> digest of all that the variant changes in it. Reads the plan, one layer at a time."""
+        digests = {} if self.plan is None else layer_digests(self.plan)
+        solved = self._solved()
+        return {layer: digest_of([digest, solved.get(layer)]) for layer, digest in digests.items()}
+
+    def _solved(self) -> dict[int, list]:
+        """Layer -> what its compensated files were made from."""
+        files = sorted(self.compensation.glob("layer_*.safetensors")) if self.compensation else []
+        solved: dict[int, list] = {}
+        for path in files:
+            solved.setdefault(layer_of_name(path.name), []).append(made_from(path))
+        return solved
 
 
 class Streams:
     """Which variants share their hidden states where."""
 
-    def __init__(self, variants: Plans, layers: int):
-        """Reads the plans, one layer at a time. layers: of the model."""
-        changes = {name: {} if path is None else layer_digests(path) for name, path in variants.items()}
-        self._leaders = shared_prefixes(changes, layers)
+    def __init__(self, variants: Mapping[str, Variant], layers: int):
+        """Reads the plans. layers: of the model."""
+        self._leaders = shared_prefixes({name: variant.changes() for name, variant in variants.items()}, layers)
 
     def entering(self, layer: int) -> tuple[str, ...]:
         """Names of the streams that enter `layer`, in the variants' order; `layers` for what leaves the last."""
