@@ -11,7 +11,8 @@ as in its examples   batch_size 1, its default
 batched              batch_size of as many tokens as our microbatches
 batched, one pass    and propagate_error off: like ours, scores of the unpruned model from one forward
 
-CPU seconds are of all threads of the process: on a machine that does other work too they say more than the clock.
+CPU seconds are of all threads of the process: on a machine that does other work too they say more than the clock,
+if OMP_WAIT_POLICY=PASSIVE is set, so that threads that wait for each other do not spin.
 Memory is the peak of anonymous resident memory (RssAnon, sampled every 4 ms), for the peer with its load;
 `at open` is after imports. The peer gets an environment of its own (about 1.5 GB), made on the first run.
 """
@@ -234,7 +235,8 @@ def report(rounds: list[dict[str, dict]], job, length: int) -> None:
 
     tokens = read_corpus(job.run_dir / "calibration" / "calibration.arrow").tokens_NS.size
     source = weights_of(job.model)["routed"]
-    click.echo(f"length {length}, {tokens:,} tokens")
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    click.echo(f"length {length}, {tokens:,} tokens; load of the machine at the end {load} (1, 5, 15 minutes)")
     click.echo(
         "side                  seconds  tokens/s  CPU s  at open MB  peak MB  routed kept  checkpoint MB"
         "  seconds over ours     CPU over ours"
