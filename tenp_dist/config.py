@@ -120,7 +120,9 @@ class Score(_Part):
 
 
 class Budget(_Part):
-    method: str = Field("tenp", description="a registered method: tenp, enp, random")
+    method: str = Field("tenp", description="a registered method; jobs/README.md lists them")
+    experts: str | None = Field(None, description="rank experts as this method does instead")
+    neurons: str | None = Field(None, description="rank neurons as this method does instead")
     retention: Exact = Field(Decimal("0.6"), description="routed-expert parameters kept, 0 < rho <= 1")
     important: Exact | Auto | None = Field(
         None, description="share of experts kept whole, 0 <= alpha <= rho, or auto; default rho/3"
@@ -153,14 +155,14 @@ class Budget(_Part):
 
     @property
     def important_exact(self) -> Fraction:
-        """alpha; the default is rho / 3, an ENP plan has none."""
-        if self.method == "enp":
-            return Fraction(0)
+        """alpha; the default is rho / 3. Only methods that keep experts whole use it."""
         return self.retention_exact / 3 if self.important is None else Fraction(self.important)
 
 
 class Output(_Part):
-    layouts: tuple[Literal["ragged", "padded"], ...] = Field(("ragged",), description="checkpoint layouts to write")
+    layouts: tuple[Literal["ragged", "padded", "uniform"], ...] = Field(
+        ("ragged",), description="checkpoint layouts to write; where experts are removed uniform, and only that"
+    )
     shard_size: Size = Field(5 * 10**9, description="largest output shard (one tensor may exceed it)")
     dtype: Literal["source"] = Field("source", description="dtype of pruned tensors")
     compensate: bool = Field(

@@ -73,7 +73,7 @@ def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[
         "token_count", "gate_sum", "output_norm_sum", "output_norm_squared_sum",
         "gated_norm_sum", "expert_importance_sum", "easy_ep_sum",
     )  # fmt: skip
-    names_EF = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum", "neuron_abs_max")
+    names_EF = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum", "neuron_contribution_max")
     out = {name: torch.zeros(domains, num_experts, dtype=torch.float64) for name in names_E}
     out |= {name: torch.zeros(domains, num_experts, width, dtype=torch.float64) for name in names_EF}
     for (_, mask, domain), call in zip(batches, tap.calls, strict=True):
@@ -110,8 +110,8 @@ def _add(out: Mapping[str, torch.Tensor], domain: int, expert: int, rows, call, 
     out["neuron_projection_sum"][domain, expert] += projection.sum(dim=0)
     out["neuron_l2_sum"][domain, expert] += (m.abs() * column).sum(dim=0)
     out["neuron_energy_sum"][domain, expert] += ((g[:, None] * m) ** 2 * column**2).sum(dim=0)
-    largest = out["neuron_abs_max"][domain, expert]
-    torch.maximum(largest, (g.abs()[:, None] * m.abs()).amax(dim=0), out=largest)
+    largest = out["neuron_contribution_max"][domain, expert]
+    torch.maximum(largest, (g.abs()[:, None] * m.abs() * column).amax(dim=0), out=largest)
 
 
 def brute_force_plan(

@@ -202,7 +202,7 @@ def test_verify_finds_other_neurons_missing_tensors_and_stray_files(tiny_model, 
     del content["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(content))
     with pytest.raises(VerifyError, match="other tensors"):
-        check_names(open_index(model), open_index(tmp_path / "out"))
+        check_names(open_index(model).tensors, open_index(tmp_path / "out"))
 
 
 def test_verify_finds_a_config_that_disagrees(tiny_model, tmp_path):

@@ -110,6 +110,8 @@ def test_small_plan_json(tmp_path):
         **ORIGIN,
         "budget": {
             "retention": "0.7",
+            "experts": None,
+            "neurons": None,
             "important": "0.4",
             "slope": "0.5",
             "align": 1,
@@ -119,7 +121,7 @@ def test_small_plan_json(tmp_path):
             "seed": 0,
         },
         "retention": {"asked": "0.7", "realised": 0.6875, "activated": 0.7},
-        "experts": {"total": 8, "whole": 3, "never_routed": 1},
+        "experts": {"total": 8, "whole": 3, "removed": 0, "never_routed": 1},
         "narrow_width": 2,
         "leftover_neurons": 0,
         "layers": {
@@ -130,6 +132,7 @@ def test_small_plan_json(tmp_path):
                 "retention": 0.625,
                 "activated": 0.7,
                 "whole": [0],
+                "removed": 0,
                 "never_routed": [],
             },
             "2": {
@@ -139,6 +142,7 @@ def test_small_plan_json(tmp_path):
                 "retention": 0.75,
                 "activated": 0.7,
                 "whole": [1, 2],
+                "removed": 0,
                 "never_routed": [3],
             },
         },

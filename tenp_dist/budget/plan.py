@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from tenp_dist.budget.removal import best_experts
 from tenp_dist.budget.selection import top_experts, top_neurons
 from tenp_dist.budget.shape import MoeLayer, Shape, important_share, plan_shape, shape_warnings
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -30,7 +31,7 @@ NEVER_ROUTED_LIMIT = Fraction(1, 100)
 class LayerPlan:
     """What one layer keeps.
 
-    whole: ids of the experts kept whole, ascending.
+    whole: ids of the experts kept whole, ascending; where the others are removed, all that stay.
     never_routed: ids of the experts that no token reached, ascending.
     routed_tokens: tokens times experts they were routed to, over all domains.
     activated_neurons: the sum of the widths of the experts that those tokens went to.
@@ -43,6 +44,11 @@ class LayerPlan:
     never_routed: tuple[int, ...]
     routed_tokens: int
     activated_neurons: int
+
+    @property
+    def removed(self) -> int:
+        """Experts that leave routing."""
+        return 0 if self.kept.experts is None else self.facts.experts - len(self.whole)
 
     @property
     def retention(self) -> Fraction:
@@ -107,13 +113,16 @@ class Plan:
 
 def planning_statistics(budget: Budget) -> tuple[str, ...]:
     """Names of the statistics that `make_plan` reads for this budget (and `neuron_weight_norm`)."""
-    return tuple(dict.fromkeys(("token_count", *registry.get(budget.method).statistics)))
+    return tuple(dict.fromkeys(("token_count", *registry.of_budget(budget).statistics)))
 
 
 def control_budget(budget: Budget) -> Budget:
-    """The budget of the random control: the same m_l and widths, drawn instead of ranked."""
-    important = budget.important if registry.get(budget.method).whole_experts else Decimal(0)
-    return budget.model_copy(update={"method": "random", "important": important})
+    """The budget of the random control: the same m_l and widths (or as many experts removed), drawn by chance."""
+    method, drawn = registry.of_budget(budget), {"experts": None, "neurons": None}
+    if method.removes:
+        return budget.model_copy(update={"method": "random-experts", **drawn})
+    important = budget.important if method.whole_experts else Decimal(0)
+    return budget.model_copy(update={"method": "random", "important": important, **drawn})
 
 
 def make_plan(
@@ -138,12 +147,12 @@ def make_plan(
         JobError: unknown method or domain.
     """
     shape = plan_shape(budget, layers)
-    method = registry.get(budget.method)
+    method = registry.of_budget(budget)
     planned = {}
     for facts, m, width in zip(shape.layers, shape.whole, shape.narrow, strict=True):
         context = registry.Context(layer=facts.layer, seed=budget.seed, domain_weights=domain_weights or {})
         planned[facts.layer] = _plan_layer(budget, method, facts, m, width, statistics(facts.layer), context)
-    warnings = (*shape_warnings(budget, shape), *_never_routed_warnings(planned))
+    warnings = (*shape_warnings(budget, shape), *_never_routed_warnings(planned, removed=method.removes))
     plan = Plan(budget=budget, important=important_share(budget), shape=shape, layers=planned, warnings=warnings)
     assert plan.kept_neurons == shape.kept_neurons and plan.retention <= budget.retention_exact
     return plan
@@ -160,13 +169,14 @@ def _plan_layer(
 ) -> LayerPlan:
     _check_layer(facts, statistics)
     unrouted_E = never_routed(statistics).numpy()
-    first_E = unrouted_E if budget.never_routed == "whole" else np.zeros_like(unrouted_E)
-    _check_first(first_E, m, facts)
-    whole = top_experts(method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
-    kept_EF = top_neurons(method.neuron_scores(statistics, context).numpy(), width)
-    kept_EF[list(whole)] = True
-    kept = KeptNeurons.from_mask(kept_EF)
     tokens_E = statistics["token_count"].sum(dim=0).numpy().astype(np.int64)
+    if method.removes:
+        whole = best_experts(method.expert_scores(statistics, context).numpy(), m, facts.groups)
+        kept = KeptNeurons.without_others(whole, facts.experts, facts.intermediate_size)
+        met = int(tokens_E.sum()) * facts.intermediate_size  # tokens of removed experts go to whole ones
+    else:
+        whole, kept = _keep_all_routed(budget, method, facts, m, width, statistics, context, unrouted_E)
+        met = int(tokens_E @ kept.widths)
     return LayerPlan(
         facts=facts,
         kept=kept,
@@ -174,8 +184,27 @@ def _plan_layer(
         narrow_width=width,
         never_routed=tuple(np.flatnonzero(unrouted_E).tolist()),
         routed_tokens=int(tokens_E.sum()),
-        activated_neurons=int(tokens_E @ kept.widths),
+        activated_neurons=met,
     )
+
+
+def _keep_all_routed(
+    budget: Budget,
+    method: registry.Method,
+    facts: MoeLayer,
+    m: int,
+    width: int,
+    statistics: LayerStatistics,
+    context: registry.Context,
+    unrouted_E: np.ndarray,
+) -> tuple[tuple[int, ...], KeptNeurons]:
+    """The m experts that stay whole, and the neurons of all."""
+    first_E = unrouted_E if budget.never_routed == "whole" else np.zeros_like(unrouted_E)
+    _check_first(first_E, m, facts)
+    whole = top_experts(method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
+    kept_EF = top_neurons(method.neuron_scores(statistics, context).numpy(), width)
+    kept_EF[list(whole)] = True
+    return whole, KeptNeurons.from_mask(kept_EF)
 
 
 def _check_first(first_E: np.ndarray, m: int, facts: MoeLayer) -> None:
@@ -210,12 +239,13 @@ def _check_layer(facts: MoeLayer, statistics: LayerStatistics) -> None:
     registry.require_finite(statistics, ("token_count",), facts.layer)
 
 
-def _never_routed_warnings(planned: Mapping[int, LayerPlan]) -> list[str]:
+def _never_routed_warnings(planned: Mapping[int, LayerPlan], *, removed: bool) -> list[str]:
     count = sum(len(plan.never_routed) for plan in planned.values())
     experts = sum(plan.facts.experts for plan in planned.values())
     if Fraction(count, experts) <= NEVER_ROUTED_LIMIT:
         return []
+    consequence = "they are the first to go" if removed else "their neurons are ranked by weight norms"
     return [
-        f"{count} of {experts} routed experts ({count / experts:.1%}) were reached by no calibration token; their "
-        "neurons are ranked by weight norms. Calibrate on more text."
+        f"{count} of {experts} routed experts ({count / experts:.1%}) were reached by no calibration token; "
+        f"{consequence}. Calibrate on more text."
     ]

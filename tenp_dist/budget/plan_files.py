@@ -29,6 +29,8 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
         "scores_digest": scores_digest,
         "budget": {
             "retention": exact_string(budget.retention_exact),
+            "experts": budget.experts,
+            "neurons": budget.neurons,
             "important": exact_string(plan.important),
             "slope": exact_string(Fraction(budget.slope)),
             "align": budget.align,
@@ -45,6 +47,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
         "experts": {
             "total": sum(layer.experts for layer in shape.layers),
             "whole": plan.whole_experts,
+            "removed": sum(layer.removed for layer in plan.layers.values()),
             "never_routed": sum(len(layer.never_routed) for layer in plan.layers.values()),
         },
         "narrow_width": plan.narrow_width,
@@ -63,6 +66,7 @@ def _describe_layer(plan: LayerPlan) -> dict[str, Any]:
         "retention": float(plan.retention),
         "activated": plan.activated,
         "whole": list(plan.whole),
+        "removed": plan.removed,
         "never_routed": list(plan.never_routed),
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from tenp_dist.budget.removal import kept_experts, rounding_warning, unused_warnings
 from tenp_dist.budget.trapezoid import (
     WASTE_LIMIT,
     apportion,
@@ -24,18 +25,23 @@ from tenp_dist.scoring.methods import registry
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """Facts of one MoE layer: decoder index, routed experts E, their intermediate size F."""
+    """Facts of one MoE layer: decoder index, routed experts E, their intermediate size F.
+
+    groups: equal groups of consecutive ids that experts are routed in. least: experts that routing needs.
+    """
 
     layer: int
     experts: int
     intermediate_size: int
+    groups: int = 1
+    least: int = 1
 
 
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a plan, known before any score: per MoE layer, in depth order.
 
-    whole: experts kept whole (m_l). narrow: the width of all others.
+    whole: experts kept whole (m_l). narrow: the width of all others, 0 where they are removed.
     """
 
     layers: tuple[MoeLayer, ...]
@@ -72,6 +78,9 @@ def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
     if not layers:
         raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
     rho, alpha = budget.retention_exact, important_share(budget)
+    if registry.of_budget(budget).removes:
+        kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
+        return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))
     experts = [layer.experts for layer in layers]
     sizes = [layer.intermediate_size for layer in layers]
     total = whole_experts_total(alpha, sum(experts))
@@ -85,20 +94,25 @@ def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
 
 def important_share(budget: Budget) -> Fraction:
     """alpha as used: a method that ranks no experts keeps none whole."""
-    return budget.important_exact if registry.get(budget.method).whole_experts else Fraction(0)
+    return budget.important_exact if registry.of_budget(budget).whole_experts else Fraction(0)
 
 
 def shape_warnings(budget: Budget, shape: Shape) -> list[str]:
+    method = registry.of_budget(budget)
+    allowed = budget.retention_exact * shape.total_neurons
+    wasted = 1 - shape.kept_neurons / allowed
+    if method.removes:
+        experts = sum(layer.experts for layer in shape.layers)
+        rounding = [rounding_warning(budget.retention_exact, sum(shape.whole), experts)]
+        return unused_warnings(budget) + (rounding if wasted > WASTE_LIMIT else [])
     warnings = []
-    if budget.important and not registry.get(budget.method).whole_experts:
+    if budget.important and not method.whole_experts:
         warnings.append(f"important {budget.important} is not used: method {budget.method} keeps no expert whole.")
     if 0 in shape.narrow:
         warnings.append(
             "Narrow experts keep no neuron: the whole experts take the budget, every other expert returns zero. "
             "Lower important."
         )
-    allowed = budget.retention_exact * shape.total_neurons
-    wasted = 1 - shape.kept_neurons / allowed
     if wasted > WASTE_LIMIT:
         warnings.append(
             f"Rounding to widths that are multiples of {budget.align} leaves {float(wasted):.1%} of the allowed "
@@ -111,7 +125,7 @@ def _remedy(budget: Budget, shape: Shape) -> str:
     """What to change so that less is wasted; an alpha where experts are of one size and may be kept whole."""
     sizes = {layer.intermediate_size for layer in shape.layers}
     alpha = None
-    if registry.get(budget.method).whole_experts and budget.max_widths > 1 and len(sizes) == 1:
+    if registry.of_budget(budget).whole_experts and budget.max_widths > 1 and len(sizes) == 1:
         rho, size, align = budget.retention_exact, sizes.pop(), budget.align
         experts = sum(layer.experts for layer in shape.layers)
         at_least = max(1, budget.minimum_important * len(shape.layers))

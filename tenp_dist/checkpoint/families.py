@@ -35,6 +35,9 @@ class Family:
     groups_key, chosen_groups_key: config keys of the number of equal groups that experts are routed in and
         of how many of them a token may use, None for a family without groups.
     group_scorers: experts of a group whose scores rank the group.
+    shared_experts: module inside a layer whose width is that of a routed expert times a number in the config.
+    shared_key: config key of that number, None where the config states the width of shared experts itself.
+    mtp_keys: config keys that may hold the number of multi-token prediction layers.
     post_expert_scale: config key of a factor applied after the experts, None where the dispatch
         weights already carry it.
     tensor_parallel: verified with more than one rank per shard.
@@ -52,6 +55,9 @@ class Family:
     groups_key: str | None = None
     chosen_groups_key: str | None = None
     group_scorers: int = 1
+    shared_experts: str = "mlp.shared_experts"
+    shared_key: str | None = None
+    mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
     post_expert_scale: str | None = None
     tensor_parallel: bool = False
 
@@ -85,6 +91,7 @@ _DEEPSEEK = {
     "experts_keys": ("n_routed_experts", "num_local_experts"),
     "groups_key": "n_group",
     "chosen_groups_key": "topk_group",
+    "shared_key": "n_shared_experts",
     "tensor_parallel": True,
 }
 _QWEN = {"experts_keys": ("num_experts", "num_local_experts"), "tensor_parallel": True}

@@ -39,6 +39,11 @@ class KeptNeurons:
         """Neurons kept per expert, [E] int64."""
         return np.diff(self.offsets)
 
+    @property
+    def routed(self) -> np.ndarray:
+        """Ids of the experts that the router knows, ascending, int64."""
+        return np.arange(self.num_experts) if self.experts is None else self.experts.astype(np.int64)
+
     def of(self, expert: int) -> np.ndarray:
         """Neuron ids kept in `expert`, ascending, [width] int32."""
         return self.indices[self.offsets[expert] : self.offsets[expert + 1]]

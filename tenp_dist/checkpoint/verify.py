@@ -6,7 +6,7 @@ selection per tensor with torch instead of numpy, so that a fault in either show
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +28,14 @@ class Verified:
     nbytes: int
 
 
-def check_names(source: CheckpointIndex, written: CheckpointIndex) -> None:
+def check_names(expected: Collection[str], written: CheckpointIndex) -> None:
     """No tensor missing, none left over, every data file listed.
 
     Raises:
         VerifyError: names the first tensor or file that differs.
     """
-    missing = sorted(set(source.tensors) - set(written.tensors))
-    extra = sorted(set(written.tensors) - set(source.tensors))
+    missing = sorted(set(expected) - set(written.tensors))
+    extra = sorted(set(written.tensors) - set(expected))
     if missing or extra:
         raise VerifyError(
             "Written checkpoint holds other tensors than its source",
@@ -88,15 +88,15 @@ def verify_tensors(
     }
     pruned = nbytes = 0
     for name in names:
-        expected, found = _bits(source.tensor(name)), _bits(written.tensor(name))
+        expected, found = bits(source.tensor(name)), bits(written.tensor(name))
         if name in selections:
             axis, layer, expert = selections[name]
             neurons = torch.from_numpy(kept[layer].of(expert).copy()).long()
             if compensated is not None and name in compensated.index.tensors:
-                expected = expected.index_copy(axis, neurons, _bits(compensated.tensor(name)))
+                expected = expected.index_copy(axis, neurons, bits(compensated.tensor(name)))
             expected = _pruned(expected, axis, neurons, narrow)
             pruned += 1
-        _compare(name, source, written, expected, found)
+        compare(name, source, written, expected, found)
         nbytes += found.numel() * found.element_size()
     return Verified(len(names), pruned, len(names) - pruned, nbytes)
 
@@ -109,10 +109,16 @@ def _pruned(tensor: torch.Tensor, axis: int, neurons: torch.Tensor, narrow: bool
     return tensor.index_fill(axis, dropped.nonzero().squeeze(1), 0)
 
 
-def _compare(
-    name: str, source: TensorReader, written: TensorReader, expected: torch.Tensor, found: torch.Tensor
+def compare(
+    name: str,
+    source: TensorReader,
+    written: TensorReader,
+    expected: torch.Tensor,
+    found: torch.Tensor,
+    source_name: str | None = None,
 ) -> None:
-    dtypes = source.index.entry(name).dtype, written.index.entry(name).dtype
+    """Raise VerifyError where dtype, shape or bits of a written tensor are not the expected ones."""
+    dtypes = source.index.entry(source_name or name).dtype, written.index.entry(name).dtype
     if dtypes[0] != dtypes[1] or expected.shape != found.shape or not torch.equal(expected, found):
         raise VerifyError(
             "Written tensor differs from what source and plan say",
@@ -123,7 +129,7 @@ def _compare(
         )
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same bytes as integers, so that NaN equals itself and -0.0 differs from 0.0."""
     by_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(by_size[tensor.element_size()]) if tensor.dim() else tensor.reshape(1).view(torch.uint8)

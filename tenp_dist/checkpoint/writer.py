@@ -40,12 +40,18 @@ class Pruning:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the new checkpoint; pruning None means the source's bytes as they are."""
+    """A tensor of the new checkpoint: the source's bytes as they are, unless a field says what changes.
+
+    source: its name there, None for the same. rows_of: layer whose removed experts' rows leave it.
+    A shape larger than the source's is filled up with zeros.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     pruning: Pruning | None = None
+    source: str | None = None
+    rows_of: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -140,17 +146,26 @@ def tensor_bytes(
     kept: Mapping[int, KeptNeurons],
     compensated: TensorReader | None = None,
 ) -> memoryview:
-    """The bytes of an output tensor: copied, or only the kept neurons' rows or columns.
+    """The bytes of an output tensor: copied, or only the kept neurons' or experts' rows or columns.
 
     compensated: holds the kept columns of those W_down that take other values than the source's.
     """
+    name = tensor.source or tensor.name
+    shape = reader.index.entry(name).shape
+    if tensor.rows_of is not None:
+        return _flat(_integers(reader, name)[kept[tensor.rows_of].experts])
+    if tensor.pruning is None and tensor.shape == shape:
+        return memoryview(reader.raw(name))
     if tensor.pruning is None:
-        return memoryview(reader.raw(tensor.name))
+        source = _integers(reader, name)
+        filled = np.zeros(tensor.shape, dtype=source.dtype)
+        filled[tuple(map(slice, shape))] = source
+        return _flat(filled)
     neurons = kept[tensor.pruning.layer].of(tensor.pruning.expert)
-    if compensated is not None and tensor.name in compensated.index.tensors:
-        selected = _integers(compensated, tensor.name)
+    if compensated is not None and name in compensated.index.tensors:
+        selected = _integers(compensated, name)
     else:
-        selected = np.take(_integers(reader, tensor.name), neurons, axis=tensor.pruning.axis)
+        selected = np.take(_integers(reader, name), neurons, axis=tensor.pruning.axis)
     if tensor.pruning.narrow:
         return _flat(selected)
     zeroed = np.zeros(tensor.shape, dtype=selected.dtype)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, read_json, write_json
+from tenp_dist.budget.layouts import check_layouts, layout_warnings, layouts_of
 from tenp_dist.budget.plan import Plan, control_budget, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import read_plan, write_plan
-from tenp_dist.budget.shape import MoeLayer, plan_shape
+from tenp_dist.budget.shape import MoeLayer, Shape, plan_shape
 from tenp_dist.calibration.corpus import (
     Corpus,
     build_corpus,
@@ -32,6 +34,7 @@ from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name, read_kept
+from tenp_dist.checkpoint.uniform import uniform_config, uniform_size
 from tenp_dist.cli.compensation import DOCUMENT, FOLDER, compensate, compensated_index, recheck
 from tenp_dist.config import Budget, Job, Text
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
@@ -58,7 +61,7 @@ from tenp_dist.evaluation.variants import Variant
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 from tenp_dist.runtime.transformers import modeling_source
-from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
+from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, read_statistics
 
 CORPUS = "calibration/calibration.arrow"
 SELECTION = "calibration/selection.arrow"
@@ -148,6 +151,8 @@ def _writer(context: Context) -> Callable[[Path, Plan], list[Path]]:
 
 def _plan(context: Context) -> Output:
     plan = _maker(context)(_budget(context))
+    missing = layout_warnings(context.job, plan.shape, len(_facts(context)["mtp_layers"]))
+    plan = replace(plan, warnings=(*missing, *plan.warnings))
     context.replace()
     files = _write_plan(context, context.run_dir, plan)
     document = read_plan(context.run_dir)
@@ -171,7 +176,7 @@ def _write(context: Context) -> Output:
     job, facts = context.job, _facts(context)
     read_plan(context.run_dir)  # its two files belong together
     files, summary = [], {}
-    for layout in job.output.layouts:
+    for layout in layouts_of(job):
         written = write_layout(
             context.pool,
             index=_index(job.model),
@@ -206,6 +211,10 @@ def _layout_files(context: Context, layout: str) -> dict[str, Any]:
     if layout == "padded":
         return {"config": index.config, "extra_files": {}}
     kept = read_kept(context.run_dir / "plan.safetensors")
+    if layout == "uniform":
+        family = family_of(index.config)
+        config = uniform_config(index.config, family, uniform_size(index.config, family, kept))
+        return {"config": config, "extra_files": {}}
     widths = {layer: neurons.widths.tolist() for layer, neurons in kept.items()}
     retention, family = str(context.job.budget.retention), str(index.config["model_type"])
     config = ragged_config(
@@ -217,7 +226,7 @@ def _layout_files(context: Context, layout: str) -> dict[str, Any]:
 def _verify(context: Context) -> Output:
     job = context.job
     layouts = {}
-    for layout in job.output.layouts:
+    for layout in layouts_of(job):
         verified = verify_layout(
             context.pool,
             source=_index(job.model),
@@ -252,7 +261,8 @@ def _evaluate(context: Context) -> Output:
     plans, refused = _plans_beside(context, given)
     control = [_control(context)] if job.evaluation.checkpoint else []
     passes = [_masks(job, [*control, *plans])]
-    layout = "ragged" if "ragged" in job.output.layouts else job.output.layouts[0]
+    layouts = layouts_of(job)
+    layout = "ragged" if "ragged" in layouts else layouts[0]
     if job.evaluation.checkpoint:
         passes.append(Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()}))
     folder = run_dir / "evaluation"
@@ -333,8 +343,7 @@ def preflight(job: Job) -> None:
         SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError.
     """
     facts = checkpoint_facts(_index(job.model))
-    layers = [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
-    _check_budget(job.budget, layers)
+    check_layouts(job, _shapes(job.budget, _layers_of(job, facts)))
     config = _index(job.model).config
     check_parallel(family_of(config), config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
@@ -343,16 +352,17 @@ def preflight(job: Job) -> None:
         given_plans(job.evaluation.plans, _index(job.model).fingerprint)
 
 
-def _check_budget(budget: Budget, layers: Sequence[MoeLayer]) -> None:
-    """Raises what planning would; of an `auto` budget only if no combination can be met."""
-    budgets, errors = list(candidates(budget).values()) if budget.auto else [budget], []
+def _shapes(budget: Budget, layers: Sequence[MoeLayer]) -> list[Shape]:
+    """Sizes of the plan, or of all that an `auto` budget may become. Raises what planning would, if none can be met."""
+    budgets, shapes, errors = list(candidates(budget).values()) if budget.auto else [budget], [], []
     for one in budgets:
         try:
-            plan_shape(one, layers)
+            shapes.append(plan_shape(one, layers))
         except BudgetError as error:
             errors.append(error)
-    if len(errors) == len(budgets):
+    if not shapes:
         raise errors[0]
+    return shapes
 
 
 def stages_for(job: Job) -> list[Stage]:
@@ -446,7 +456,7 @@ def _calibrate_fields(job: Job) -> dict:
 
 def _score_fields(job: Job) -> dict:
     cluster = {"device": job.cluster.device, "tensor_parallel": job.cluster.tensor_parallel}
-    return job.score.model_dump(mode="json") | cluster
+    return job.score.model_dump(mode="json") | cluster | {"statistics": sorted(MERGE_RULES)}
 
 
 def _select_fields(job: Job) -> dict:
@@ -456,7 +466,8 @@ def _select_fields(job: Job) -> dict:
 
 def _plan_fields(job: Job) -> dict:
     weights = {domain: str(weight) for domain, weight in _domain_weights(job).items()}
-    return job.budget.model_dump(mode="json") | {"weights": weights}
+    # layouts: a plan warns of what its checkpoint leaves out
+    return job.budget.model_dump(mode="json") | {"weights": weights, "uniform": "uniform" in layouts_of(job)}
 
 
 def _compensate_fields(job: Job) -> dict:
@@ -465,7 +476,7 @@ def _compensate_fields(job: Job) -> dict:
 
 
 def _write_fields(job: Job) -> dict:
-    return job.output.model_dump(mode="json", exclude={"ridge"})
+    return job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts_of(job)}
 
 
 def _evaluate_fields(job: Job) -> dict:
@@ -499,8 +510,14 @@ def _facts(context: Context) -> dict:
 
 
 def _moe_layers(context: Context) -> list[MoeLayer]:
-    facts = _facts(context)
-    return [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
+    return _layers_of(context.job, _facts(context))
+
+
+def _layers_of(job: Job, facts: dict) -> list[MoeLayer]:
+    config = _index(job.model).config
+    family = family_of(config)
+    sizes = (facts["num_experts"], facts["intermediate_size"], family.groups(config), family.least_experts(config))
+    return [MoeLayer(layer, *sizes) for layer in facts["moe_layers"]]
 
 
 def _score_files(context: Context) -> list[Path]:

@@ -18,9 +18,12 @@ from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.uniform import uniform_size, uniform_tensors
 from tenp_dist.checkpoint.verify import Verified, check_config, check_names, verify_tensors
+from tenp_dist.checkpoint.verify_uniform import check_uniform_config, expected_names, verify_uniform
 from tenp_dist.checkpoint.writer import (
     OutputShard,
+    OutputTensor,
     assign_shards,
     auxiliary_files,
     finish_checkpoint,
@@ -73,7 +76,7 @@ def write_layout(
         OutputError: the folder holds something else and `overwrite` is off.
         DiskFullError: the file system is too small for what is left to write, before a byte is written.
     """
-    tensors = output_tensors(index, family_of(index.config), kept, narrow=layout == "ragged")
+    tensors = _layout_tensors(index, kept, layout)
     shards = assign_shards(tensors, shard_size)
     ours = repair or _is_ours(folder, key)
     if not ours and not overwrite:
@@ -97,6 +100,13 @@ def write_layout(
     names += [path.name for path in auxiliary_files(index.folder, ragged=layout == "ragged")]
     files = [folder / name for name in names]
     return Written(files, sum(shard.nbytes for shard in shards), len(shards), len(shards) - len(due))
+
+
+def _layout_tensors(index: CheckpointIndex, kept: Mapping[int, KeptNeurons], layout: str) -> list[OutputTensor]:
+    family = family_of(index.config)
+    if layout == "uniform":
+        return uniform_tensors(index, family, kept, uniform_size(index.config, family, kept))
+    return output_tensors(index, family, kept, narrow=layout == "ragged")
 
 
 Shared = tuple[CheckpointIndex, dict[int, KeptNeurons], CheckpointIndex | None]
@@ -172,16 +182,19 @@ def verify_layout(
     Raises:
         VerifyError: the first difference.
     """
-    written, kept = open_index(folder), read_kept(plan)
-    check_names(source, written)
+    written, kept, family = open_index(folder), read_kept(plan), family_of(source.config)
+    names = {name: name for name in source.tensors} if layout != "uniform" else expected_names(source, family, kept)
+    check_names(names, written)
     if layout == "ragged":
         check_config(written, kept)
+    elif layout == "uniform":
+        check_uniform_config(source, written, family)
     by_file: dict[str, list[str]] = {}
     for name, entry in written.tensors.items():
         by_file.setdefault(entry.file, []).append(name)
-    shared = pool.share((source, written, kept, compensated))
+    shared = pool.share((source, written, kept, compensated, names))
     started, parts = monotonic(), []
-    for part in pool.map(_verify_one, [(shared, names, layout) for names in by_file.values()]):
+    for part in pool.map(_verify_one, [(shared, in_file, layout) for in_file in by_file.values()]):
         parts.append(part)
         done = sum(part.nbytes for part in parts)
         progress(Progress(done, written.nbytes, 0, monotonic() - started, "bytes"))
@@ -189,9 +202,11 @@ def verify_layout(
 
 
 def _verify_one(shared: tuple, names: Sequence[str], layout: str) -> Verified:
-    source, written, kept, compensated = shared
+    source, written, kept, compensated, source_names = shared
     family, narrow = family_of(source.config), layout == "ragged"
     with TensorReader(source) as reader, TensorReader(written) as check, _reader(compensated) as columns:
+        if layout == "uniform":
+            return verify_uniform(names, reader, check, family, kept, source_names, columns)
         return verify_tensors(names, reader, check, family, kept, narrow=narrow, compensated=columns)
 
 

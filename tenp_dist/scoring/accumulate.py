@@ -25,7 +25,7 @@ EPSILON = 1e-8  # TENP Algorithm 1
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # float32 workspace: a core's cache, or 256 MiB
 
 NEURON_SUMS = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum")
-NEURON_MAX = "neuron_abs_max"
+NEURON_MAX = "neuron_contribution_max"
 
 
 class LayerAccumulator:
@@ -89,7 +89,7 @@ class LayerAccumulator:
         for name in NEURON_SUMS:
             self.statistics[name][self.domain] += runs.join(pieces[name]) * factors.get(name, 1)
         largest = self.statistics[NEURON_MAX][self.domain]
-        torch.maximum(largest, runs.join(pieces[NEURON_MAX], mode="max"), out=largest)
+        torch.maximum(largest, runs.join(pieces[NEURON_MAX], mode="max") * self._column_norm_EF, out=largest)
 
     def _add_experts(self, dispatch: Dispatch, runs: Runs, norm_S: torch.Tensor, dot_S: torch.Tensor) -> None:
         g_S = dispatch.g_S.double()

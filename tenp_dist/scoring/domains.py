@@ -8,8 +8,9 @@ that of the experts can move a single bit of a score.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,28 +19,40 @@ from tenp_dist.errors import JobError, NumericalError, StaleError
 from tenp_dist.scoring.statistics import WEIGHT_NORM, LayerStatistics
 
 DomainWeights = Mapping[str, Fraction | float]
+Length = Literal["l1", "l2"]
 
 
-def mix_experts(statistics: LayerStatistics, name: str, weights: DomainWeights) -> torch.Tensor:
-    """TENP Eq. 6: each domain's vector of E scores scaled to length 1, times its weight, added.
+def mix_experts(
+    statistics: LayerStatistics, scores: str | torch.Tensor, weights: DomainWeights, *, length: Length = "l2"
+) -> torch.Tensor:
+    """Each domain's vector of E scores scaled to length 1, times its weight, added (TENP Eq. 6 with `l2`).
 
     Args:
-        name: an expert statistic, [N, E].
+        scores: [N, E], or the name of an expert statistic.
         weights: domain -> weight; a domain that is not named weighs 1.
+        length: `l2`, or `l1` to divide by the sum of magnitudes.
 
     Returns:
         float64 [E]. A domain whose vector is zero adds nothing.
     """
-    scores_NE = statistics[name]
+    scores_NE = statistics[scores] if isinstance(scores, str) else scores
     mixed_E = torch.zeros(scores_NE.shape[1], dtype=torch.float64)
     for row, weight in _rows(statistics, weights):
-        norm = _norm(scores_NE[row])
+        norm = _LENGTHS[length](scores_NE[row].tolist())
         if norm > 0:
             mixed_E += scores_NE[row] * (weight / norm)
     return mixed_E
 
 
-def mix_neurons(statistics: LayerStatistics, name: str, weights: DomainWeights, layer: int) -> torch.Tensor:
+def routed_mean(statistics: LayerStatistics, name: str) -> torch.Tensor:
+    """An expert statistic's mean over the tokens routed to the expert, [N, E]; 0 where no token was."""
+    count_NE = statistics["token_count"]
+    return torch.where(count_NE > 0, statistics[name] / count_NE.clamp_min(1), 0.0)
+
+
+def mix_neurons(
+    statistics: LayerStatistics, scores: str | np.ndarray, weights: DomainWeights, layer: int
+) -> torch.Tensor:
     """The same for neurons, per expert: its mean vector of F scores scaled to length 1, weighted, added.
 
     The paper says nothing about neurons and domains; this rule is ours. Mean and sum over tokens point the
@@ -47,7 +60,7 @@ def mix_neurons(statistics: LayerStatistics, name: str, weights: DomainWeights, 
     that no token of a weighted domain reached takes its row of `neuron_weight_norm`.
 
     Args:
-        name: a neuron statistic, [N, E, F], summed over tokens.
+        scores: float64 [N, E, F], or the name of a neuron statistic; summed over tokens.
         layer: decoder index, for messages.
 
     Returns:
@@ -58,7 +71,8 @@ def mix_neurons(statistics: LayerStatistics, name: str, weights: DomainWeights, 
         NumericalError: NaN or Inf in a row of `neuron_weight_norm` that is needed.
     """
     # NumPy on one thread: the pass is bound by memory, and PyTorch's threads spin when cores are shared.
-    sums_NEF, count_NE = statistics[name].numpy(), statistics["token_count"].numpy()
+    sums_NEF = statistics[scores].numpy() if isinstance(scores, str) else scores
+    count_NE = statistics["token_count"].numpy()
     mixed_EF = np.zeros(sums_NEF.shape[1:])
     seen_E = np.zeros(sums_NEF.shape[1], dtype=bool)
     for row, weight in _rows(statistics, weights):
@@ -101,11 +115,17 @@ def _rows(statistics: LayerStatistics, weights: DomainWeights) -> list[tuple[int
     return counting
 
 
-def _norm(vector: torch.Tensor) -> float:
-    values = vector.tolist()
+def _l2(values: list[float]) -> float:
     largest = max(map(abs, values), default=0.0)
     # fsum rounds once, so the result does not depend on the order of the experts.
     return largest * math.sqrt(math.fsum((value / largest) ** 2 for value in values)) if largest else 0.0
+
+
+def _l1(values: list[float]) -> float:
+    return math.fsum(map(abs, values))
+
+
+_LENGTHS: Mapping[Length, Callable[[list[float]], float]] = {"l1": _l1, "l2": _l2}
 
 
 def _weight_norm(statistics: LayerStatistics, rows_E: np.ndarray, layer: int) -> np.ndarray:

@@ -17,7 +17,7 @@ column j of W_down, h the residual stream before the MoE block, r the block's ro
 | neuron_projection_sum     | E, F  | m_j <w_j, y> / (|y| + 1e-8)                       | TENP Eq. 8-10       |
 | neuron_l2_sum             | E, F  | |m_j| |w_j|                                       | TENP's ablation     |
 | neuron_energy_sum         | E, F  | g^2 m_j^2 |w_j|^2                                 | ours                |
-| neuron_abs_max            | E, F  | max of g |m_j|                                    | CAMERA              |
+| neuron_contribution_max   | E, F  | max of g |m_j| |w_j|                              | CAMERA              |
 
 A score file also holds `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
 neurons of experts that no token reached.
@@ -49,7 +49,7 @@ NEURON_STATISTICS = {
     "neuron_projection_sum": "sum",
     "neuron_l2_sum": "sum",
     "neuron_energy_sum": "sum",
-    "neuron_abs_max": "max",
+    "neuron_contribution_max": "max",
 }
 MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS}
 WEIGHT_NORM = "neuron_weight_norm"

@@ -1,6 +1,13 @@
 """What a pruning method is, and the list of them: every other module of this folder is one.
 
-A method is a file named like the method that defines `METHOD`. Nothing else has to be told of it.
+A method is a file named like the method (`easy-ep`: easy_ep.py) that defines `METHOD`. Nothing else has
+to be told of it; tests/test_registry.py takes every method that is there through the same tests.
+
+| ranks              | what becomes of an expert that is not among the best                       |
+|--------------------|----------------------------------------------------------------------------|
+| experts only       | it is removed: no router row, no weights                                    |
+| neurons only       | every expert keeps its best neurons, all of one width                       |
+| experts and neurons| it keeps its best neurons, the best experts stay whole                      |
 """
 
 from __future__ import annotations
@@ -10,12 +17,13 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
 import torch
 
+from tenp_dist.config import Budget
 from tenp_dist.errors import JobError, NumericalError
 from tenp_dist.scoring.statistics import LayerStatistics
 
@@ -39,25 +47,32 @@ Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to rank the experts of a layer and the neurons of an expert; a higher score is kept.
+    """One way to rank the experts of a layer, the neurons of an expert, or both; a higher score is kept.
 
-    source: paper and equation, or "ours".
+    source: paper and equation, and what of it is ours.
+    experts: statistics of one layer -> float64 [E].
     neurons: statistics of one layer -> float64 [E, F].
-    experts: statistics of one layer -> float64 [E]; None for a method that keeps no expert whole.
     expert_statistics, neuron_statistics: the statistics that each of them reads.
+    allocation: who decides widths. `layers`: the budget, before any score is read (`budget/shape.py`).
     """
 
     name: str
     source: str
-    neurons: Ranking
     experts: Ranking | None = None
+    neurons: Ranking | None = None
     expert_statistics: tuple[str, ...] = ()
     neuron_statistics: tuple[str, ...] = ()
+    allocation: str = "layers"
 
     @property
     def whole_experts(self) -> bool:
-        """Whether the method ranks experts, so that some can be kept whole."""
-        return self.experts is not None
+        """Whether some experts stay whole and the others become narrow."""
+        return self.experts is not None and self.neurons is not None
+
+    @property
+    def removes(self) -> bool:
+        """Whether experts that are not kept leave the model, their router rows with them."""
+        return self.experts is not None and self.neurons is None
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -71,19 +86,61 @@ class Method:
             NumericalError: NaN or Inf in a statistic that is read.
             JobError: the method ranks no experts.
         """
-        if self.experts is None:
-            raise JobError(f"Method {self.name} ranks no experts", where="budget.method", next_step="use tenp")
+        ranking = self._has(self.experts, "experts", "budget.experts")
         require_finite(statistics, self.expert_statistics, context.layer)
-        return self.experts(statistics, context)
+        return ranking(statistics, context)
 
     def neuron_scores(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """Importance of each neuron among those of its expert, float64 [E, F].
 
         Raises:
             NumericalError: NaN or Inf in a statistic that is read.
+            JobError: the method ranks no neurons.
         """
+        ranking = self._has(self.neurons, "neurons", "budget.neurons")
         require_finite(statistics, self.neuron_statistics, context.layer)
-        return self.neurons(statistics, context)
+        return ranking(statistics, context)
+
+    def with_experts_of(self, other: Method) -> Method:
+        """The same with the expert ranking of another method (an ablation).
+
+        Raises:
+            JobError: one of the two ranks no experts.
+        """
+        self._has(self.experts, "experts", "budget.experts")
+        ranking = other._has(other.experts, "experts", "budget.experts")
+        return replace(self, experts=ranking, expert_statistics=other.expert_statistics)
+
+    def with_neurons_of(self, other: Method) -> Method:
+        """The same with the neuron ranking of another method. Raises JobError as `with_experts_of` does."""
+        self._has(self.neurons, "neurons", "budget.neurons")
+        ranking = other._has(other.neurons, "neurons", "budget.neurons")
+        return replace(self, neurons=ranking, neuron_statistics=other.neuron_statistics)
+
+    def _has(self, ranking: Ranking | None, unit: str, where: str) -> Ranking:
+        if ranking is None:
+            able = [name for name in names() if getattr(get(name), unit) is not None]
+            raise JobError(
+                f"Method {self.name} ranks no {unit}",
+                where=where,
+                wanted=f"a method that does: {', '.join(able)}",
+                next_step=f"leave {where} out, or use another method",
+            )
+        return ranking
+
+
+def of_budget(budget: Budget) -> Method:
+    """The method of a budget, with the rankings that the budget exchanges.
+
+    Raises:
+        JobError: an unknown method, or one that ranks nothing of the kind asked for.
+    """
+    method = get(budget.method)
+    if budget.experts is not None:
+        method = method.with_experts_of(get(budget.experts, "budget.experts"))
+    if budget.neurons is not None:
+        method = method.with_neurons_of(get(budget.neurons, "budget.neurons"))
+    return method
 
 
 def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int) -> None:
@@ -109,11 +166,12 @@ def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int
 def names() -> list[str]:
     """All method names, sorted."""
     package = importlib.import_module(__package__)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "registry")
+    files = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name.replace("_", "-") for name in files if name != "registry")
 
 
-def get(name: str) -> Method:
-    """The method called `name`.
+def get(name: str, where: str = "budget.method") -> Method:
+    """The method called `name`. where: the job key that names it.
 
     Raises:
         JobError: there is none; the message lists all and suggests the nearest.
@@ -123,9 +181,9 @@ def get(name: str) -> Method:
         close = difflib.get_close_matches(name, known, n=1)
         raise JobError(
             "Unknown method",
-            where="budget.method",
+            where=where,
             found=name,
             wanted=f"one of {', '.join(known)}",
             next_step=f"did you mean `{close[0]}`?" if close else "use one of these",
         )
-    return importlib.import_module(f"{__package__}.{name}").METHOD
+    return importlib.import_module(f"{__package__}.{name.replace('-', '_')}").METHOD

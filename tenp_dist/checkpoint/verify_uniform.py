@@ -1,0 +1,148 @@
+"""Check a `uniform` checkpoint against its source and plan: renumbering, router rows, config and every byte.
+
+Nothing here comes from the writer: where a written tensor comes from is read off its own name, and what the
+config must say is counted in the written tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from tenp_dist.checkpoint.families import GATE, NEURON_AXIS, Family
+from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.verify import Verified, bits, compare
+from tenp_dist.errors import VerifyError
+
+
+class Names:
+    """Reads layer, expert and matrix off the names of one family's tensors."""
+
+    def __init__(self, family: Family):
+        self.family = family
+        self._layer = re.compile(re.escape(family.layer).replace(r"\{layer\}", r"(\d+)") + r"(.*)")
+        inside = re.escape(family.expert_tensor).replace(r"\{expert\}", r"(\d+)").replace(r"\{matrix\}", r"(\w+)")
+        self._expert = re.compile(inside + "$")
+        self._matrix = {name: matrix for matrix, name in family.matrices.items()}
+
+    def layer(self, name: str) -> int | None:
+        found = self._layer.match(name)
+        return found and int(found[1])
+
+    def expert(self, name: str) -> tuple[int, str] | None:
+        """(expert, matrix) of a routed expert's tensor."""
+        found = self._layer.match(name)
+        inside = found and self._expert.match(found[2])
+        return (int(inside[1]), self._matrix[inside[2]]) if inside else None
+
+    def inside(self, name: str, module: str) -> str | None:
+        """What follows `module.` in the name of a layer's tensor, None for tensors of other modules."""
+        found = self._layer.match(name)
+        return found[2].removeprefix(f"{module}.") if found and found[2].startswith(f"{module}.") else None
+
+
+def expected_names(source: CheckpointIndex, family: Family, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
+    """Written name -> source name of every tensor that has to be there."""
+    names, result = Names(family), {}
+    for name in source.tensors:
+        layer, expert = names.layer(name), names.expert(name)
+        if layer is not None and layer >= source.config["num_hidden_layers"]:
+            continue
+        if expert is None or layer not in kept:
+            result[name] = name
+        elif expert[0] in kept[layer].routed:
+            number = int((kept[layer].routed < expert[0]).sum())
+            result[family.tensor(layer, number, expert[1])] = name
+    return result
+
+
+def check_uniform_config(source: CheckpointIndex, written: CheckpointIndex, family: Family) -> None:
+    """The config is the source's, but for the numbers of experts, widths and layers that the tensors show.
+
+    Raises:
+        VerifyError: names the keys that differ.
+    """
+    wanted = dict(source.config) | _counted(source, written, family)
+    wanted = {key: wanted[key] for key in source.config}
+    keys = [key for key in {**wanted, **written.config} if wanted.get(key) != written.config.get(key)]
+    if keys:
+        raise VerifyError(
+            "Config disagrees with the tensors or with the source's config",
+            where=f"{written.folder / 'config.json'}: {', '.join(keys)}",
+            found={key: written.config.get(key) for key in keys},
+            wanted={key: wanted.get(key) for key in keys},
+            next_step="write again with --overwrite; if it stays, report it with this message",
+        )
+
+
+def _counted(source: CheckpointIndex, written: CheckpointIndex, family: Family) -> dict[str, object]:
+    """Config keys and what the written tensors show them to be; a list where they disagree with each other."""
+    names, experts = Names(family), {}
+    widths, shared = set(), set()
+    for name, entry in written.tensors.items():
+        expert = names.expert(name)
+        if expert is not None:
+            experts.setdefault(names.layer(name), set()).add(expert[0])
+            widths.add(entry.shape[NEURON_AXIS[expert[1]]])
+        elif names.inside(name, family.shared_experts) == f"{family.matrices[GATE]}.weight":
+            shared.add(entry.shape[0])
+    width = _only(widths)
+    counted = dict.fromkeys(family.experts_keys, _only({len(ids) for ids in experts.values()}))
+    counted |= dict.fromkeys(family.mtp_keys, 0) | {family.width_key: width}
+    if family.shared_key and source.config.get(family.shared_key):
+        counted[family.shared_key] = _only({wide / width if isinstance(width, int) else wide for wide in shared})
+    return counted
+
+
+def _only(values: set) -> object:
+    return next(iter(values)) if len(values) == 1 else sorted(values)
+
+
+def verify_uniform(
+    names: Sequence[str],
+    source: TensorReader,
+    written: TensorReader,
+    family: Family,
+    kept: Mapping[int, KeptNeurons],
+    source_names: Mapping[str, str],
+    compensated: TensorReader | None = None,
+) -> Verified:
+    """Compare the named tensors with what source and plan say they are.
+
+    source_names: of `expected_names`. compensated: as in `verify_tensors`.
+
+    Raises:
+        VerifyError: the first tensor whose dtype, shape or bytes differ.
+    """
+    reading, changed, nbytes = Names(family), 0, 0
+    for name in names:
+        origin = source_names[name]
+        expected, found = bits(source.tensor(origin)), bits(written.tensor(name))
+        layer, expert = reading.layer(name), reading.expert(origin)
+        if layer in kept:
+            neurons = kept[layer]
+            if expert is not None:
+                ids = torch.from_numpy(neurons.of(expert[0]).copy()).long()
+                expected = expected.index_select(NEURON_AXIS[expert[1]], ids)
+                if compensated is not None and origin in compensated.index.tensors:
+                    expected = bits(compensated.tensor(origin))
+            elif reading.inside(name, family.router) and neurons.experts is not None:
+                expected = torch.stack([expected[expert_id] for expert_id in neurons.experts.tolist()])
+            elif family.shared_key and reading.inside(name, family.shared_experts):
+                expected = _filled(expected, found.shape)
+        changed += expert is not None or expected.shape != source.index.entry(origin).shape
+        compare(name, source, written, expected, found, origin)
+        nbytes += found.numel() * found.element_size()
+    return Verified(len(names), changed, len(names) - changed, nbytes)
+
+
+def _filled(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor with zeros behind it, up to a shape that is nowhere smaller."""
+    more = [wanted - now for wanted, now in zip(shape, tensor.shape, strict=True)]
+    if min(more) < 0:
+        return tensor
+    return torch.nn.functional.pad(tensor, [side for amount in reversed(more) for side in (0, amount)])
