@@ -1,0 +1,234 @@
+"""One price per neuron for the whole model: how wide every expert of every layer becomes within a budget.
+
+At a price every layer is solved alone and exactly (bucketing.py), and the kept neurons of the model fall as the
+price rises; a bisection finds the two solutions around the budget. The smaller one is kept, layers move to their
+part of the larger one while that fits, and leftover.py spends the rest. `energy_bound` says how much more energy
+any plan of the budget could keep. Sizes are integers: the budget is met exactly and never passed. Equal gains
+go to the lower layer, then the lower expert.
+
+Shapes: C legal widths of a layer, E experts. Memory: the curves, C x E float64 for each layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tenp_dist.budget.bucketing import best_widths
+from tenp_dist.errors import BudgetError
+
+_TOLERANCE = 1e-13  # relative width of a bracket of prices that is not halved again
+_COARSE = 128  # widths of a coarse layer, from twice as many on
+_FURTHEST = 1e30  # a first price is not corrected by more
+
+Places = list[np.ndarray]
+"""Per layer the place in `widths_C` of every expert's width, int64 [E]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """What the experts of a layer keep at each legal width.
+
+    widths_C: ascending, the full width last. kept_CE: energy, concave along C. whole_E: experts that get the full
+    width whatever it costs. minimum: neurons that the layer keeps at least.
+    """
+
+    layer: int
+    widths_C: np.ndarray
+    kept_CE: np.ndarray
+    whole_E: np.ndarray
+    minimum: int = 0
+
+    @property
+    def full_E(self) -> np.ndarray:
+        """The place of the full width, for every expert."""
+        return np.full(self.whole_E.size, len(self.widths_C) - 1, dtype=np.int64)
+
+    def neurons(self, place_E: np.ndarray) -> int:
+        return int(self.widths_C[place_E].sum())
+
+    def energy(self, place_E: np.ndarray) -> float:
+        return float(np.take_along_axis(self.kept_CE, place_E[None], axis=0).sum())
+
+    def at_price(self, price: float, max_widths: int) -> np.ndarray:
+        """Places [E] that are worth most at `price`, whatever the layer's minimum."""
+        place_E = self.full_E
+        free_E = ~self.whole_E
+        if free_E.any():
+            with_full = bool(self.whole_E.any())
+            kept_CE = self.kept_CE[:, free_E]
+            place_E[free_E] = best_widths(kept_CE, self.widths_C, price, max_widths, with_full=with_full)
+        return place_E
+
+
+def allocate(layers: Sequence[Curves], allowed: int, max_widths: int) -> tuple[Places, float]:
+    """Places of every layer, before what is left over is spent, and the price that leads to them.
+
+    Args:
+        allowed: neurons that the model may keep.
+        max_widths: distinct widths of a layer.
+
+    Raises:
+        BudgetError: the minima and the experts kept whole are over the budget, or do not fit `max_widths`.
+    """
+    _check_widths(layers, max_widths)
+    large = [curves.full_E for curves in layers]
+    if total_neurons(layers, large) <= allowed:
+        return large, 0.0
+    beyond = 2 * _steepest(layers)
+    floors = [_smallest(curves, beyond, max_widths) for curves in layers]
+    if total_neurons(layers, floors) > allowed:
+        raise _over_budget(total_neurons(layers, floors), allowed)
+    bracket = _Bracket(layers, allowed, max_widths, floors, large)
+    bracket.surround(_first_price(layers, allowed, max_widths))
+    price = bracket.close()
+    return _merge(layers, bracket.small, bracket.large, allowed), price
+
+
+class _Bracket:
+    """Two solutions around the budget, `small` within it and `large` over it, drawn together by prices."""
+
+    def __init__(self, layers: Sequence[Curves], allowed: int, max_widths: int, floors: Places, large: Places):
+        self.layers, self.allowed, self.max_widths, self.floors = layers, allowed, max_widths, floors
+        self.small, self.large = floors, large
+
+    def try_price(self, price: float) -> bool:
+        """Solve at `price` and take the solution for the end that it lies at; whether it is over the budget."""
+        parts = zip(self.layers, self.small, self.large, self.floors, strict=True)
+        # Worth is linear in the price: what is best at both ends is best between them.
+        places = [a if np.array_equal(a, b) else _priced(c, price, self.max_widths, f) for c, a, b, f in parts]
+        small, found, large = (total_neurons(self.layers, end) for end in (self.small, places, self.large))
+        if small < found <= self.allowed:
+            self.small = places
+        elif self.allowed < found < large:
+            self.large = places
+        return found > self.allowed
+
+    def surround(self, price: float) -> None:
+        """Prices further and further from a first one, until the budget lies between two of them."""
+        if price <= 0:
+            return
+        over, spread = self.try_price(price), 1.01
+        while self.try_price(price * spread if over else price / spread) == over and spread < _FURTHEST:
+            spread **= 2
+
+    def close(self) -> float:
+        """The price at which both ends are worth the same and no solution is worth more: none lies between them."""
+        while True:
+            small, large = (total_neurons(self.layers, end) for end in (self.small, self.large))
+            energy = _energy(self.layers, self.large) - _energy(self.layers, self.small)
+            price = max(energy, 0.0) / (large - small)
+            ends = self.small, self.large
+            self.try_price(price)
+            if total_neurons(self.layers, self.small) == self.allowed or all(
+                map(operator.is_, ends, (self.small, self.large))
+            ):
+                return price
+
+
+def total_neurons(layers: Sequence[Curves], places: Places) -> int:
+    return sum(curves.neurons(place_E) for curves, place_E in zip(layers, places, strict=True))
+
+
+def energy_bound(layers: Sequence[Curves], allowed: int, max_widths: int, price: float) -> float:
+    """Energy that no allocation of at most `allowed` neurons passes, by weak duality; layer minima left out."""
+    places = [curves.at_price(price, max_widths) for curves in layers]
+    worth = sum(c.energy(p) - price * c.neurons(p) for c, p in zip(layers, places, strict=True))
+    return worth + price * allowed
+
+
+def _priced(curves: Curves, price: float, max_widths: int, floor_E: np.ndarray) -> np.ndarray:
+    place_E = curves.at_price(price, max_widths)
+    return place_E if curves.neurons(place_E) >= curves.minimum else floor_E
+
+
+def _smallest(curves: Curves, high: float, max_widths: int) -> np.ndarray:
+    """The solution of fewest neurons that keeps the layer's minimum. high: a price at which no step is worth taking."""
+    small_E = curves.at_price(high, max_widths)
+    if curves.neurons(small_E) >= curves.minimum:
+        return small_E
+    low, best_E = 0.0, curves.full_E
+    while high - low > _TOLERANCE * high:
+        price = _between(low, high)
+        place_E = curves.at_price(price, max_widths)
+        if curves.neurons(place_E) >= curves.minimum:
+            low, best_E = price, place_E
+        else:
+            high = price
+    return best_E
+
+
+def _energy(layers: Sequence[Curves], places: Places) -> float:
+    return sum(curves.energy(place_E) for curves, place_E in zip(layers, places, strict=True))
+
+
+def _first_price(layers: Sequence[Curves], allowed: int, max_widths: int) -> float:
+    """A price near the one sought: that of the same layers at every n-th width, or of free widths."""
+    stride = max(len(curves.widths_C) for curves in layers) // _COARSE
+    if stride > 1:
+        return allocate([_coarse(curves, stride) for curves in layers], allowed, max_widths)[1]
+    steps = np.concatenate([_steps(curves).ravel() for curves in layers])
+    share = allowed / sum(int(curves.widths_C[-1]) * curves.whole_E.size for curves in layers)
+    return float(np.quantile(steps, max(0.0, 1 - share))) if steps.size else 0.0
+
+
+def _coarse(curves: Curves, stride: int) -> Curves:
+    """The same layer with its first and last legal width and every `stride`-th between them."""
+    places = np.unique(np.append(np.arange(0, len(curves.widths_C), stride), len(curves.widths_C) - 1))
+    return replace(curves, widths_C=curves.widths_C[places], kept_CE=curves.kept_CE[places])
+
+
+def _merge(layers: Sequence[Curves], small: Places, large: Places, allowed: int) -> Places:
+    """`small` with those layers' parts of `large` that still fit, the most energy per neuron first."""
+    left = allowed - total_neurons(layers, small)
+    moves = []
+    for i, curves in enumerate(layers):
+        cost = curves.neurons(large[i]) - curves.neurons(small[i])
+        if cost > 0:
+            moves.append((-(curves.energy(large[i]) - curves.energy(small[i])) / cost, i, cost))
+    merged = list(small)
+    for _, i, cost in sorted(moves):
+        if cost <= left:
+            merged[i], left = large[i], left - cost
+    return merged
+
+
+def _steps(curves: Curves) -> np.ndarray:
+    """Energy per neuron of every step from one legal width to the next, [C - 1, E]."""
+    return np.diff(curves.kept_CE, axis=0) / np.diff(curves.widths_C)[:, None]
+
+
+def _steepest(layers: Sequence[Curves]) -> float:
+    return max(float(_steps(curves).max(initial=np.finfo(float).tiny)) for curves in layers)
+
+
+def _between(low: float, high: float) -> float:
+    """Halfway in the order of all floating-point numbers: about the geometric mean, and defined for 0 too."""
+    bits = np.array([low, high]).view(np.int64)
+    return float((bits[:1] + (bits[1] - bits[0]) // 2).view(np.float64)[0])
+
+
+def _check_widths(layers: Sequence[Curves], max_widths: int) -> None:
+    for curves in layers:
+        mixed = curves.whole_E.any() and not curves.whole_E.all()
+        if mixed and max_widths < 2 and len(curves.widths_C) > 1 and curves.minimum < curves.neurons(curves.full_E):
+            raise BudgetError(
+                "Experts kept whole leave no second width for the others of their layer",
+                where=f"budget.max_widths, layer {curves.layer}",
+                found=f"{int(curves.whole_E.sum())} experts kept whole, max_widths 1",
+                wanted="max_widths 2 or more",
+                next_step="raise budget.max_widths, or protect whole layers instead of experts",
+            )
+
+
+def _over_budget(needed: int, allowed: int) -> BudgetError:
+    return BudgetError(
+        "Minima and protected experts alone are over the target",
+        where="budget.retention",
+        found=f"{needed} neurons that must stay",
+        wanted=f"at most {allowed}",
+        next_step="raise budget.retention, or lower minimum_width, minimum_layer_retention or protect",
+    )
