@@ -166,12 +166,14 @@ def measure_ours(path: Path, threads: int) -> dict[str, Any]:
 
 def measure_round(job, python: Path, settings: dict[str, dict], threads: int) -> dict[str, dict[str, Any]]:
     """One run of each side and setting, in turns; what they wrote is measured and deleted."""
-    found = {OURS: run_ours(job, threads)}
-    for name, options in settings.items():
-        found[name] = run_theirs(job, python, options, threads)
-    for name, one in found.items():
+    found = {}
+    for name, options in {OURS: None, **settings}.items():
+        found[name] = one = run_ours(job, threads) if options is None else run_theirs(job, python, options, threads)
         parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in one["parts"].items())
-        click.echo(f"{name}: {one['seconds']:.2f} s ({parts}), peak {one['peak'] / MEGABYTE:.0f} MB", err=True)
+        click.echo(
+            f"{name}: {one['seconds']:.2f} s ({parts}), CPU {one['cpu']:.1f} s, peak {one['peak'] / MEGABYTE:.0f} MB",
+            err=True,
+        )
     return found
 
 
