@@ -7,7 +7,9 @@ outputs included (Eq. 8-10).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,6 +50,12 @@ def brute_force_statistics(
 
     batches: (tokens [B, S], mask [B, S] or None, domain). Padding (mask 0) counts for nothing.
     """
+    taps, activation = _tapped(model_folder, batches)
+    return {i: _layer_statistics(tap, batches, domains, activation) for i, tap in taps.items()}
+
+
+def _tapped(model_folder: Path, batches) -> tuple[dict[int, Tap], str]:
+    """A tap per MoE layer after the stock model saw the batches, and the activation's name."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -58,11 +66,43 @@ def brute_force_statistics(
     with torch.no_grad():
         for tokens, mask, _ in batches:
             model(tokens, attention_mask=None if mask is None else mask.long())
-    result = {}
-    for i, tap in taps.items():
+    for tap in taps.values():
         tap.close()
-        result[i] = _layer_statistics(tap, batches, domains, model.config.hidden_act)
-    return result
+    return taps, model.config.hidden_act
+
+
+@dataclass
+class RoutedToken:
+    """One token in one expert, all float64: weight g, activations m [F], output y [D], columns' norms [F] and
+    <w_j, y> [F], input x, residual stream h and routed output r [D]."""
+
+    g: float
+    m: torch.Tensor
+    y: torch.Tensor
+    column: torch.Tensor
+    along: torch.Tensor
+    x: torch.Tensor
+    h: torch.Tensor
+    r: torch.Tensor
+
+
+def routed_tokens(model_folder: Path, batches) -> dict[int, dict[tuple[int, int], list[RoutedToken]]]:
+    """layer -> (domain, expert) -> the tokens routed there, one by one; batches without padding."""
+    found: dict[int, dict[tuple[int, int], list[RoutedToken]]] = {}
+    for layer, tap in _tapped(model_folder, batches)[0].items():
+        gate_up, down = tap.experts.gate_up_proj.detach().double(), tap.experts.down_proj.detach().double()
+        width = down.shape[2]
+        layer_tokens = found.setdefault(layer, {})
+        for (_, _, domain), call in zip(batches, tap.calls, strict=True):
+            for t, k in itertools.product(*map(range, call["index"].shape)):
+                e, x = int(call["index"][t, k]), call["x"][t]
+                m = torch.nn.functional.silu(gate_up[e, :width] @ x) * (gate_up[e, width:] @ x)
+                y = down[e] @ m
+                token = RoutedToken(
+                    float(call["g"][t, k]), m, y, down[e].norm(dim=0), down[e].T @ y, x, call["h"][t], call["r"][t]
+                )
+                layer_tokens.setdefault((domain, e), []).append(token)
+    return found
 
 
 def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[str, torch.Tensor]:
