@@ -1,0 +1,184 @@
+"""What `quality.py` is made of: calibration sets, plans from their scores, compensation, one pass that measures.
+
+Everything goes through the package's own stages in one process, in a folder that outlives an interruption: a set
+that was scored and a plan that was compensated are not made again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import click
+
+from tenp_dist.artifacts import digest_of
+from tenp_dist.budget.plan import make_plan, planning_statistics
+from tenp_dist.budget.plan_files import write_plan
+from tenp_dist.budget.shape import MoeLayer
+from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write_corpus
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.config import Budget, Cluster, Source, Text
+from tenp_dist.engine.compensate import CompensateTask, compensate_model
+from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.engine.scoring import layers_of_facts
+from tenp_dist.engine.shard import ScoreTask, score_shard
+from tenp_dist.errors import BudgetError
+from tenp_dist.evaluation.metrics import SOURCE
+from tenp_dist.evaluation.plans import NamedPlan
+from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.variants import Variant
+from tenp_dist.scoring.statistics import read_statistics
+
+CLUSTER = Cluster(host_memory=4 * 10**9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan to measure. line: what its figures are averaged and drawn under; calibration: name of the set."""
+
+    table: str
+    line: str
+    budget: Budget
+    calibration: str
+    compensated: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """sources: (file, domain, sequences); share: set aside to choose a budget on."""
+
+    name: str
+    sources: tuple[tuple[Path, str, int], ...]
+    share: Fraction = Fraction(0)
+
+
+class Study:
+    """A model, a folder for what is made of it, and how to compute."""
+
+    def __init__(self, model: Path, folder: Path, length: int, threads: int):
+        self.model, self.length = model, length
+        self.index = open_index(model)
+        self.facts = checkpoint_facts(self.index)
+        self.folder = folder / self.index.fingerprint[:12]
+        self.compute = Compute("cpu", "float32", 8192, threads)
+        self.layers = layers_of_facts(self.facts, self.compute.torch_dtype.itemsize)
+        self.pool = InProcessPool(cores=threads)
+
+    def corpora(self, text: CalibrationSet) -> tuple[Path, Path | None]:
+        """The set's tokens and what was set aside of them, as files."""
+        sources = tuple(Source(path=path, domain=domain, samples=count) for path, domain, count in text.sources)
+        part = Text(sources=sources, sequence_length=self.length)
+        corpora = build_split(part, self.model, self.facts["vocab_size"], text.share)
+        return self._stored(corpora[0]), corpora[1] and self._stored(corpora[1])
+
+    def _stored(self, corpus: Corpus) -> Path:
+        path = self.folder / "text" / f"{corpus.digest[:12]}.arrow"
+        if not path.exists():
+            write_corpus(path, corpus)
+        return path
+
+    @functools.cache  # noqa: B019  lives as long as the study
+    def scores(self, corpus: Path) -> Path:
+        """Folder of the score files of a corpus."""
+        folder = self.folder / "scores" / corpus.stem
+        if not (folder / f"{layer_name(self.layers.moe[-1])}.safetensors").exists():
+            for _ in score_shard(ScoreTask(self.model, corpus, folder, corpus.stem, self.compute)):
+                pass
+        return folder
+
+    def plan(self, budget: Budget, corpus: Path) -> NamedPlan | None:
+        """The plan of a budget from a corpus's scores, None where none meets it."""
+        names, scores = planning_statistics(budget), self.scores(corpus)
+        home = self.folder / "plans" / digest_of([budget.model_dump(mode="json"), corpus.stem])[:16]
+
+        def read(layer: int):
+            return read_statistics(scores / f"{layer_name(layer)}.safetensors", names)
+
+        try:
+            plan = make_plan(budget, self._moe_layers(), read)
+        except BudgetError as error:
+            click.echo(f"left out  {budget.method} at {budget.retention}: {error.what}")
+            return None
+        tensors, text = write_plan(home, plan, source_fingerprint=self.index.fingerprint, scores_digest=corpus.stem)
+        document = {
+            "budget": {"important": str(budget.important), "slope": str(budget.slope)},
+            "retention": {"realised": float(plan.retention)},
+        }
+        return NamedPlan(home.name, text, tensors, document)
+
+    def _moe_layers(self) -> list[MoeLayer]:
+        return [
+            MoeLayer(layer, self.facts["num_experts"], self.facts["intermediate_size"]) for layer in self.layers.moe
+        ]
+
+    def compensated(self, plan: NamedPlan, corpus: Path) -> Path:
+        """Folder of the plan's compensated W_down, solved on the corpus that it was planned on."""
+        folder = plan.text.parent / "compensation"
+        key = digest_of([plan.name, corpus.stem])
+        task = CompensateTask(
+            self.model, corpus, folder, key, self.compute, plan=plan.tensors, moe=tuple(self.layers.moe)
+        )
+        ledger = Ledger(self.folder / "compensate.ledger.jsonl")
+        compensate_model(self.pool, task, self.layers.nbytes, CLUSTER, lambda step: None, ledger)
+        return folder
+
+    def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
+        """variant -> figures, `source` among them; one pass over the model."""
+        passes = [Pass(self.model, {SOURCE: Variant(), **variants})]
+        task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
+        ledger = Ledger(self.folder / "measure.ledger.jsonl")
+        return evaluate_model(self.pool, task, self.layers.nbytes, CLUSTER, lambda step: None, ledger).summary()
+
+    def choose(self, budgets: Sequence[Budget], text: CalibrationSet) -> list[Budget]:
+        """`auto` budgets as chosen on what the set sets aside; all of them in one pass."""
+        corpus, aside = self.corpora(text)
+        tried = [(budget, [self.plan(one, corpus) for one in candidates(budget).values()]) for budget in budgets]
+        plans = {plan.name: plan for _, found in tried for plan in found if plan}
+        figures = self.measure({name: Variant(plan.tensors) for name, plan in plans.items()}, aside)
+        source = figures.pop(SOURCE)
+        chosen = []
+        for budget, found in tried:
+            document = selection_document(budget, [plan for plan in found if plan], figures, source, {})
+            chosen.append(chosen_budget(budget, document))
+        return chosen
+
+    def rows(self, cases: Iterable[Case], sets: Mapping[str, CalibrationSet], held_out: Path) -> list[dict]:
+        """Plan, compensate and measure all cases in one pass; one flat row each."""
+        variants, made = {}, {}
+        for case in cases:
+            corpus, _ = self.corpora(sets[case.calibration])
+            plan = self.plan(case.budget, corpus)
+            if plan is None:
+                continue
+            solved = self.compensated(plan, corpus) if case.compensated else None
+            name = f"{plan.name}{'+' if case.compensated else ''}"
+            variants[name], made[case] = Variant(plan.tensors, solved), (name, plan)
+        click.echo(f"measuring {len(variants)} variants on {read_corpus(held_out).tokens_NS.size:,} tokens")
+        figures = self.measure(variants, held_out)
+        return [_row(case, plan, figures[name], figures[SOURCE]) for case, (name, plan) in made.items()]
+
+
+def _row(case: Case, plan: NamedPlan, figures: Mapping, source: Mapping) -> dict:
+    added = {name: row["nll"] - source["domains"][name]["nll"] for name, row in figures["domains"].items()}
+    mean = figures["mean"]
+    return {
+        **{key: value for key, value in asdict(replace(case, budget=None)).items() if key != "budget"},
+        "method": case.budget.method,
+        "retention": str(case.budget.retention),
+        "important": case.budget.important and str(case.budget.important),
+        "slope": str(case.budget.slope),
+        "seed": case.budget.seed,
+        "realised": plan.document["retention"]["realised"],
+        "nll_added": mean["nll"] - source["mean"]["nll"],
+        "kl": mean["kl"],
+        "top1_agreement": mean["top1_agreement"],
+        **{f"nll_added {name}": value for name, value in added.items()},
+    }
