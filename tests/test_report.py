@@ -454,3 +454,75 @@ def test_58_layers_of_256_experts_stay_small_and_quick(tmp_path):
     assert files.page.stat().st_size < 3_000_000
     _, _, page = read(files)
     assert set(CHARTS) <= set(page.ids)
+
+
+# --- many plans, and a budget that was chosen -------------------------------------------------------
+
+
+def with_plans(run_dir):
+    """Three plans and a control beside what make_run writes, and the curve of an auto budget."""
+    document = json.loads((run_dir / "evaluation.json").read_text())
+    source = document["variants"]["source"]
+
+    def plan(name, method, asked, kept, added, control=False):
+        rows = {key: row | {"nll": row["nll"] + added, "kl": added / 2} for key, row in source["domains"].items()}
+        mean = source["mean"] | {"nll": source["mean"]["nll"] + added, "kl": added / 2}
+        return {
+            "name": name, "method": method, "control": control, "budget": {},
+            "retention": {"asked": asked, "realised": kept}, "domains": rows, "mean": mean,
+        }  # fmt: skip
+
+    document["plans"] = [
+        plan("tenp retention=0.3 <b>", "tenp", "0.3", 0.29, 0.4),
+        plan("tenp retention=0.3 important=0.1", "tenp", "0.3", 0.295, 0.3125),
+        plan("reap retention=0.6", "reap", "0.6", 0.6, 0.125),
+        plan("control: random retention=0.3", "random", "0.3", 0.29, 0.75, control=True),
+    ]
+    write_json(run_dir / "evaluation.json", document)
+    curve = [
+        {"important": alpha, "slope": slope, "retention": 0.5, "nll_increase": 0.1, "nll": 3.1, "kl": kl,
+         "top1_agreement": 0.9}
+        for alpha, slope, kl in (("0", "0", 0.5), ("1/6", "0", 0.25), ("1/6", "1", 0.125))
+    ]  # fmt: skip
+    chosen = {"important": "1/6", "slope": "1"}
+    selection = {"schema_version": 1, "auto": ["important"], "criterion": "kl", "chosen": chosen, "curve": curve}
+    write_json(run_dir / "selection.json", selection | {"infeasible": ["important=0.4 slope=1"]})
+    return JOB | {"budget": JOB["budget"] | {"important": "auto"}}
+
+
+def test_plans_and_the_choice_are_shown_with_their_numbers(run_dir):
+    job = with_plans(run_dir)
+    files = write_report(run_dir, job=job)
+    report, page = json.loads(files.data.read_text()), files.page.read_text()
+    added = [plan["mean"]["nll_increase"] for plan in report["evaluation"]["plans"]]
+    assert added == pytest.approx([0.4, 0.3125, 0.125, 0.75])
+    table = page[page.index("Table of plans") :]
+    assert [table.index(number) for number in ("0.4000", "0.3125", "0.1250", "0.7500")] == sorted(
+        table.index(number) for number in ("0.4000", "0.3125", "0.1250", "0.7500")
+    )
+    assert "tenp retention=0.3 &lt;b&gt;" in page and "<b>" not in page
+    spoken = re.search(r'aria-label="(Loss added against size[^"]*)"', page)[1]
+    assert spoken == (
+        "Loss added against size. tenp: 30% kept +0.312; reap: 60% kept +0.125; random control: 29% kept +0.750."
+    ), "the better of two plans of one size"
+    assert re.search(r"chosen: 1/6 of the experts whole, slope 1, at 0\.1250", page)
+    assert "No plan of this size exists for: important=0.4 slope=1" in page
+    assert write_report(run_dir, job=job).page.read_text() == page
+
+
+def test_plans_alone_stand_without_the_checkpoint(run_dir):
+    job = with_plans(run_dir)
+    document = json.loads((run_dir / "evaluation.json").read_text())
+    document["variants"] = {"source": document["variants"]["source"]}
+    document["pruned_from"] = None
+    write_json(run_dir / "evaluation.json", document)
+    page = write_report(run_dir, job=job).page.read_text()
+    assert "The written checkpoint was not measured" in page and 'id="compared"' in page
+    assert "No random control was measured" not in page
+
+
+def test_a_choice_of_other_settings_is_not_shown(run_dir):
+    """selection.json of an earlier auto budget lies there; this job's budget is given."""
+    with_plans(run_dir)
+    files = write_report(run_dir, job=JOB)
+    assert json.loads(files.data.read_text())["selection"] is None and 'id="chosen"' not in files.page.read_text()

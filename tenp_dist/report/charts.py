@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tenp_dist.report import svg
+from tenp_dist.report.compared import plans_chart, selection_chart
 from tenp_dist.report.maps import importance_map, token_map
 from tenp_dist.report.svg import Chart, Legend
 from tenp_dist.report.text import percent
@@ -26,6 +27,10 @@ WIDTH = 380
 def all_charts(report: Mapping[str, Any]) -> dict[str, Chart]:
     """Every chart that the run has numbers for, by name, in the order of the page."""
     charts = [nll_increase(report), top1_agreement(report)] if _measured(report) else []
+    if report["evaluation"] and report["evaluation"]["plans"]:
+        charts.append(plans_chart(report))
+    if report["selection"]:
+        charts.append(selection_chart(report))
     charts.append(kept_share(report))
     if any(layer["importance"] for layer in report["layers"]):
         charts += [importance_map(report), token_map(report)]

@@ -12,6 +12,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
 | checkpoints | layout -> files and bytes on disk                                               |
 | evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
+| selection   | `selection.json`: the curve that an `auto` budget was chosen on, or None          |
 | verify      | `verify.json`, or None                                                          |
 | compensation | `compensation.json` and what verify says of it, or None                        |
 | job         | what was asked for, paths cut to their last part                                |
@@ -97,6 +98,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "verify": verify and verify["layouts"],
         "compensation": compensation,
         "evaluation": evaluation,
+        "selection": _optional(run_dir / "selection.json") if _is_auto(job) else None,
         "job": _job(job),
         "provenance": _provenance(run_dir, facts, plan),
     }
@@ -217,6 +219,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "pruned_from": evaluation.get("pruned_from"),
         "warnings": evaluation.get("warnings", []),
         "variants": {name: extended(variant) for name, variant in evaluation["variants"].items()},
+        "plans": [{**plan, **extended(plan)} for plan in evaluation.get("plans", [])],
     }
 
 
@@ -236,11 +239,15 @@ def _absent(layers, checkpoints, verify, evaluation) -> list[str]:
         (verify is None, "The checkpoint was not verified against the plan (no verify.json)."),
         (evaluation is None, "Quality was not measured (no evaluation.json): give the job an evaluation part."),
         (
-            evaluation is not None and "random" not in evaluation["variants"],
+            evaluation is not None and not _controlled(evaluation),
             "No random control was measured: the quality figures have nothing of the same size to stand against.",
         ),
     ]
     return [sentence for is_absent, sentence in findings if is_absent]
+
+
+def _controlled(evaluation: Mapping[str, Any]) -> bool:
+    return "random" in evaluation["variants"] or any(plan["control"] for plan in evaluation["plans"])
 
 
 def _provenance(run_dir: Path, facts: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +269,10 @@ def _version(library: str) -> str:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _is_auto(job: Mapping[str, Any]) -> bool:
+    return "auto" in ((job.get("budget") or {}).get(key) for key in ("important", "slope"))
 
 
 def _domain_weights(job: Mapping[str, Any]) -> dict[str, float]:
