@@ -1,12 +1,14 @@
 """The job file: YAML -> frozen, checked objects. Every stage reads its own part and nothing else.
 
 Fractions (`retention`, `important`, `slope`, `weight`) are kept as the decimal strings of the job,
-so that the budget is computed in exact rationals. Relative paths are relative to the job file.
+so that the budget is computed in exact rationals. Relative paths are relative to the job file, and `${NAME}` or
+`${NAME:-default}` in a path stands for an environment variable.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -281,7 +283,24 @@ def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -
 
 
 def _resolve(base: Path, path: Path) -> Path:
-    return (base / path.expanduser()).resolve()
+    return (base / Path(_expand(str(path))).expanduser()).resolve()
+
+
+def _expand(text: str) -> str:
+    """The text with `${NAME}` and `${NAME:-default}` replaced; an empty variable counts as unset."""
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1]) or match[2]
+        if found is None:
+            raise JobError(
+                "A path of the job stands for an environment variable that is not set",
+                where=text,
+                wanted=match[1],
+                next_step=f"export {match[1]}=FOLDER, or write the path itself into the job file",
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, text)
 
 
 def _resolve_sources(base: Path, text: T) -> T:

@@ -133,7 +133,9 @@ def tenp(monkeypatch):
         stages._index.cache_clear()  # a new process would open the checkpoint anew
         with monkeypatch.context() as patch:
             if not ray:
-                patch.setattr(pool, "RayPool", lambda: local.InProcessPool(cores=1))  # threads cost more than they do
+                patch.setattr(
+                    pool, "RayPool", lambda address=None: local.InProcessPool(cores=1)
+                )  # threads cost more than they do
             result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
         return SimpleNamespace(
             exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, exception=result.exception

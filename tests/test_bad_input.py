@@ -574,7 +574,7 @@ def test_cluster_that_cannot_be_reached(address, tenp, job_file, monkeypatch, tm
     monkeypatch.setenv("RAY_ADDRESS", address)
     result = tenp("run", job_file(), ray=True)
     refused(result, "ClusterError", "Ray cannot be reached", f"where:  {address}", "RAY_ADDRESS")
-    assert (tmp_path / "run" / "stages" / "calibrate.json").exists()
+    assert not (tmp_path / "run").exists(), "said before any work"
 
 
 # outputs, disk, stale files
@@ -667,7 +667,8 @@ def test_disk_fills_while_writing(victim, code, tenp, job_file, tmp_path, monkey
     assert all(after[name] == data for name, data in before.items() if not any(part in name for part in working))
 
 
-def test_real_file_system_without_space(tenp, job_file, tmp_path):
+def test_real_file_system_without_space(tenp, job_file, tmp_path, monkeypatch):
+    """Seen before any work; and where the estimate is too low, when the file system is full."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)]
@@ -675,7 +676,13 @@ def test_real_file_system_without_space(tenp, job_file, tmp_path):
         pytest.skip("may not mount a small file system here")
     try:
         job = job_file()
-        refused(tenp("run", job, "--run-dir", folder / "run"), "DiskFullError", "No space left", "small/run/scores")
+        result = tenp("run", job, "--run-dir", folder / "run")
+        refused(result, "DiskFullError", "Not enough space for the run", "node ", str(folder / "run"), "MB free")
+        assert not any((folder / "run").iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr("tenp_dist.engine.places.room_needed", lambda job, facts: 0)
+            result = tenp("run", job, "--run-dir", folder / "run")
+        refused(result, "DiskFullError", "No space left", "small/run/scores")
         assert not list(folder.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=10m", str(folder)], check=True)
         assert tenp("run", job, "--run-dir", folder / "run").exit_code == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
+from tenp_dist.cli import launch
 from tenp_dist.cli.main import EXAMPLES, STAGES, cli
 from tenp_dist.config import Job, load_job
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tenp_dist"
 ROOMS = [
     "errors", "artifacts", "config", "checkpoint", "model", "calibration", "scoring", "budget", "engine", "runtime",
-    "evaluation", "report", "cli",
+    "evaluation", "report", "launch", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "ray", "deepspeed", "datasets", "matplotlib")
@@ -53,12 +54,13 @@ def test_imports_point_upwards(path):
 
 
 def test_ray_is_imported_in_one_module_only():
+    """And its job client, which runs where no cluster is, by the one that submits jobs."""
     importers = {
         str(path.relative_to(PACKAGE))
         for path in SOURCES
         if any(module.split(".")[0] == "ray" for module in imports_of(path))
     }
-    assert importers == {"engine/pool.py"}
+    assert importers == {"engine/pool.py", "launch/submit.py"}
 
 
 def test_help_imports_nothing_heavy():
@@ -73,10 +75,10 @@ def test_help_imports_nothing_heavy():
 
 def test_every_command_has_help_an_example_and_a_readme_mention():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(cli.commands) == {"run", *STAGES} == set(EXAMPLES)
+    assert {"run", *STAGES} == set(EXAMPLES) and set(cli.commands) == {*EXAMPLES, *launch.EXAMPLES}
     for name, command in cli.commands.items():
         assert f"tenp-dist {name}" in readme, f"README does not show `tenp-dist {name}`"
-        assert f"tenp-dist {name} JOB.yaml" in command.help
+        assert f"  tenp-dist {name}" in command.help
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help, f"{name} {parameter.name} has no help"

@@ -106,7 +106,18 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
+STOCK: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+"""model_type -> the family that such checkpoints are, tensor by tensor (Kimi-K2 says so in its `auto_map`)."""
+
 _EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+
+
+def stock_config(config: Mapping[str, object]) -> dict:
+    """The config under its family's own model_type; one of `STOCK` loses its pointers to remote code."""
+    model_type = STOCK.get(str(config.get("model_type")))
+    if model_type is None:
+        return dict(config)
+    return {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": model_type}
 
 
 def family_of(config: Mapping[str, object]) -> Family:

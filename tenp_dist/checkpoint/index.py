@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tenp_dist.checkpoint.families import stock_config
 from tenp_dist.errors import SourceError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -135,7 +136,7 @@ def read_config(folder: Path) -> dict:
             wanted="config.json",
             next_step="download it, or give the folder of a finished checkpoint",
         )
-    return _load_json(path)
+    return stock_config(_load_json(path))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from typing import Any
 import click
 
 from tenp_dist import __version__
-from tenp_dist.errors import Interrupted, JobError, TenpError, first_line
+from tenp_dist.cli import launch
+from tenp_dist.cli.outcome import told, with_examples
+from tenp_dist.errors import JobError
 
 STAGES = {
     "inspect": "Read config and safetensors headers; write facts.json.",
@@ -63,6 +63,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             click.argument("job", type=click.Path(path_type=Path)),
             click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a job field."),
             click.option("--run-dir", type=click.Path(path_type=Path), help="Write here instead of the job's run_dir."),
+            click.option(
+                "--address", metavar="HOST:PORT", help="Run on this Ray cluster; default RAY_ADDRESS, or local."
+            ),
             click.option("--overwrite", is_flag=True, help="Replace what was made from other settings."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
             click.option("--debug", is_flag=True, help="Run in this process, without Ray, and show tracebacks."),
@@ -74,21 +77,8 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _execute(names: list[str] | None, **options: Any) -> None:
     """Run stages (None: all of the job) and print the outcome; errors become their exit code."""
-    try:
-        signal.signal(signal.SIGTERM, _terminate)
+    with told(as_json=options["as_json"], debug=options["debug"]):
         _execute_stages(names, **options)
-    except (TenpError, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            error = Interrupted(
-                "Interrupted", next_step="run the same command again: finished stages, layers and shards are kept"
-            )
-        if options["debug"]:
-            raise
-        _fail(error, options["as_json"])
-    except Exception as error:  # outermost: whatever no stage foresaw still ends in a message
-        if options["debug"]:
-            raise
-        _fail(_unexpected(error), options["as_json"])
 
 
 def _execute_stages(
@@ -96,6 +86,7 @@ def _execute_stages(
     job: Path,
     overrides: tuple[str, ...],
     run_dir: Path | None,
+    address: str | None,
     overwrite: bool,
     as_json: bool,
     debug: bool,
@@ -109,16 +100,17 @@ def _execute_stages(
     from tenp_dist.cli.view import View, print_summary, quieten
     from tenp_dist.engine.coordinator import Coordinator
     from tenp_dist.engine.local import InProcessPool
+    from tenp_dist.engine.places import checked
     from tenp_dist.engine.pool import RayPool
 
     quieten()
-    preflight(loaded)
+    facts = preflight(loaded)
     stages = stages_for(loaded)
     chosen = names or [stage.name for stage in stages]
     for name in set(chosen) - {stage.name for stage in stages}:
         raise _not_asked_for(name, job)
     with View(total=len(chosen)) as view:
-        make_pool = InProcessPool if debug else RayPool
+        make_pool = checked(InProcessPool if debug else functools.partial(RayPool, address), loaded, facts)
         coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
         records = coordinator.run(chosen)
     result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}
@@ -144,30 +136,6 @@ def _not_asked_for(stage: str, job: Path) -> JobError:
     return no_evaluation(job)
 
 
-def _unexpected(error: Exception) -> TenpError:
-    cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
-    return TenpError(
-        f"Unexpected {type(cause).__name__}: {first_line(cause)}",
-        next_step="run again with --debug for the traceback; finished stages, layers and shards are kept",
-    )
-
-
-def _fail(error: TenpError, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"error": type(error).__name__, "message": error.what, **error.details()}, indent=2))
-    click.echo(click.style("Error: ", fg="red", bold=True) + str(error), err=True)
-    sys.exit(error.exit_code)
-
-
-def _terminate(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _help(name: str, text: str) -> str:
-    examples = "\n".join(f"  tenp-dist {name} {example}" for example in EXAMPLES[name])
-    return f"{text}\n\n\b\nExamples:\n{examples}"
-
-
 def _plans_option(command: Callable[..., None]) -> Callable[..., None]:
     """`--plans A B`: the option takes A, what follows the job file without an option is added to it."""
 
@@ -188,12 +156,14 @@ def _add_command(name: str, names: list[str] | None, text: str) -> None:
         _execute(names, **options)
 
     command = _plans_option(run) if name == "evaluate" else run
-    cli.command(name, help=_help(name, text))(_options(command))
+    cli.command(name, help=with_examples(name, text, EXAMPLES[name]))(_options(command))
 
 
 _add_command("run", None, "Run every stage of a job and skip those already done.")
 for _name, _text in STAGES.items():
     _add_command(_name, [_name], _text)
+for _command in launch.COMMANDS:
+    cli.add_command(_command)
 
 
 if __name__ == "__main__":

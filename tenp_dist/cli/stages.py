@@ -42,6 +42,7 @@ from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context, Output, Stage
 from tenp_dist.engine.parallel import check_parallel
+from tenp_dist.engine.places import check_not_uploaded
 from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.errors import BudgetError
@@ -67,6 +68,7 @@ CORPUS = "calibration/calibration.arrow"
 SELECTION = "calibration/selection.arrow"
 HELD_OUT = "evaluation/evaluation.arrow"
 SEEN_LIMIT = 0.01
+_REMOTE = frozenset({"score", "select", "compensate", "write", "verify", "evaluate"})
 
 
 @functools.cache
@@ -336,12 +338,13 @@ def _report(context: Context) -> Output:
     return Output(written, digest_of([file_digest(path) for path in written]), {"page": "report/index.html"})
 
 
-def preflight(job: Job) -> None:
-    """Everything that can be refused from headers and the job alone, before anything is computed.
+def preflight(job: Job) -> dict[str, Any]:
+    """Everything that can be refused from headers and the job alone, before anything is computed; the facts.
 
     Raises:
         SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError.
     """
+    check_not_uploaded(job.run_dir)
     facts = checkpoint_facts(_index(job.model))
     check_layouts(job, _shapes(job.budget, _layers_of(job, facts)))
     config = _index(job.model).config
@@ -350,6 +353,7 @@ def preflight(job: Job) -> None:
         check_sources(text)
     if job.evaluation:
         given_plans(job.evaluation.plans, _index(job.model).fingerprint)
+    return facts
 
 
 def _shapes(budget: Budget, layers: Sequence[MoeLayer]) -> list[Shape]:
@@ -428,7 +432,7 @@ def stages_for(job: Job) -> list[Stage]:
         ),
     ]
     asked = {"select": job.budget.auto, "evaluate": job.evaluation, "compensate": job.output.compensate}
-    return [stage for stage in stages if asked.get(stage.name, True)]
+    return [replace(stage, remote=stage.name in _REMOTE) for stage in stages if asked.get(stage.name, True)]
 
 
 def _evaluate_needs(job: Job) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Stage:
     """One arrow of the pipeline.
 
     needs: stages whose digests enter the key. fields: the job fields that the stage reads.
-    owns: paths in the run directory that the stage replaces as a whole.
+    owns: paths in the run directory that the stage replaces as a whole. remote: its work runs on the pool.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Stage:
     fields: Callable[[Job], Any]
     run: Callable[[Context], Output]
     owns: tuple[str, ...]
+    remote: bool = False
 
 
 class Listener:
@@ -89,7 +90,8 @@ class Listener:
 class Coordinator:
     """Runs stages of one job on one pool.
 
-    `pool` is made on first use: a run that finds everything done starts no Ray.
+    The pool is made at the start if a stage that needs it is not there yet: what is wrong with it is said before
+    any work. A run that finds everything done starts no Ray.
     """
 
     def __init__(
@@ -112,6 +114,8 @@ class Coordinator:
         for name in names:
             self._check_settings(self.stages[name])
         try:
+            if any(self.stages[name].remote and read_record(self.job.run_dir, name) is None for name in names):
+                self.pool()
             return {name: self._run_one(self.stages[name]) for name in names}
         finally:
             if self._pool is not None:

@@ -8,6 +8,7 @@ parallel and gives results in the order of completion; `groups` start workers th
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -32,7 +33,8 @@ class Pool(Protocol):
 
     cores, gpus: in all; node_cores: of each node. threads: that one streaming worker may use. share: hand
     an object to many tasks once; pass what it returns as an argument. groups: start one group of workers
-    per tuple of arguments (see `controller.Group`); wait: the first of them whose unit has ended.
+    per tuple of arguments (see `controller.Group`); wait: the first of them whose unit has ended. each_node:
+    call a function once on every node that can do work; name of the node -> what it returned.
     """
 
     cores: int
@@ -43,6 +45,8 @@ class Pool(Protocol):
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]: ...
 
     def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]: ...
+
+    def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]: ...
 
     def share(self, value: Any) -> Any: ...
 
@@ -77,6 +81,9 @@ class InProcessPool:
     def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
         for item in items:
             yield function(*item)
+
+    def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+        return {socket.gethostname(): function(*arguments)}
 
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
         if request.ranks > 1:

@@ -61,7 +61,7 @@ class RayPool:
 
     def describe(self) -> str:
         nodes = sum(node["Alive"] for node in self._ray.nodes())
-        where = self._address or "local Ray"
+        where = f"the Ray cluster at {self._address}" if self._address else "local Ray"
         return f"{where}: {nodes} node{'s' * (nodes != 1)}, {self.cores} cores"
 
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
@@ -104,6 +104,18 @@ class RayPool:
         finally:
             for reference in running:
                 self._cancel(reference)
+
+    def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+        """Nodes without cores and accelerators do no work and are not asked. Raises WorkerLost, or what it raised."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        references = {}
+        for node in self.call(self._ray.nodes):
+            if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU")):
+                pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                remote = self._ray.remote(function).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
+                references[_name_of(node)] = remote.remote(*arguments)
+        return {name: self._get(reference, _START_SECONDS) for name, reference in references.items()}
 
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[RayGroup]:
         """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time.
@@ -344,6 +356,11 @@ class RayGroup:
                 self._pool.call(self._ray.kill, actor)
             if placement is not None:
                 self._pool.call(remove_placement_group, placement)
+
+
+def _name_of(node: Mapping[str, Any]) -> str:
+    """Host name and address of a node; two nodes may share a host name."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
 
 
 def _services(ray: Any) -> dict[str, tuple[str, int]]:

@@ -1,0 +1,124 @@
+"""A Slurm script for a job, from the one template that cluster/slurm/prune.sbatch is made from too."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.artifacts import atomic_write
+from tenp_dist.errors import ClusterError, OutputError, first_line
+
+_TEMPLATE = Path(__file__).with_name("prune.sbatch.in")
+_NOTICE_SECONDS = 180  # before the time limit: to commit what is done and to requeue
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmScript:
+    """What the script asks for. job and options: of `tenp-dist run`; directives: further `#SBATCH` lines.
+
+    nodes, gpus, cpus: number of nodes, accelerators and cores of one (cpus None: all of the node).
+    models, runs, text: defaults of TENP_MODELS, TENP_RUNS and TENP_TEXT; scratch: a folder on each node's own disk.
+    """
+
+    job: str
+    nodes: int
+    gpus: int
+    time: str = "04:00:00"
+    cpus: int | None = None
+    account: str | None = None
+    partition: str | None = None
+    directives: Sequence[str] = ()
+    options: Sequence[str] = ()
+    models: str = ""
+    runs: str = ""
+    text: str = ""
+    venv: str = ""
+    container: str = ""
+    srun_options: str = ""
+    scratch: str = "${SLURM_TMPDIR:-/tmp}"
+
+    def render(self) -> str:
+        """The script's text."""
+        text = {name: shlex.quote(getattr(self, name)) for name in ("job", "venv", "container", "srun_options")}
+        text |= {"options": shlex.quote(shlex.join(self.options)), "scratch": f'"{self.scratch}"'}
+        text |= {"models": self.models, "runs": self.runs, "text": self.text}
+        text |= {"cpus": str(self.cpus or ""), "gpus": str(self.gpus)}
+        text["directives"] = "\n".join(f"#SBATCH {line}" for line in self._directives())
+        return re.sub(r"@\{(\w+)\}", lambda match: text[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+    def _directives(self) -> list[str]:
+        lines = ["--job-name=tenp-dist", f"--nodes={self.nodes}", "--ntasks-per-node=1", "--exclusive", "--mem=0"]
+        lines += [f"--gpus-per-node={self.gpus}"] * bool(self.gpus)
+        lines += [f"--{name}={value}" for name in ("account", "partition") if (value := getattr(self, name))]
+        lines += [f"--time={self.time}", f"--signal=B:USR1@{_NOTICE_SECONDS}", "--requeue", "--open-mode=append"]
+        return [*lines, "--output=%x-%j.log", *self.directives]
+
+
+def cluster_options(cluster: Mapping[str, Any], nodes: int, gpus: int) -> list[str]:
+    """`--set` options that fit a job to the nodes: one shard a node, one rank an accelerator, where it does not say.
+
+    Args:
+        cluster: the `cluster` part of the job file, as written there.
+
+    Raises:
+        ClusterError: the job asks for more shards or ranks than there is room for.
+    """
+    ranks = int(cluster.get("tensor_parallel", max(1, gpus)))
+    shards = int(cluster.get("shards", nodes))
+    room = nodes * (gpus // ranks) if gpus else nodes * shards
+    if shards > room:
+        raise ClusterError(
+            "The job does not fit on so many nodes",
+            where="cluster",
+            found=f"{nodes} nodes x {gpus} GPUs",
+            wanted=f"room for {shards} shards of {ranks} ranks, each shard on one node",
+            next_step="ask for more nodes, or lower cluster.shards or cluster.tensor_parallel",
+        )
+    values = {"shards": shards, "tensor_parallel": ranks}
+    return [word for key, value in values.items() if key not in cluster for word in ("--set", f"cluster.{key}={value}")]
+
+
+def write_script(path: Path, script: SlurmScript, *, overwrite: bool) -> None:
+    """Raises OutputError where another script is there already and `overwrite` is off."""
+    text = script.render()
+    if path.exists() and not overwrite and path.read_text(encoding="utf-8") != text:
+        raise OutputError(
+            "Another script is there already",
+            where=path,
+            next_step="add --overwrite to replace it, or --out to write somewhere else",
+        )
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
+
+
+def submit_script(path: Path) -> str:
+    """Hand a script to sbatch; returns the job id.
+
+    Raises:
+        ClusterError: there is no sbatch, or it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise ClusterError("No Slurm here", found="no sbatch on PATH", next_step=f"on a login node: sbatch {path}")
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ClusterError(
+            "sbatch refuses the script",
+            where=path,
+            found=first_line(RuntimeError(done.stderr)),
+            next_step="correct the lines that begin with #SBATCH (account, partition, time), then run sbatch again",
+        )
+    return done.stdout.strip().split(";")[0]
+
+
+def here() -> dict[str, str]:
+    """What this process says about its surroundings: virtual environment, models, runs, text."""
+    venv = sys.prefix if sys.prefix != sys.base_prefix else ""
+    return {"venv": venv} | {name: os.environ.get(f"TENP_{name.upper()}", "") for name in ("models", "runs", "text")}

@@ -1,0 +1,200 @@
+"""How a run stands, from the files of its run directory alone: it may run elsewhere, or have ended.
+
+Read are the stage records (`stages/<stage>.json`), the journal (`progress.jsonl`) and the ledgers of finished and
+lost units (`stages/<stage>.ledger.jsonl`). A journal or ledger may end in a line that is still being written, and may
+hold fields that are not known here; both are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.artifacts import read_json, read_record
+from tenp_dist.errors import JobError
+
+SILENT_SECONDS = 120.0
+"""Without news for longer, a run that has not ended may have been killed."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """state: empty, running, silent, failed or finished. stages: name -> done, running, failed or waiting.
+
+    stage, note: what is at work, e.g. `score`, `layers 0-3, wave 4`; layer: the last one named there. done: share of
+    the stage, 0 to 1. tokens_per_second, bytes_per_second, eta_seconds: as far as they are known. retries: workers
+    that were lost and started again. memory: resident bytes per worker. news: seconds since anything was written.
+    """
+
+    run_dir: str
+    state: str
+    stages: Mapping[str, str]
+    stage: str | None = None
+    note: str | None = None
+    layer: int | None = None
+    done: float | None = None
+    tokens_per_second: float | None = None
+    bytes_per_second: float | None = None
+    eta_seconds: float | None = None
+    retries: int = 0
+    memory: Sequence[int] = ()
+    last_error: str | None = None
+    news: float | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("finished", "failed")
+
+
+def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -> RunStatus:
+    """order: names of all stages, first to last; the last one ends a run.
+
+    Raises:
+        JobError: there is no such folder. StaleError: a stage record cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise JobError("Run directory not found", where=run_dir, next_step="give the run_dir of a job")
+    now = time.time() if now is None else now
+    finished = [name for name in order if read_record(run_dir, name) is not None]
+    journal = list(_lines(run_dir / "progress.jsonl"))
+    units = {name: list(_lines(run_dir / "stages" / f"{name}.ledger.jsonl")) for name in order}
+    stage = _stage_at_work(order, finished, journal, units)
+    figures = _figures(run_dir, stage, journal, units) if stage else {}
+    error = _last_error(journal, units)
+    last = max((line.get("time", 0.0) for lines in (journal, *units.values()) for line in lines), default=None)
+    news = None if last is None else max(0.0, now - last)
+    state = _state(order, finished, stage, journal, news)
+    stages = {name: "done" if name in finished else "waiting" for name in order}
+    if stage:
+        stages[stage] = {"failed": "failed", "running": "running"}.get(state, "unfinished")
+    lost = sum(line.get("event") == "lost" for lines in units.values() for line in lines)
+    return RunStatus(
+        run_dir=str(run_dir),
+        state=state,
+        stages=stages,
+        stage=stage,
+        retries=max(lost, figures.pop("retries", 0) or 0),
+        last_error=error,
+        news=news,
+        files=_files(run_dir),
+        **figures,
+    )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the last one, half written
+        if isinstance(line, dict):
+            yield line
+
+
+def _stage_at_work(
+    order: Sequence[str], finished: Sequence[str], journal: Sequence[Mapping], units: Mapping[str, Sequence]
+) -> str | None:
+    """The stage that was begun last and has no record of its end."""
+    for line in reversed(journal):
+        if line.get("event") in ("started", "progress", "message", "failed"):
+            name = line.get("stage")
+            return name if name not in finished or (line.get("event") != "progress" and _again(journal, name)) else None
+        if line.get("event") == "finished":
+            return None
+    begun = [name for name in order if units[name] and name not in finished]
+    return begun[-1] if begun else None
+
+
+def _again(journal: Sequence[Mapping], name: Any) -> bool:
+    """Whether a stage was begun after it had finished."""
+    events = [line.get("event") for line in journal if line.get("stage") == name]
+    return events[-1] in ("started", "failed")
+
+
+def _state(
+    order: Sequence[str], finished: Sequence[str], stage: str | None, journal: Sequence[Mapping], news: float | None
+) -> str:
+    ends = [line for line in journal if line.get("event") in ("started", "finished", "failed")]
+    if ends and ends[-1]["event"] == "failed":
+        return "failed"
+    if stage is None and order[-1] in finished:
+        return "finished"
+    if not finished and news is None:
+        return "empty"
+    return "running" if news is not None and news < SILENT_SECONDS else "silent"
+
+
+def _figures(
+    run_dir: Path, stage: str, journal: Sequence[Mapping], units: Mapping[str, Sequence[Mapping]]
+) -> dict[str, Any]:
+    """Of the stage at work: from the journal's last word on it, otherwise from its ledger."""
+    begun = max((i for i, line in enumerate(journal) if line.get("event") == "started"), default=-1)
+    said = [line for line in journal[begun + 1 :] if line.get("event") == "progress" and line.get("stage") == stage]
+    if said:
+        last = said[-1]
+        total = last.get("total") or 0
+        names = ("tokens_per_second", "bytes_per_second", "eta_seconds", "retries")
+        figures = {name: last.get(name) for name in names} | {"memory": tuple(last.get("memory") or ())}
+        note = last.get("note") or None
+        return figures | {"note": note, "layer": _layer(note), "done": last.get("done", 0) / total if total else None}
+    return _figures_of_units(run_dir, stage, [line for line in units[stage] if line.get("event") == "unit"])
+
+
+def _figures_of_units(run_dir: Path, stage: str, units: Sequence[Mapping]) -> dict[str, Any]:
+    if not units:
+        return {}
+    results = [line.get("result") or {} for line in units]
+    tokens = sum(result.get("tokens", 0) for result in results)
+    seconds = units[-1].get("time", 0.0) - units[0].get("time", 0.0)
+    rate = sum(result.get("tokens", 0) for result in results[1:]) / seconds if seconds > 0 else None
+    total = _tokens_to_score(run_dir) if stage == "score" else None
+    memory = {line.get("shard"): result.get("memory") for line, result in zip(units, results, strict=True)}
+    return {
+        "note": units[-1].get("unit"),
+        "layer": _layer(units[-1].get("unit")),
+        "done": min(1.0, tokens / total) if total else None,
+        "tokens_per_second": rate,
+        "eta_seconds": max(0, total - tokens) / rate if total and rate else None,
+        "memory": tuple(nbytes for nbytes in memory.values() if nbytes),
+    }
+
+
+def _tokens_to_score(run_dir: Path) -> int | None:
+    """Tokens times decoder layers."""
+    record = read_record(run_dir, "calibrate")
+    if record is None or not (run_dir / "facts.json").is_file():
+        return None
+    return sum(record.summary.get("tokens", {}).values()) * read_json(run_dir / "facts.json")["num_layers"]
+
+
+def _layer(note: str | None) -> int | None:
+    """The last layer that a unit's name speaks of."""
+    found = re.match(r"layers? (?:\d+-)?(\d+)", note or "")
+    return int(found[1]) if found else None
+
+
+def _last_error(journal: Sequence[Mapping], units: Mapping[str, Sequence[Mapping]]) -> str | None:
+    failed = [line for line in journal if line.get("event") == "failed"]
+    lost = [line for lines in units.values() for line in lines if line.get("event") == "lost"]
+    errors = [(line.get("time", 0.0), str(line.get("message") or line.get("error"))) for line in failed]
+    errors += [
+        (line.get("time", 0.0), f"{line.get('worker')}, {line.get('unit')}: {line.get('error')}") for line in lost
+    ]
+    return max(errors)[1] if errors else None
+
+
+def _files(run_dir: Path) -> dict[str, str]:
+    """What a finished run offers to look at."""
+    places = {"checkpoints": "checkpoint", "report": "report/index.html", "evaluation": "evaluation.json"}
+    return {what: str(run_dir / name) for what, name in places.items() if (run_dir / name).exists()}
