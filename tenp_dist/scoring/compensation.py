@@ -155,7 +155,7 @@ def solve_batch(
     down_BDW, down_BDC = _columns(down_BDF, kept_BW), _columns(down_BDF, dropped_BC)
     g_BWW, g_BCW = _rows(columns_BFW, kept_BW), _rows(columns_BFW, dropped_BC)
     mean_B = g_BWW.diagonal(dim1=1, dim2=2).mean(dim=1)
-    starved_B = (ENOUGH * kept_BW.shape[1] / token_count_B).clamp_min(1)
+    starved_B = (ENOUGH * kept_BW.shape[1] / token_count_B.double()).clamp_min(1)
     factor_BWW, damping_B = _factorise(g_BWW, mean_B, ridge * starved_B)
     missing_BDW = down_BDC @ g_BCW
     change_BDW = torch.cholesky_solve(missing_BDW.mT, factor_BWW).mT

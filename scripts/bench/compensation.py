@@ -1,0 +1,222 @@
+"""What closed-form compensation gives back, and what its pass over the calibration tokens costs.
+
+Every plan is evaluated plain and compensated with each ridge, on text that was not calibrated on, as the increase
+of the mean NLL over the source. The cost is a compensation pass (of the first plan, its files written) against
+the scoring pass of the same tokens, in one process. Give one calibration and one evaluation file per domain.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import PeakMemory, print_machine
+from scoring import ROOT, make_corpus
+
+FILES = {"type": click.Path(path_type=Path), "multiple": True}
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Path(path_type=Path), default=ROOT / "jobs/quickstart/moe-4m", show_default=True)
+@click.option("--text", "texts", required=True, help="calibration jsonl with `text`", **FILES)
+@click.option("--held-out", "held_out", required=True, help="evaluation jsonl with `text`", **FILES)
+@click.option("--samples", default=128, show_default=True, help="calibration sequences per file")
+@click.option("--held-out-samples", default=48, show_default=True, help="evaluation sequences per file")
+@click.option("--length", default=256, show_default=True, help="tokens per sequence")
+@click.option("--retention", "retentions", multiple=True, default=("0.6", "0.3"), show_default=True)
+@click.option("--method", "methods", multiple=True, default=("tenp", "enp", "random:0"), show_default=True,
+              help="METHOD or METHOD:IMPORTANT")  # fmt: skip
+@click.option("--ridge", "ridges", multiple=True, default=("0.001", "0.01", "0.1"), show_default=True)
+@click.option("--threads", default=None, type=int, help="default: all cores")
+def main(model, texts, held_out, samples, held_out_samples, length, retentions, methods, ridges, threads):
+    import torch
+
+    from tenp_dist.engine.local import available_cores
+
+    threads = threads or available_cores()
+    torch.set_num_threads(threads)
+    print_machine("torch", "transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(model, Path(folder), threads)
+        bench.score(make_corpus(model, texts, samples, length))
+        plans = [bench.plan(method, retention) for retention in retentions for method in methods]
+        bench.compensate(plans, [float(ridge) for ridge in ridges])
+        print_table(
+            bench.evaluate(plans, ridges, make_corpus(model, held_out, held_out_samples, length)), plans, ridges
+        )
+
+
+@dataclass
+class Bench:
+    """One model: its scores, plans and compensated checkpoints in a temporary folder."""
+
+    model: Path
+    folder: Path
+    threads: int
+
+    def score(self, corpus) -> None:
+        from tenp_dist.calibration.corpus import write_corpus
+        from tenp_dist.engine.compute import Compute
+        from tenp_dist.engine.shard import ScoreTask, score_shard
+
+        write_corpus(self.folder / "corpus.arrow", corpus)
+        self.tokens = int(corpus.mask_NS.sum())
+        click.echo(f"model     {self.model.name}, float32, {self.threads} threads; {self.tokens:,} calibration tokens")
+        self.compute = Compute("cpu", "float32", 8192, self.threads)
+        task = ScoreTask(self.model, self.folder / "corpus.arrow", self.folder / "scores", "bench", self.compute)
+        with PeakMemory() as memory:
+            seconds = timed(lambda: list(score_shard(task)))
+        click.echo(
+            f"scoring        {seconds:7.1f} s {self.tokens / seconds:8,.0f} tokens/s, {memory.peak / 1e6:,.0f} MB"
+        )
+
+    def plan(self, method: str, retention: str) -> str:
+        from tenp_dist.budget.plan import make_plan
+        from tenp_dist.budget.shape import MoeLayer
+        from tenp_dist.checkpoint.facts import checkpoint_facts
+        from tenp_dist.checkpoint.index import open_index
+        from tenp_dist.checkpoint.kept import layer_name, write_kept
+        from tenp_dist.config import Budget
+        from tenp_dist.scoring.statistics import read_statistics
+
+        name, _, important = method.partition(":")
+        budget = Budget(method=name, retention=Decimal(retention), important=Decimal(important) if important else None)
+        facts = checkpoint_facts(open_index(self.model))
+        layers = [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
+        made = make_plan(
+            budget, layers, lambda layer: read_statistics(self.folder / "scores" / f"{layer_name(layer)}.safetensors")
+        )
+        write_kept(self.plan_file(f"{method}-{retention}"), made.kept, {})
+        return f"{method}-{retention}"
+
+    def plan_file(self, name: str) -> Path:
+        return self.folder / f"{name}.plan.safetensors"
+
+    def compensate(self, plans: list[str], ridges: list[float]) -> None:
+        """Time the pass of the first plan as the stage makes it; then all plans and ridges from one more pass."""
+        from tenp_dist.checkpoint.kept import read_kept
+        from tenp_dist.engine.compensate import CompensateShard, CompensateTask, outcome
+
+        tasks = {
+            (name, ridge): CompensateTask(
+                self.model, self.folder / "corpus.arrow", self.folder / name / str(ridge), "bench", self.compute,
+                plan=self.plan_file(name), moe=tuple(read_kept(self.plan_file(name))), ridge=ridge,
+            )
+            for name in plans
+            for ridge in ridges
+        }  # fmt: skip
+        first = next(iter(tasks.values()))
+        with PeakMemory() as memory:
+            seconds = timed(lambda: self.drive(CompensateShard, replace(first, folder=self.folder / "timed")))
+        click.echo(
+            f"compensation   {seconds:7.1f} s {self.tokens / seconds:8,.0f} tokens/s, {memory.peak / 1e6:,.0f} MB"
+        )
+        self.drive(sweep(tasks), replace(first, folder=self.folder / "sweep"))
+        for (name, ridge), task in tasks.items():
+            found = outcome(task, 1 << 30)
+            click.echo(
+                f"{name:<16} ridge {ridge:<6g} calibration error {found['before']:.3%} -> {found['after']:.3%},"
+                f" {found['damped']} of {found['compensated']} experts damped"
+            )
+
+    def drive(self, worker: type, task) -> None:
+        from tenp_dist.config import Cluster
+        from tenp_dist.engine.controller import Ledger
+        from tenp_dist.engine.layerwise import drive_layerwise
+        from tenp_dist.engine.local import InProcessPool
+
+        layers, ledger = max(task.moe) + 1, Ledger(self.folder / "ledger")
+        drive_layerwise(InProcessPool(self.threads), worker, task, [1] * layers, Cluster(), lambda step: None, ledger)
+
+    def evaluate(self, plans: list[str], ridges: list[str], corpus) -> dict[str, float]:
+        """Variant -> mean NLL over domains."""
+        from tenp_dist.calibration.corpus import write_corpus
+        from tenp_dist.evaluation.metrics import Metrics
+        from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_shard
+
+        write_corpus(self.folder / "held-out.arrow", corpus)
+        passes = [Pass(self.model, {"source": None} | {name: self.plan_file(name) for name in plans})]
+        passes += [
+            Pass(self.written(name, float(ridge)), {f"{name} {ridge}": None}) for name in plans for ridge in ridges
+        ]
+        task = EvaluateTask(passes, self.folder / "held-out.arrow", self.folder / "evaluation", "bench", self.compute)
+        events = list(evaluate_shard(task))
+        click.echo(f"held-out text  {int(corpus.mask_NS.sum()):,} tokens")
+        (metrics,) = (event for event in events if isinstance(event, Metrics))
+        return {name: figures["mean"]["nll"] for name, figures in metrics.summary().items()}
+
+    def written(self, name: str, ridge: float) -> Path:
+        """A padded checkpoint of a plan, compensated."""
+        from tenp_dist.checkpoint.compensated import open_compensated
+        from tenp_dist.checkpoint.index import open_index
+        from tenp_dist.checkpoint.kept import read_kept
+        from tenp_dist.engine.checkpoints import write_layout
+        from tenp_dist.engine.local import InProcessPool
+
+        index, folder = open_index(self.model), self.folder / "written" / f"{name}-{ridge}"
+        write_layout(
+            InProcessPool(), index=index, kept=read_kept(self.plan_file(name)), folder=folder, layout="padded",
+            config=index.config, extra_files={}, shard_size=1 << 40, writers=None, key="bench", overwrite=False,
+            compensated=open_compensated(self.folder / name / str(ridge)), progress=lambda step: None,
+        )  # fmt: skip
+        return folder
+
+
+def sweep(tasks: dict) -> type:
+    """A worker that sums whole G once and stores every task's solution of it."""
+    import numpy as np
+
+    from tenp_dist.checkpoint.kept import narrow_experts, read_kept
+    from tenp_dist.engine.compensate import CompensateShard
+    from tenp_dist.scoring.compensation import Moments
+
+    class Sweep(CompensateShard):
+        def _begin(self, layer, experts):
+            held, _, neurons = experts.down_proj.shape
+            everything = {expert: np.arange(neurons) for expert in range(held)}
+            return Moments(everything, self._weights, held, neurons)
+
+        def _finish(self, layer, sums, down_EDF):
+            own_task, own_kept = self.task, self._kept
+            for task in tasks.values():
+                self.task, self._kept = task, read_kept(task.plan)
+                super()._finish(layer, self._narrowed(layer, sums, down_EDF.shape[2]), down_EDF)
+            self.task, self._kept = own_task, own_kept
+
+        def _narrowed(self, layer, sums, neurons):
+            """The columns that the plan keeps of the whole G."""
+            kept = self._kept[layer]
+            narrow = {expert: kept.of(expert) for expert in narrow_experts(kept, neurons)}
+            made = Moments(narrow, self._weights, kept.num_experts, neurons)
+            made.token_count_E, made.energy_E = sums.token_count_E, sums.energy_E
+            for expert, total_FW in made._of.items():
+                total_FW.copy_(sums._of[expert][:, made.kept[expert]])
+            return made
+
+    return Sweep
+
+
+def print_table(nll: dict[str, float], plans: list[str], ridges: tuple[str, ...]) -> None:
+    source = nll["source"]
+    click.echo(f"source    mean NLL {source:.4f}; below, its increase")
+    click.echo(f"{'plan':<18} {'plain':>8}" + "".join(f"  ridge {ridge:>6}" for ridge in ridges))
+    for name in plans:
+        cells = "".join(f"  {nll[f'{name} {ridge}'] - source:12.4f}" for ridge in ridges)
+        click.echo(f"{name:<18} {nll[name] - source:8.4f}{cells}")
+
+
+def timed(function) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
