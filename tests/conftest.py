@@ -123,14 +123,14 @@ def tenp(monkeypatch):
 
     from click.testing import CliRunner
 
-    from tenp_dist.cli import stages
+    from tenp_dist.cli import inputs
     from tenp_dist.cli.main import cli
     from tenp_dist.engine import local, pool
 
     handler = signal.getsignal(signal.SIGTERM)
 
     def invoke(*arguments, ray: bool = False) -> SimpleNamespace:
-        stages._index.cache_clear()  # a new process would open the checkpoint anew
+        inputs.source_index.cache_clear()  # a new process would open the checkpoint anew
         with monkeypatch.context() as patch:
             if not ray:
                 patch.setattr(

@@ -1,0 +1,80 @@
+"""What every stage reads of the job: with the digests of the stages before it, its key.
+
+Files enter by content, so that moving them changes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tenp_dist.artifacts import digest_of, file_digest
+from tenp_dist.budget.layouts import layouts_of
+from tenp_dist.cli.inputs import domain_weights, source_index
+from tenp_dist.config import Job, Text
+from tenp_dist.evaluation.plans import given_plans
+from tenp_dist.evaluation.selection import candidates
+from tenp_dist.scoring.statistics import MERGE_RULES
+
+
+def no_fields(job: Job) -> dict:
+    return {}
+
+
+def inspect_fields(job: Job) -> dict:
+    return {"model": source_index(job.model).fingerprint}
+
+
+def calibrate_fields(job: Job) -> dict:
+    share = {"selection_share": str(job.selection_share)}
+    return _text_fields(job, job.calibration) | share | {"tokenizer": _tokenizer_digest(job.model)}
+
+
+def score_fields(job: Job) -> dict:
+    cluster = {"device": job.cluster.device, "tensor_parallel": job.cluster.tensor_parallel}
+    return job.score.model_dump(mode="json") | cluster | {"statistics": sorted(MERGE_RULES)}
+
+
+def select_fields(job: Job) -> dict:
+    tried = [budget.model_dump(mode="json") for budget in candidates(job.budget).values()]
+    return plan_fields(job) | score_fields(job) | {"candidates": digest_of(tried)}
+
+
+def plan_fields(job: Job) -> dict:
+    weights = {domain: str(weight) for domain, weight in domain_weights(job).items()}
+    # layouts: a plan warns of what its checkpoint leaves out
+    return job.budget.model_dump(mode="json") | {"weights": weights, "uniform": "uniform" in layouts_of(job)}
+
+
+def compensate_fields(job: Job) -> dict:
+    weights = {domain: str(weight) for domain, weight in domain_weights(job).items()}
+    return score_fields(job) | {"ridge": str(job.output.ridge), "weights": weights}
+
+
+def write_fields(job: Job) -> dict:
+    return job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts_of(job)}
+
+
+def evaluate_fields(job: Job) -> dict:
+    compute = {"dtype": job.score.dtype} | {key: getattr(job.cluster, key) for key in ("device", "tensor_parallel")}
+    fields = _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
+    given = given_plans(job.evaluation.plans, source_index(job.model).fingerprint)
+    fields["plans"] = {plan.name: [file_digest(plan.text), file_digest(plan.tensors)] for plan in given}
+    return fields | (plan_fields(job) if job.evaluation.many else {})
+
+
+def _text_fields(job: Job, text: Text) -> dict:
+    """The text's settings; files enter by content, so that moving them changes nothing."""
+    fields = text.model_dump(mode="json")
+    for source, values in zip(text.sources, fields["sources"], strict=True):
+        values.pop("weight")
+        if source.path is not None:
+            values["path"] = file_digest(source.path) if source.path.is_file() else str(source.path)
+    return fields
+
+
+def _tokenizer_digest(model: Path) -> str:
+    names = sorted(path for path in model.glob("*token*") if path.is_file())
+    names += sorted(
+        path for pattern in ("vocab*", "merges*", "*.model", "chat_template*") for path in model.glob(pattern)
+    )
+    return digest_of({path.name: file_digest(path) for path in names})

@@ -1,0 +1,163 @@
+"""The stages that measure: `select` on calibration text that was set aside, `evaluate` on held-out text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, write_json
+from tenp_dist.budget.layouts import layouts_of
+from tenp_dist.budget.plan import control_budget
+from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
+from tenp_dist.cli.inputs import (
+    CORPUS,
+    HELD_OUT,
+    SELECTION,
+    domain_weights,
+    facts_of,
+    plan_maker,
+    plan_writer,
+    settled_budget,
+    settled_compute,
+    source_index,
+    store_plan,
+)
+from tenp_dist.config import Job
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.coordinator import Context, Output
+from tenp_dist.engine.scoring import layers_of_facts
+from tenp_dist.evaluation.metrics import SOURCE
+from tenp_dist.evaluation.plans import (
+    NamedPlan,
+    check_distinct,
+    entry,
+    given_plans,
+    grid_budgets,
+    store_plans,
+    with_controls,
+)
+from tenp_dist.evaluation.selection import candidates, selection_document
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.variants import Variant
+
+SEEN_LIMIT = 0.01
+
+
+def select_stage(context: Context) -> Output:
+    """Choose the budget's `auto` keys on calibration text that was set aside."""
+    job, folder = context.job, context.run_dir / "selection"
+    context.replace()
+    plans, infeasible = store_plans(candidates(job.budget), folder / "plans", plan_maker(context), plan_writer(context))
+    corpus, passes = context.run_dir / SELECTION, (_masks(job, plans),)
+    figures = _measure(context, "select", passes, corpus, folder, job.score.batch_tokens)
+    source = figures.pop(SOURCE)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        **selection_document(job.budget, plans, figures, source, domain_weights(job)),
+        "infeasible": infeasible,
+    }
+    path = context.run_dir / "selection.json"
+    write_json(path, document)
+    shutil.rmtree(folder)  # what was not chosen can be made again from the scores
+    return Output([path], digest_of(document), {key: document[key] for key in ("chosen", "criterion", "infeasible")})
+
+
+def evaluate_stage(context: Context) -> Output:
+    job, run_dir = context.job, context.run_dir
+    corpus = build_corpus(job.evaluation, job.model, facts_of(context)["vocab_size"])
+    given = given_plans(job.evaluation.plans, source_index(job.model).fingerprint)
+    context.replace()
+    write_corpus(run_dir / HELD_OUT, corpus)
+    plans, refused = _plans_beside(context, given)
+    control = [_control(context)] if job.evaluation.checkpoint else []
+    passes = [_masks(job, [*control, *plans])]
+    layouts = layouts_of(job)
+    layout = "ragged" if "ragged" in layouts else layouts[0]
+    if job.evaluation.checkpoint:
+        passes.append(Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()}))
+    folder = run_dir / "evaluation"
+    figures = _measure(context, "evaluate", passes, run_dir / HELD_OUT, folder, job.evaluation.batch_tokens)
+    seen = seen_share(corpus, _calibrated_on(run_dir))
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "sequence_length": job.evaluation.sequence_length,
+        "variants": {name: figures[name] for name in (SOURCE, "pruned", "random") if name in figures},
+        "plans": [entry(plan, figures[plan.name]) for plan in plans],
+        "pruned_from": f"checkpoint/{layout}" if job.evaluation.checkpoint else None,
+        "seen_in_calibration": seen,
+        "warnings": [*_seen_warnings(seen), *_refused_warnings(refused)],
+    }
+    path = run_dir / "evaluation.json"
+    write_json(path, document)
+    made = [file for plan in (*control, *plans) if plan not in given for file in (plan.text, plan.tensors)]
+    return Output([path, run_dir / HELD_OUT, *made], digest_of(document), document)
+
+
+def _plans_beside(context: Context, given: Sequence[NamedPlan]) -> tuple[list[NamedPlan], list[str]]:
+    """The plans that the job asks for besides the checkpoint, with their random controls; and those refused."""
+    asked = context.job.evaluation
+    if not asked.many:
+        return [], []
+    budgets, out_of_range = grid_budgets(settled_budget(context), asked.grid) if asked.grid else ({}, [])
+    budgets |= {plan.name: plan.budget for plan in given}
+    controls = {name: budget for name, budget in with_controls(budgets).items() if name not in budgets}
+    for plan in given:
+        del budgets[plan.name]
+    folder = context.run_dir / "evaluation" / "plans"
+    plans, refused = store_plans({**budgets, **controls}, folder, plan_maker(context), plan_writer(context))
+    plans = [*(plan for plan in plans if plan.name in budgets), *given, *(p for p in plans if p.name in controls)]
+    check_distinct(plans)
+    return plans, [*out_of_range, *refused]
+
+
+def _control(context: Context) -> NamedPlan:
+    """The random control of the written checkpoint, called `random`."""
+    plan = plan_maker(context)(control_budget(settled_budget(context)))
+    tensors, text = store_plan(context, context.run_dir / "evaluation" / "random", plan)
+    return NamedPlan("random", text, tensors, {})
+
+
+def _masks(job: Job, plans: Sequence[NamedPlan]) -> Pass:
+    """One pass over the source, as it is and under every plan."""
+    return Pass(job.model, {SOURCE: Variant(), **{plan.name: Variant(plan.tensors) for plan in plans}})
+
+
+def _measure(
+    context: Context, stage: str, passes: Sequence[Pass], corpus: Path, folder: Path, batch_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """variant -> its figures."""
+    job, run_dir = context.job, context.run_dir
+    compute = settled_compute(context, batch_tokens)
+    task = EvaluateTask(passes, corpus, folder, context.key, compute, waves=job.score.waves)
+    nbytes = layers_of_facts(facts_of(context), compute.torch_dtype.itemsize).nbytes
+    ledger = Ledger(run_dir / "stages" / f"{stage}.ledger.jsonl")
+    return evaluate_model(context.pool, task, nbytes, job.cluster, context.progress, ledger).summary()
+
+
+def _calibrated_on(run_dir: Path) -> Corpus:
+    """All text that had a say in the plan."""
+    return joined(*(read_corpus(run_dir / name) for name in (CORPUS, SELECTION) if (run_dir / name).exists()))
+
+
+def _seen_warnings(seen: dict[str, float]) -> list[str]:
+    return [
+        f"{share:.1%} of the evaluation text of domain {domain} was also calibrated on: its figures flatter"
+        for domain, share in seen.items()
+        if share > SEEN_LIMIT
+    ]
+
+
+def _refused_warnings(refused: Sequence[str]) -> list[str]:
+    return [f"not measured, no plan meets it: {name}" for name in refused]
+
+
+def evaluate_needs(job: Job) -> tuple[str, ...]:
+    """Only a written checkpoint has to be planned and written; other plans are made from the scores."""
+    needs = ["inspect", "calibrate"]
+    if job.evaluation and job.evaluation.many:
+        needs += ["score", *(["select"] if job.budget.auto and job.evaluation.grid else [])]
+    if job.evaluation and job.evaluation.checkpoint:
+        needs += ["plan", "write"]
+    return tuple(needs)
