@@ -15,7 +15,7 @@ from tenp_dist.artifacts import StageRecord, write_json
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.errors import StaleError
 from tenp_dist.report import write_report
-from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
+from tenp_dist.scoring.statistics import LayerStatistics, read_statistics, write_statistics
 
 CHARTS = ("nll-increase", "top1-agreement", "kept-share", "importance-map", "token-map")
 VOID = {"meta", "br", "img", "input", "link", "hr", "path", "use", "rect"}
@@ -435,6 +435,63 @@ def test_names_from_files_are_inert(tmp_path):
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
     table = [line for line in card.splitlines() if line.startswith("|") and "source | 3.0" in line]
     assert len(table) == 1 and len(re.split(r"(?<!\\)\|", table[0])) == 8, "a pipe in a name must not split a cell"
+
+
+def removed(run_dir, method="reap"):
+    """The same run, as if experts had been removed: the best twelve of 24 stay in every layer."""
+
+    def change(plan):
+        plan["method"] = method
+        plan["experts"] |= {"whole": 84, "removed": 84}
+        for entry in plan["layers"].values():
+            entry |= {"whole": list(range(12)), "widths": {"128": 12}, "removed": 12}
+
+    edit(run_dir / "plan.json", change)
+    (run_dir / "checkpoint" / "ragged").rename(run_dir / "checkpoint" / "uniform")
+    edit(run_dir / "evaluation.json", lambda found: found.update(pruned_from="checkpoint/uniform"))
+    return run_dir
+
+
+def test_a_run_that_removed_experts_is_told_as_such(run_dir):
+    for path in (removed(run_dir) / "scores").iterdir():
+        scores = read_statistics(path)
+        scores["token_count"][:] = 2
+        scores["gated_norm_sum"][:] = 2 * torch.arange(24.0).flip(0)
+        write_statistics(path, scores, layer=int(path.stem[6:]), key="k")
+    files = write_report(run_dir, job=JOB)
+    report, _html, page = read(files)
+    assert report["method"]["removes"] and report["method"]["map"] == "reap"
+    words = page_text(page)
+    assert "removed the least useful experts, 84 of 168" in words and "REAP, arXiv 2510.13999" in words
+    assert "removes as many experts, chosen by chance" in words and "higher its score by method reap" in words
+    for wrong in ("narrowed", "every expert stays", "slope", "kept whole (expert", "routing, attention"):
+        assert wrong not in words, wrong
+    # means 23, 22, ..., 0 in both domains: the same vector of length 1 twice
+    norm = sum(value**2 for value in range(24)) ** 0.5
+    assert report["layers"][0]["importance"] == pytest.approx([2 * (23 - e) / norm for e in range(24)])
+    card = " ".join(files.cards["uniform"].read_text().split())
+    assert "84 of 168 routed experts taken out" in card and "`reap`" in card and "these were renumbered" in card
+    for wrong in ("No expert was removed", "neurons in every other expert", "slope", "import tenp_dist"):
+        assert wrong not in card, wrong
+
+
+def test_exchanged_rankings_and_chance_are_named(run_dir):
+    edit(run_dir / "plan.json", lambda plan: plan["budget"].update(experts="random", neurons="enp-l2"))
+    files = write_report(run_dir, job=JOB)
+    report, _, page = read(files)
+    assert report["method"]["map"] == "tenp" and not report["method"]["drawn"]
+    assert "experts ranked as random does, neurons ranked as enp-l2 does" in page_text(page)
+    assert "Its experts were ranked as `random` does." in files.cards["ragged"].read_text()
+    assert "took randomly chosen neurons" in page_text(read(write_report(chance(run_dir), job=JOB))[2])
+
+
+def chance(run_dir):
+    def change(plan):
+        plan["method"] = "random"
+        plan["budget"] |= {"experts": None, "neurons": None}
+
+    edit(run_dir / "plan.json", change)
+    return run_dir
 
 
 def test_another_models_plan_is_refused(run_dir):

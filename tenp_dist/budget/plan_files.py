@@ -58,7 +58,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
 
 
 def _describe_layer(plan: LayerPlan) -> dict[str, Any]:
-    counts = Counter(plan.kept.widths.tolist())
+    counts = Counter(plan.kept.widths[plan.kept.routed].tolist())
     return {
         "experts": plan.facts.experts,
         "intermediate_size": plan.facts.intermediate_size,

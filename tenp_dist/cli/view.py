@@ -167,9 +167,10 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     table.add_row("Retention realised", f"{retention['realised']:.2%} of routed-expert parameters")
     if retention.get("activated") is not None:
         table.add_row("Activated share", f"{retention['activated']:.2%} of what a routed token used to meet")
-    table.add_row(
-        "Whole experts", f"{experts['whole']} of {experts['total']}, the others keep {plan['narrow_width']} neurons"
-    )
+    removed = experts.get("removed")
+    others = "are removed" if removed else f"keep {plan['narrow_width']} neurons"
+    label = "Experts kept" if removed else "Whole experts"
+    table.add_row(label, f"{experts['whole']} of {experts['total']}, the others {others}")
     for name, layout in stages.get("write", {}).get("layouts", {}).items():
         table.add_row(f"Size, {name}", f"{size(layout['bytes_before'])} -> {size(layout['bytes'])}")
     console.print(table)
@@ -197,7 +198,7 @@ def _print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "[dim]NLL in nats per token. The random control keeps as many experts whole and neurons, drawn by chance.[/dim]"
+        "[dim]NLL in nats per token. The random control keeps as many experts and neurons, drawn by chance.[/dim]"
     )
     console.print()
 
@@ -233,11 +234,13 @@ def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, 
         console.print(f"Checkpoint ({name}): {job.run_dir / layout['folder']}", soft_wrap=True)
     if "report" in stages:
         console.print(f"Report: {job.run_dir / stages['report']['page']}", soft_wrap=True)
-    if "ragged" in layouts:
-        folder = job.run_dir / layouts["ragged"]["folder"]
+    shown = next((name for name in ("ragged", "uniform") if name in layouts), None)
+    if shown is not None:
+        folder = job.run_dir / layouts[shown]["folder"]
+        package = "import tenp_dist; " if shown == "ragged" else ""
         console.print("\nNext, load it:")
         console.print(
-            '  python -c "import tenp_dist; from transformers import AutoModelForCausalLM as A; '
+            f'  python -c "{package}from transformers import AutoModelForCausalLM as A; '
             f"print(A.from_pretrained('{folder}'))\"",
             soft_wrap=True,
         )

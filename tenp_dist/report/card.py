@@ -14,7 +14,8 @@ LAYOUT_SENTENCES = {
     "ragged": "Every expert is stored at its own width, under the tensor names of the source.",
     "padded": "Tensors have the source's shapes and pruned neurons are zero: it runs wherever the source runs, and "
     "saves neither memory nor time.",
-    "uniform": "Every expert has the same, smaller width: it runs wherever the source's architecture runs.",
+    "uniform": "Every layer has as many experts and every expert the same width, as the config says: it runs wherever "
+    "the source's architecture runs.",
 }
 NEEDS_PACKAGE = frozenset({"ragged"})
 

@@ -98,7 +98,7 @@ def _by_domain(
         + ", ".join(f"{variant} {write(row[place])}" for variant, row in zip(shown, values_VD, strict=True))
         for place, label in enumerate(labels)
     )
-    control = " The random control keeps neurons chosen by chance, at the same size." if "random" in shown else ""
+    control = f" {report['method']['control']}" if "random" in shown else ""
     with svg.drawing(name):
         figure = _grouped_bars(labels, values_VD, write, limit)
         drawn = svg.inline(figure, name=name, label=f"{title}. {spoken}.")
@@ -143,11 +143,12 @@ def _grouped_bars(
 def kept_share(report: Mapping[str, Any]) -> Chart:
     """Share of each layer's routed parameters that stays, in whole and in narrow experts."""
     layers, realised = report["layers"], report["plan"]["retention"]["realised"]
+    removes = report["method"]["removes"]
     name, title = "kept-share", "Parameters kept, layer by layer"
     row = 24 if len(layers) <= 16 else 15
     height = row * len(layers) + 62
     spoken = "; ".join(
-        f"layer {layer['layer']}: {percent(layer['retention'], 1)} kept, {len(layer['whole'])} whole"
+        f"layer {layer['layer']}: {percent(layer['retention'], 1)} kept, {len(layer['whole'])} experts whole"
         for layer in layers
     )
     with svg.drawing(name):
@@ -165,7 +166,8 @@ def kept_share(report: Mapping[str, Any]) -> Chart:
         for place, layer in enumerate(layers):
             axes.text(1.03, place, f"{len(layer['whole'])} of {layer['experts']}", va="center", fontsize=12)
         axes.text(-0.02, len(layers) - 0.5 + 8 / row, "layer", ha="right", va="center", color=svg.MUTED)
-        axes.text(1.03, len(layers) - 0.5 + 8 / row, "whole", va="center", color=svg.MUTED)
+        column = "experts" if removes else "whole"
+        axes.text(1.03, len(layers) - 0.5 + 8 / row, column, va="center", color=svg.MUTED)
         drawn = svg.inline(figure, name=name, label=f"{title}. {spoken}.")
     return Chart(
         name=name,
@@ -173,13 +175,19 @@ def kept_share(report: Mapping[str, Any]) -> Chart:
         svgs=(drawn,),
         legend=(
             Legend(label="in experts kept whole", background=WHOLE),
-            Legend(label="in narrowed experts", background=NARROW),
+            *(() if removes else (Legend(label="in narrowed experts", background=NARROW),)),
             Legend(label=f"whole model, {percent(realised)}"),
         ),
-        explanation=(
-            "Each bar is one Mixture-of-Experts layer, the deepest on top. Orange is what experts kept whole hold, "
-            "blue what is left of the others after neurons were taken out; every expert stays and "
-            "can still be chosen. When deeper layers keep more, the bars form the trapezoid that gave the method its "
-            "name."
-        ),
+        explanation=_REMOVED if removes else _NARROWED,
     )
+
+
+_NARROWED = (
+    "Each bar is one Mixture-of-Experts layer, the deepest on top. Orange is what experts kept whole hold, blue what "
+    "is left of the others after neurons were taken out; every expert stays and can still be chosen. When deeper "
+    "layers keep more, the bars form the trapezoid that gave TENP its name."
+)
+_REMOVED = (
+    "Each bar is one Mixture-of-Experts layer, the deepest on top. Experts either stay whole or leave the model, and "
+    "every layer keeps as many."
+)

@@ -8,6 +8,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | model       | `facts.json`, the parts a reader needs                                          |
 | headline    | the figures at the top of the page; None where a stage was not run              |
 | plan        | method, budget, totals and warnings of `plan.json`                              |
+| method      | what kind of method it is, and whose expert scores the map shows                |
 | layers      | one entry per MoE layer: plan, importance [E] and routed tokens [E]             |
 | routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
 | checkpoints | layout -> files and bytes on disk                                               |
@@ -31,8 +32,9 @@ from typing import Any
 from tenp_dist.artifacts import read_json
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.errors import StaleError
-from tenp_dist.scoring.domains import mix_experts
-from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
+from tenp_dist.report.method import importance_of, map_ranking, method_facts
+from tenp_dist.scoring.methods.registry import Method
+from tenp_dist.scoring.statistics import read_statistics
 
 SCHEMA_VERSION = 1
 STARVED_SHARE = 0.1
@@ -82,7 +84,8 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = _evaluation(_optional(run_dir / "evaluation.json"))
     checkpoints = _checkpoints(run_dir)
     weights = _domain_weights(job)
-    layers = [_layer(run_dir, int(layer), entry, weights) for layer, entry in _in_depth(plan["layers"])]
+    ranking = map_ranking(plan)
+    layers = [_layer(run_dir, int(layer), entry, ranking, weights) for layer, entry in _in_depth(plan["layers"])]
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {"name": facts["model"], **{key: facts.get(key) for key in MODEL_KEYS}},
@@ -92,6 +95,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "absent": _absent(layers, checkpoints, verify, evaluation),
         "plan": {key: plan.get(key) for key in PLAN_KEYS},
+        "method": method_facts(plan),
         "routing": _routing_total(layers),
         "layers": layers,
         "checkpoints": checkpoints,
@@ -102,12 +106,6 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "job": _job(job),
         "provenance": _provenance(run_dir, facts, plan),
     }
-
-
-def importance_of(layer: LayerStatistics, weights: Mapping[str, float]) -> list[float]:
-    """Expert importance over domains, [E]: L2-normalise each domain's vector, weigh, add (TENP Eq. 6)."""
-    known = {name: weight for name, weight in weights.items() if name in layer.domains}
-    return mix_experts(layer, "expert_importance_sum", known).tolist()
 
 
 def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
@@ -128,18 +126,21 @@ def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _layer(run_dir: Path, layer: int, entry: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+def _layer(
+    run_dir: Path, layer: int, entry: Mapping[str, Any], ranking: Method, weights: Mapping[str, float]
+) -> dict[str, Any]:
     neurons = entry["experts"] * entry["intermediate_size"]
     kept = sum(int(width) * experts for width, experts in entry["widths"].items())
     whole = len(entry["whole"]) * entry["intermediate_size"]
     found: dict[str, Any] = {"domains": None, "importance": None, "tokens": None, "routing": None}
     path = run_dir / "scores" / f"{layer_name(layer)}.safetensors"
     if path.exists():
-        scores = read_statistics(path, ["expert_importance_sum", "token_count"], weight_norm=False)
+        names = dict.fromkeys((*ranking.expert_statistics, "token_count"))
+        scores = read_statistics(path, list(names), weight_norm=False)
         tokens = scores["token_count"].sum(dim=0).tolist()
         found = {
             "domains": list(scores.domains),
-            "importance": importance_of(scores, weights),
+            "importance": importance_of(ranking, scores, weights, layer),
             "tokens": tokens,
             "routing": routing_of(tokens),
         }

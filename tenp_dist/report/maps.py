@@ -37,11 +37,19 @@ Marks = Mapping[str, tuple[np.ndarray, str]]
 """Stamp name -> (boolean map of the cells that get it, colour)."""
 
 
+_SCORES = {
+    "tenp": "more it changes the tokens sent to it, weighted by how often and how strongly the router chooses it"
+}
+"""Method -> its expert score in words."""
+
+
 def importance_map(report: Mapping[str, Any]) -> Chart:
     """Expert importance, each layer divided by its largest; whole experts in their own hue."""
     layers = report["layers"]
     shares_LE = _matrix([_shares_of_largest(layer["importance"] or []) for layer in layers])
     whole_LE = _marked(shares_LE, [layer["whole"] for layer in layers])
+    removes, shown = report["method"]["removes"], report["method"]["map"]
+    meaning = _SCORES.get(shown, f"higher its score by method {shown}")
     narrow = _coloured(NARROW_RAMP, np.sqrt(shares_LE))
     pixels_LE4 = np.where(whole_LE[..., None], _coloured(WHOLE_RAMP, np.sqrt(shares_LE)), narrow)
     spoken = "; ".join(f"layer {layer['layer']}: whole experts {ids(layer['whole'])}" for layer in layers)
@@ -51,13 +59,18 @@ def importance_map(report: Mapping[str, Any]) -> Chart:
         svgs=_map("importance-map", report, pixels_LE4, {"border": (whole_LE, "#7a2c00")}, spoken),
         legend=(
             Legend(label="kept whole", background=svg.gradient(WHOLE_RAMP), low="0", high="layer's top"),
-            Legend(label="narrowed", background=svg.gradient(NARROW_RAMP), low="0", high="layer's top"),
+            Legend(
+                label="removed" if removes else "narrowed",
+                background=svg.gradient(NARROW_RAMP),
+                low="0",
+                high="layer's top",
+            ),
         ),
         explanation=(
-            "Each cell is one expert; the darker, the more it changes the tokens sent to it, weighted by how often "
-            "and how strongly the router chooses it. Each layer is compared with its own most important expert, so "
-            "colours cannot be compared across layers; a square-root scale keeps small values visible. Orange cells "
-            "are the experts the plan keeps whole."
+            f"Each cell is one expert; the darker, the {meaning}. Each layer is compared with its own most important "
+            "expert, so colours cannot be compared across layers; a square-root scale keeps small values visible. "
+            "Orange cells "
+            f"are the experts the plan keeps{'' if removes else ' whole'}."
         ),
     )
 

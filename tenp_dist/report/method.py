@@ -1,0 +1,51 @@
+"""What the report says of a plan's method: its kind, its control, and the score of experts that the map shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tenp_dist.config import Budget
+from tenp_dist.scoring.methods import registry
+from tenp_dist.scoring.methods.registry import Context, Method
+from tenp_dist.scoring.statistics import LayerStatistics
+
+_SHOWN_INSTEAD = "tenp"  # of methods that rank no experts, or by chance
+
+
+def method_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The `method` part of the report, from plan.json.
+
+    removes: whether experts leave the model. drawn: whether everything is chosen by chance. experts, neurons: methods
+    whose rankings the budget takes instead, or None. map: the method whose expert scores the importance map shows.
+    """
+    method, exchanged = _method(plan), {unit: plan["budget"].get(unit) for unit in ("experts", "neurons")}
+    control = "removes as many experts, chosen by chance" if method.removes else "keeps neurons chosen by chance"
+    return {
+        "name": method.name,
+        "source": method.source,
+        "removes": method.removes,
+        "drawn": not method.statistics,
+        **exchanged,
+        "control": f"The random control {control}, at the same size.",
+        "map": (exchanged["experts"] or method.name) if method.expert_statistics else _SHOWN_INSTEAD,
+    }
+
+
+def map_ranking(plan: Mapping[str, Any]) -> Method:
+    """The method whose expert scores the map shows: the plan's, or TENP's where that ranks none from the text."""
+    method = _method(plan)
+    return method if method.expert_statistics else registry.get(_SHOWN_INSTEAD)
+
+
+def importance_of(
+    ranking: Method, statistics: LayerStatistics, weights: Mapping[str, float], layer: int
+) -> list[float]:
+    """Score of every expert over domains, [E]. weights: domain -> weight, also of domains that were not scored."""
+    known = {name: weight for name, weight in weights.items() if name in statistics.domains}
+    return ranking.expert_scores(statistics, Context(layer=layer, domain_weights=known)).tolist()
+
+
+def _method(plan: Mapping[str, Any]) -> Method:
+    exchanged = {unit: plan["budget"].get(unit) for unit in ("experts", "neurons")}
+    return registry.of_budget(Budget(method=plan["method"], **exchanged))
