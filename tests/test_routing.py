@@ -117,6 +117,24 @@ def test_a_restricted_layer_routes_as_by_hand(family, tiny_model):
     assert (expected - full).abs().max() > 1e-2, "removing experts changes something"
 
 
+def test_ranks_that_hold_a_share_of_the_experts_add_up(tiny_model):
+    """Ids are those of the whole layer, whichever experts a rank holds."""
+    register()
+    skeleton = Skeleton(
+        tiny_model("qwen2_moe"), dtype=torch.float32, device=torch.device("cpu"), experts_implementation="tenp"
+    )
+    x_TD = torch.randn(30, 32, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for share in (None, range(3), range(3, 8)):
+        module = skeleton.load_layer(1, skeleton.read_layer(1, share))
+        module.mlp.experts.tenp_state = ExpertsState(experts=share)
+        with restricted_router(skeleton, module, KEPT):
+            _, weights, index = module.mlp.gate(x_TD)
+            outputs.append(module.mlp.experts(x_TD, index, weights))
+        assert set(index.flatten().tolist()) == set(KEPT)
+    torch.testing.assert_close(outputs[1] + outputs[2], outputs[0], rtol=1e-5, atol=1e-6)
+
+
 def test_everything_kept_changes_no_bit(tiny_model):
     folder, tokens = tiny_model("deepseek_v3"), torch.arange(20).view(2, 10)
     plain = logits_by_layers(folder, {}, tokens, {})

@@ -24,6 +24,7 @@ from tenp_dist.engine.checkpoints import verify_layout, write_layout
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import BudgetError, SourceError, VerifyError
 from tenp_dist.evaluation.streams import Pass
+from tenp_dist.evaluation.variants import Variant
 
 LOAD = """
 import json, sys, torch
@@ -164,8 +165,8 @@ def test_a_pass_over_the_source_carries_it_like_the_checkpoint(family, source, t
     write_kept(tmp_path / "kept.safetensors", kept, {})
     write_uniform(model, kept, tmp_path / "uniform")
     passes = [
-        Pass(model, {"source": None, "restricted": tmp_path / "kept.safetensors"}),
-        Pass(tmp_path / "uniform", {"written": None}),
+        Pass(model, {"source": Variant(), "restricted": Variant(tmp_path / "kept.safetensors")}),
+        Pass(tmp_path / "uniform", {"written": Variant()}),
     ]
     found = evaluate(passes, corpus, tmp_path)
     assert found["written"] == found["restricted"]
