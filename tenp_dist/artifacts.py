@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -46,6 +47,33 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # a path that cannot be written cannot be cleared either
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory for this run alone; a run that dies lets go of it.
+
+    Raises:
+        OutputError: another run is at work there.
+    """
+    path = Path(run_dir) / "stages" / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a")  # noqa: SIM115 held until the end of the run
+    except OSError as error:
+        raise _not_written(path, error) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "Another run is at work in this run directory",
+                where=run_dir,
+                next_step="wait for it (`tenp-dist status` shows it), stop it, or choose another --run-dir",
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _not_written(path: Path, error: OSError) -> DiskFullError | OutputError:

@@ -184,6 +184,7 @@ class Cluster(_Part):
     host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
     commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
     start_timeout: float = Field(300.0, gt=0, description="seconds in which a shard must be placed")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default its cores")
     writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
 
 

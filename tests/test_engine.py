@@ -113,6 +113,22 @@ def test_a_rank_takes_as_many_cores_as_still_let_every_shard_find_a_node():
 # -- the controller -----------------------------------------------------------------------------------
 
 
+class Follow:
+    """A watch that copies the positions."""
+
+    def __init__(self, positions):
+        self.positions, self.losses = positions, 0
+
+    def ended(self, unit, shard, pulses, positions):
+        self.positions[:] = positions
+
+    def beat(self, pulses, positions):
+        raise AssertionError("nothing beats where every unit ends at once")
+
+    def lost(self, shard):
+        self.losses += 1
+
+
 class FakeGroup:
     """Completes units, except those listed: `lost` dies that many times, also while it is `restarting`;
     `broken` raises for good."""
@@ -130,7 +146,10 @@ class FakeGroup:
             self.lost -= 1
             raise WorkerLost("A worker died")
         self.done.append(self.unit)
-        return self.unit
+        return [self.unit]
+
+    def pulses(self):
+        return []
 
     def restart(self):
         self.restarts += 1
@@ -146,11 +165,8 @@ def control(groups, tmp_path, *, waves=2, layers=4, limit=3):
     shards = split_layers([1] * layers, len(groups))
     positions, waits = [0] * waves, []
 
-    def report(unit, result, now):
-        positions[:] = now
-
     controller = Controller(
-        groups, shards, "resident", lambda: list(positions), lambda running: running[0], report,
+        groups, shards, "resident", lambda: list(positions), lambda running: running[0], Follow(positions),
         Ledger(tmp_path / "ledger.jsonl"), Retries(limit=limit), sleep=waits.append,
     )  # fmt: skip
     controller.run()

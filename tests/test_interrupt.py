@@ -61,6 +61,7 @@ def test_interrupt_terminate_and_kill_then_the_same_bytes(job_file, text_files, 
     job = job_file(
         calibration={"sources": sources, "sequence_length": 256},
         output={"shard_size": "8KB"},
+        cluster={"writers": 1},
         score={"batch_tokens": 256},
     )
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"

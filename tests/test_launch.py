@@ -274,12 +274,12 @@ def test_status_from_a_journal(tenp, job_file, tmp_path):
         {"time": 12.0, "event": "progress", "stage": "score", "note": "layer 7, waves 0-3", "done": 30, "total": 120,
          "tokens_per_second": 500.0, "bytes_per_second": 2e9, "eta_seconds": 33.0, "retries": 2, "memory": [5, 9]},
     ]  # fmt: skip
-    (run / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
+    (run / "stages/progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
     status = read_status(run, ORDER, now=13.0)
     assert (status.state, status.stage, status.layer, status.done) == ("running", "score", 7, 0.25)
     assert (status.eta_seconds, status.retries, status.memory) == (33.0, 2, (5, 9))
     failed = {"time": 14.0, "event": "failed", "stage": "score", "error": "DiskFullError", "message": "No space left"}
-    with open(run / "progress.jsonl", "a") as stream:
+    with open(run / "stages/progress.jsonl", "a") as stream:
         stream.write(json.dumps(failed) + "\n")
     status = read_status(run, ORDER, now=9999.0)
     assert status.state == "failed" and status.last_error == "No space left" and status.stages["score"] == "failed"

@@ -24,6 +24,7 @@ class TensorReader:
 
     def __init__(self, index: CheckpointIndex):
         self.index = index
+        self.read_bytes = 0  # so far
         self._descriptors: dict[str, int] = {}
 
     def __enter__(self) -> TensorReader:
@@ -73,6 +74,7 @@ class TensorReader:
                     next_step="download the shard again, then run again",
                 )
             done += count
+            self.read_bytes += count
 
     def _open(self, file: str) -> int:
         if file not in self._descriptors:

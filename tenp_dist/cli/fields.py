@@ -30,8 +30,12 @@ def calibrate_fields(job: Job) -> dict:
 
 
 def score_fields(job: Job) -> dict:
-    cluster = {"device": job.cluster.device, "tensor_parallel": job.cluster.tensor_parallel}
-    return job.score.model_dump(mode="json") | cluster | {"statistics": sorted(MERGE_RULES)}
+    return job.score.model_dump(mode="json") | _bits(job) | {"statistics": sorted(MERGE_RULES)}
+
+
+def _bits(job: Job) -> dict:
+    """What of the cluster changes the last bits of a figure."""
+    return {name: getattr(job.cluster, name) for name in ("device", "tensor_parallel", "threads")}
 
 
 def select_fields(job: Job) -> dict:
@@ -55,7 +59,7 @@ def write_fields(job: Job) -> dict:
 
 
 def evaluate_fields(job: Job) -> dict:
-    compute = {"dtype": job.score.dtype} | {key: getattr(job.cluster, key) for key in ("device", "tensor_parallel")}
+    compute = {"dtype": job.score.dtype} | _bits(job)
     fields = _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
     given = given_plans(job.evaluation.plans, source_index(job.model).fingerprint)
     fields["plans"] = {plan.name: [file_digest(plan.text), file_digest(plan.tensors)] for plan in given}

@@ -12,9 +12,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tenp_dist.artifacts import StageRecord
 from tenp_dist.config import Job
@@ -42,7 +44,7 @@ class View(Listener):
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.total = total
         self.number = 0
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         self._task: Any = None
         self._last_line = 0.0
 
@@ -75,23 +77,26 @@ class View(Listener):
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            transient=True,
         )
-        self._bar.start()
-        self._task = self._bar.add_task(self._label(stage), total=None, rate="")
+        self._details = Text("", style="dim")
+        self._task = self._bar.add_task(self._label(stage), total=None)
+        self._live = Live(Group(self._bar, self._details), console=self.console, transient=True, refresh_per_second=8)
+        self._live.start()
 
     def progress(self, stage: Stage, progress: Step) -> None:
-        rate = _rate(progress)
-        if self._bar is not None:
-            self._bar.update(self._task, total=progress.total, completed=progress.done, rate=rate)
+        if progress.message:
+            self.console.print(f"      [dim]{progress.message}[/dim]")
+        elif self._live is not None:
+            self._bar.update(self._task, total=progress.total, completed=progress.done)
+            self._details.plain = f"      {describe(progress)}"
         elif time.monotonic() - self._last_line > _PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            self.console.print(f"{self._label(stage)} {progress.done}/{progress.total} {rate}")
+            share = progress.done / progress.total if progress.total else 0
+            self.console.print(f"{self._label(stage)} {share:.0%}  {describe(progress)}")
 
     def finished(self, stage: Stage, record: StageRecord, seconds: float) -> None:
         self._close()
@@ -103,17 +108,24 @@ class View(Listener):
         return f"[{self.number}/{self.total}] {stage.title:<28}".replace("[", "\\[", 1)
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
-def _rate(progress: Step) -> str:
-    if progress.seconds <= 0:
-        return ""
-    if progress.note == "bytes":
-        return f"{progress.done / progress.seconds / 1e6:,.0f} MB/s"
-    return f"{progress.note}, {progress.tokens / progress.seconds:,.0f} tokens/s"
+def describe(progress: Step) -> str:
+    """What is at work, how fast, in how much memory, after how many losses."""
+    parts = [progress.note] if progress.note not in ("", "bytes") else []
+    if progress.tokens_per_second is not None:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.bytes_per_second is not None:
+        parts.append(f"{progress.bytes_per_second / 1e6:,.0f} MB/s")
+    if progress.memory:
+        low, high, count = size(min(progress.memory)), size(max(progress.memory)), len(progress.memory)
+        parts.append(f"{count} worker{'s' * (count != 1)}, " + (f"{low} to {high}" if count > 1 else high))
+    if progress.retries:
+        parts.append(f"{progress.retries} started again")
+    return ", ".join(parts)
 
 
 def _gist(record: StageRecord) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tenp_dist.artifacts import atomic_write
 from tenp_dist.checkpoint.kept import layer_name
 
 _NAME = re.compile(r"wave_(\d+)\.layer_(\d+)\.safetensors$")
-Hidden = Mapping[str, torch.Tensor]
+Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D], one tensor per microbatch
 
 
 class Boundaries:
@@ -33,7 +33,7 @@ class Boundaries:
         """The layer that a wave enters next, 0 if nothing of it is stored."""
         return max((layer for layer in self._layers(wave) if self._ours(wave, layer)), default=0)
 
-    def write(self, wave: int, layer: int, hidden: Hidden) -> None:
+    def write(self, wave: int, layer: int, hidden: Mapping[str, torch.Tensor]) -> None:
         """Store what enters `layer`, then drop the wave's earlier files."""
         from safetensors.torch import save
 
@@ -93,3 +93,25 @@ class GuardedBoundaries(Boundaries):
 
     def _needed_from(self, layer: int) -> int:
         return int(min(layer, self._unfinished()))
+
+
+def named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
+    """The tensors of a boundary file."""
+    return {
+        tensor_name(stream, i): state
+        for stream, states in hidden.items()
+        for i, state in zip(batches, states, strict=True)
+    }
+
+
+def tensor_name(stream: str, batch: int) -> str:
+    """Name of a microbatch's hidden states in a boundary file: `random.00012`, of a plain model `00012`."""
+    return f"{stream}.{batch:05d}" if stream else f"{batch:05d}"
+
+
+def read_hidden(
+    boundaries: Boundaries, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
+) -> Hidden:
+    """A wave's hidden states of all streams from its boundary file."""
+    stored = boundaries.read(wave, layer)
+    return {stream: [stored.pop(tensor_name(stream, i)).to(device) for i in batches] for stream in streams}

@@ -25,9 +25,12 @@ from torch import nn
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
-from tenp_dist.engine.boundaries import Boundaries
+from tenp_dist.engine.boundaries import Boundaries, Hidden, named, read_hidden
 from tenp_dist.engine.compute import Compute, Progress, embed_all, microbatches, open_skeleton
+from tenp_dist.engine.fence import Fence
+from tenp_dist.engine.logs import log_line, log_to
 from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
+from tenp_dist.engine.pulse import Pulse, resident_memory
 from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
 from tenp_dist.engine.weights import LayerSource
 from tenp_dist.errors import WorkerLost, first_line
@@ -39,7 +42,6 @@ from tenp_dist.scoring.compensation import Moments
 DEFAULT_WAVES = 8
 PLAIN = ""  # the stream of a model that goes through its layers once, as it is
 _PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
-Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D], one tensor per microbatch
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class CarryTask:
         return digest_of([self.key, self.compute.device, self.compute.dtype, self.waves, self.ranks])
 
     @property
+    def logs(self) -> Path:
+        """Where the workers' logs go: beside the folder, for they outlive it."""
+        return self.folder.parent / "logs" / self.folder.name
+
+    @property
     def boundaries(self) -> Boundaries:
         return Boundaries(self.folder / "hidden", self.file_key)
 
@@ -78,15 +85,6 @@ class CarryTask:
     def count_waves(self) -> int:
         """Waves that the corpus is cut into, at most `waves`."""
         return len(split_waves(len(microbatches(read_corpus(self.corpus), self.compute.batch_tokens)), self.waves))
-
-
-@dataclass(frozen=True)
-class UnitReport:
-    """A finished unit: tokens that went through layers and seconds it took, resident memory of the process."""
-
-    tokens: int
-    seconds: float
-    memory: int
 
 
 class Carrier:
@@ -106,6 +104,9 @@ class Carrier:
         self.boundaries = task.boundaries
         self.ranks = Ranks()
         self._meeting: tuple[str, int] | None = None
+        self._logs = False
+        self._steps = self._tokens = 0
+        self._seconds = 0.0
         self._hidden: dict[int, tuple[int, Hidden]] = {}  # wave -> (layer it enters, states)
         self._committed = time.monotonic()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result-writer")
@@ -120,6 +121,11 @@ class Carrier:
             probe.connect(("192.0.2.1", 9))  # picks a route, sends nothing
             return probe.getsockname()[0], port
         return "127.0.0.1", port
+
+    def log_to(self, path: Path) -> None:
+        """What this process prints goes to a file from now on, and units are noted there."""
+        log_to(path)
+        self._logs = True
 
     def join(self, address: str, port: int) -> None:
         """Tell where the ranks of this shard meet; they do in `open`."""
@@ -146,6 +152,8 @@ class Carrier:
             experts=self._share.get("experts"),
             prepare=lambda module: parallelise_layer(self.skeleton, module, self.ranks),
         )
+        self.fence = Fence(self.boundaries.folder, self.layers.start, self.rank)
+        self.fence.take()
         self.source.begin()
         tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
         width = int(self.skeleton.config_dict["hidden_size"])
@@ -160,7 +168,7 @@ class Carrier:
         return (PLAIN,)
 
     @torch.inference_mode()
-    def run(self, unit: Unit) -> UnitReport:
+    def run(self, unit: Unit) -> Pulse:
         """Take the unit's waves through its layers and commit what came out.
 
         Raises:
@@ -174,7 +182,7 @@ class Carrier:
                 raise
             raise WorkerLost("Another rank of the shard died", where=str(unit), found=first_line(error)) from error
 
-    def _run(self, unit: Unit) -> UnitReport:
+    def _run(self, unit: Unit) -> Pulse:
         started = time.monotonic()
         by_wave = self._spill or self.task.mode == "resident"
         self._settle(range(unit.start, unit.stop))
@@ -182,6 +190,7 @@ class Carrier:
             hidden = self._enter(wave, unit.start)
             for layer in range(unit.start, unit.stop):
                 self._pass(layer, wave, hidden)
+                self._count(wave, layer)
                 if by_wave:
                     self._store_behind(layer)
             self._hidden[wave] = (unit.stop, hidden)
@@ -190,9 +199,22 @@ class Carrier:
         if not by_wave:
             self._store_behind(unit.start)
             self._commit(unit.waves, unit.stop, force=unit.stop == self.layers.stop)
-        tokens = sum(batch.tokens_BS.numel() for wave in unit.waves for batch in self._batches(wave))
-        tokens *= sum(len(self.streams(layer + 1)) for layer in range(unit.start, unit.stop))
-        return UnitReport(tokens, time.monotonic() - started, resident_memory())
+        self._seconds += time.monotonic() - started
+        pulse = self.pulse()
+        if self._logs:
+            log_line(f"{unit}: {time.monotonic() - started:.2f} s, {pulse.memory / 1e6:,.0f} MB resident")
+        return pulse
+
+    def _count(self, wave: int, layer: int) -> None:
+        self._steps += 1
+        self._tokens += sum(batch.tokens_BS.numel() for batch in self._batches(wave)) * len(self.streams(layer + 1))
+
+    def pulse(self) -> Pulse:
+        """At any moment, from another thread than the one at work."""
+        cuda = self.task.compute.device == "cuda"
+        memory = resident_memory(), torch.cuda.memory_allocated() if cuda else 0
+        read = self.skeleton.reader.read_bytes if hasattr(self, "skeleton") else 0
+        return Pulse(self._steps, self._tokens, self._seconds, read, *memory)
 
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
         """Replace the wave's hidden states by what leaves the layer."""
@@ -207,7 +229,11 @@ class Carrier:
         storing = self._storing(layer)
         if storing is not None:
             self._settle(list(self._stores))
-            self._stores[layer] = self._writer.submit(storing)
+            self._stores[layer] = self._writer.submit(self._fenced, storing)
+
+    def _fenced(self, storing: Callable[[], None]) -> None:
+        self.fence.check()
+        storing()
 
     def _settle(self, layers: Iterable[int]) -> None:
         """Wait until what was made of these layers is stored; raises what went wrong there."""
@@ -236,35 +262,15 @@ class Carrier:
         self._settle(list(self._stores))
         if self.ranks.parallel:
             barrier()  # the boundary vouches for every rank's results; ranks' clocks differ, so they always commit
+        self.fence.check()
         dropped = layer == self.skeleton.num_layers and not self.keeps_final
         for wave in waves:
             _, hidden = self._hidden[wave]
             if self.rank == 0:
-                self.boundaries.write(wave, layer, {} if dropped else _named(hidden, self.waves[wave]))
+                self.boundaries.write(wave, layer, {} if dropped else named(hidden, self.waves[wave]))
             if self._spill or layer == self.layers.stop:
                 del self._hidden[wave]
         self._committed = time.monotonic()
-
-
-def _named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
-    return {
-        tensor_name(stream, i): state
-        for stream, states in hidden.items()
-        for i, state in zip(batches, states, strict=True)
-    }
-
-
-def tensor_name(stream: str, batch: int) -> str:
-    """Name of a microbatch's hidden states in a boundary file: `random.00012`, of a plain model `00012`."""
-    return f"{stream}.{batch:05d}" if stream else f"{batch:05d}"
-
-
-def read_hidden(
-    boundaries: Boundaries, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
-) -> Hidden:
-    """A wave's hidden states of all streams from its boundary file."""
-    stored = boundaries.read(wave, layer)
-    return {stream: [stored.pop(tensor_name(stream, i)).to(device) for i in batches] for stream in streams}
 
 
 def run_layer(
@@ -291,13 +297,8 @@ def run_layer(
 def run_here(shard: Carrier, positions: list[int]) -> Iterator[Progress]:
     """Take all waves through an open shard of the whole model, here and now; `positions` follow."""
     while (unit := next_unit(shard.layers, positions, shard.task.mode)) is not None:
-        report = shard.run(unit)
+        before, pulse = shard.pulse(), shard.run(unit)
         for wave in unit.waves:
             positions[wave] = unit.stop
-        yield Progress(min(positions), shard.skeleton.num_layers, report.tokens, report.seconds, str(unit))
-
-
-def resident_memory() -> int:
-    """Anonymous resident bytes of this process."""
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index("RssAnon:") + 1]) * 1024
+        tokens, seconds = pulse.tokens - before.tokens, pulse.seconds - before.seconds
+        yield Progress(min(positions), shard.skeleton.num_layers, tokens, seconds, str(unit))

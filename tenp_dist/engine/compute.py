@@ -53,13 +53,30 @@ class Compute:
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a stage: `done` of `total` units, tokens that went through and seconds it took."""
+    """One step of a stage: `done` of `total` units, tokens that went through and seconds it took.
 
-    done: int
-    total: int
+    note: what is at work; `bytes` where the units are bytes. read_bytes: of the checkpoint in those seconds.
+    memory: resident bytes of every worker. retries: workers that were started again. message: to be told once.
+    """
+
+    done: float
+    total: float
     tokens: int
     seconds: float
     note: str = ""
+    read_bytes: int = 0
+    memory: Sequence[int] = ()
+    retries: int = 0
+    message: str = ""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        nbytes = self.done if self.note == "bytes" else self.read_bytes
+        return nbytes / self.seconds if nbytes and self.seconds > 0 else None
 
 
 def open_skeleton(folder: Path, compute: Compute) -> Skeleton:

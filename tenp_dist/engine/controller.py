@@ -19,15 +19,31 @@ from tenp_dist.errors import ClusterError, WorkerLost
 
 
 class Group(Protocol):
-    """The ranks of one shard. start: begin a unit; result: of the finished unit, or raises; restart: anew."""
+    """The ranks of one shard.
+
+    start: begin a unit; result: of the finished unit, a value per rank, or raises; pulses: the latest that is known of
+    every rank, at any moment; restart: anew.
+    """
 
     def start(self, unit: Unit) -> None: ...
 
     def result(self) -> Any: ...
 
+    def pulses(self) -> Sequence[Any]: ...
+
     def restart(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Watch(Protocol):
+    """Is told how the work goes: units that ended, pulses in between, losses. shard: its number."""
+
+    def ended(self, unit: Unit, shard: int, pulses: Sequence[Any], positions: Sequence[int]) -> None: ...
+
+    def beat(self, pulses: Sequence[Sequence[Any]], positions: Sequence[int]) -> None: ...
+
+    def lost(self, shard: int) -> None: ...
 
 
 class Ledger:
@@ -74,16 +90,16 @@ class Controller:
     """Runs units on groups until every wave has passed every layer.
 
     groups, shards: the groups and the layers each owns. stored: reads the positions that are committed.
-    wait: blocks until one of the given groups has finished its unit (or lost it), and returns it.
-    report: called with (unit, result, positions) after every unit.
+    wait: blocks until one of the given groups has finished its unit (or lost it), and returns it; None after a while.
+    watch: is told how the work goes.
     """
 
     groups: Sequence[Group]
     shards: Sequence[range]
     mode: Mode
     stored: Callable[[], list[int]]
-    wait: Callable[[Sequence[Group]], Group]
-    report: Callable[[Unit, Any, Sequence[int]], None]
+    wait: Callable[[Sequence[Group]], Group | None]
+    watch: Watch
     ledger: Ledger
     retries: Retries = field(default_factory=Retries)
     sleep: Callable[[float], None] = time.sleep
@@ -100,6 +116,9 @@ class Controller:
                     self.groups[i].start(unit)
                     running[i] = unit
             group = self.wait([self.groups[i] for i in running])
+            if group is None:
+                self.watch.beat([group.pulses() for group in self.groups], positions)
+                continue
             i = self.groups.index(group)
             unit = running.pop(i)
             try:
@@ -113,8 +132,10 @@ class Controller:
     def _advance(self, positions: list[int], unit: Unit, shard: int, result: Any) -> None:
         for wave in unit.waves:
             positions[wave] = unit.stop
-        self.ledger.append("unit", shard=shard, unit=str(unit), result=getattr(result, "__dict__", None))
-        self.report(unit, result, positions)
+        self.ledger.append(
+            "unit", shard=shard, unit=str(unit), ranks=[getattr(one, "__dict__", None) for one in result]
+        )
+        self.watch.ended(unit, shard, result, positions)
 
     def _recover(self, i: int, unit: Unit, error: WorkerLost, losses: int, positions: list[int]) -> int:
         """Start the group again, however often it dies on the way, and put its waves back to what is committed.
@@ -123,6 +144,7 @@ class Controller:
         """
         while True:
             losses += 1
+            self.watch.lost(i)
             self.retries.after(losses, error, f"Shard {i}", str(unit), self.ledger, self.sleep)
             try:
                 self.groups[i].restart()

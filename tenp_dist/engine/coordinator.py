@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.artifacts import SCHEMA_VERSION, StageRecord, digest_of, read_record, record_path, sizes
+from tenp_dist.artifacts import SCHEMA_VERSION, StageRecord, digest_of, exclusive, read_record, record_path, sizes
 from tenp_dist.config import Job
 from tenp_dist.engine.compute import Progress
+from tenp_dist.engine.journal import Journal
 from tenp_dist.engine.local import Pool
 from tenp_dist.errors import OutputError, StaleError
 
@@ -101,6 +102,7 @@ class Coordinator:
         self.stages = {stage.name: stage for stage in stages}
         self.listener = listener
         self.overwrite = overwrite
+        self.journal = Journal(job.run_dir)
         self._make_pool = make_pool
         self._pool: Pool | None = None
 
@@ -109,17 +111,19 @@ class Coordinator:
 
         Raises:
             StaleError: an upstream stage is missing or was made from something else.
-            OutputError: a stage's files are there, made from other settings, and overwrite is off.
+            OutputError: a stage's files are there, made from other settings, and overwrite is off; or another run is
+                at work in the run directory.
         """
         for name in names:
             self._check_settings(self.stages[name])
-        try:
-            if any(self.stages[name].remote and read_record(self.job.run_dir, name) is None for name in names):
-                self.pool()
-            return {name: self._run_one(self.stages[name]) for name in names}
-        finally:
-            if self._pool is not None:
-                self._pool.close()
+        with exclusive(self.job.run_dir):
+            try:
+                if any(self.stages[name].remote and read_record(self.job.run_dir, name) is None for name in names):
+                    self.pool()
+                return {name: self._run_one(self.stages[name]) for name in names}
+            finally:
+                if self._pool is not None:
+                    self._pool.close()
 
     def pool(self) -> Pool:
         if self._pool is None:
@@ -135,18 +139,23 @@ class Coordinator:
             return record
         self._check_room(stage, record, inputs)
         self.listener.started(stage)
+        self.journal.started(stage.name)
         started = time.monotonic()
         context = Context(
             job=self.job,
             get_pool=self.pool,
             key=key,
             digests=inputs["needs"],
-            progress=lambda progress: self.listener.progress(stage, progress),
+            progress=lambda progress: self._progress(stage, progress),
             overwrite=self.overwrite,
             replace=lambda: self._clear(stage, record, key),
             repair=record is not None and record.key == key,
         )
-        output = stage.run(context)
+        try:
+            output = stage.run(context)
+        except BaseException as error:
+            self.journal.event("failed", stage.name, error=type(error).__name__, message=str(error))
+            raise
         record = StageRecord(
             stage=stage.name,
             key=key,
@@ -157,7 +166,17 @@ class Coordinator:
         )
         record.write(self.job.run_dir)
         self.listener.finished(stage, record, time.monotonic() - started)
+        self.journal.event("finished", stage.name, seconds=round(time.monotonic() - started, 3))
         return record
+
+    def _progress(self, stage: Stage, progress: Progress) -> None:
+        """To the terminal, the journal and whoever collects metrics."""
+        self.listener.progress(stage, progress)
+        figures = self.journal.progress(stage.name, progress)
+        if self._pool is not None:
+            memory = {"largest_worker_memory_bytes": max(progress.memory)} if progress.memory else {}
+            tags = {"stage": stage.name, "run": self.job.run_dir.name}
+            self._pool.publish({**figures, **memory}, tags)
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything that a stage's key is made from."""

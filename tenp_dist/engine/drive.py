@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from tenp_dist.artifacts import read_json, write_json
 from tenp_dist.config import Cluster
-from tenp_dist.engine.carrier import Carrier, CarryTask, UnitReport
+from tenp_dist.engine.carrier import Carrier, CarryTask
 from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.controller import Controller, Ledger
 from tenp_dist.engine.local import GroupRequest, Pool
-from tenp_dist.engine.schedule import Mode, Unit, split_layers
+from tenp_dist.engine.schedule import Mode, split_layers
+from tenp_dist.engine.watch import WorkWatch
 from tenp_dist.errors import ClusterError
 
 _FILLED = 0.6  # share of a device's memory that resident weights may take
@@ -72,22 +75,27 @@ def drive(
     resumed = sum(stored()) / (waves * layers)
     if resumed == 1:
         return Summary(0, 0.0, cut.mode, [], 1.0)
-    request = group_request(pool, cluster, task.compute.device)
+    request = group_request(pool, cluster, task.compute.device, task.logs)
     task = _placed(task, cut.mode, cluster, request)
+    names = [f"layers {shard.start}-{shard.stop - 1}" for shard in cut.shards]
+    message = f"{', '.join(names)}; {cut.mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
+    progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
+    ledger.append("begin", shards=names, mode=cut.mode, resumed=round(resumed, 4), threads=task.compute.threads)
     groups = pool.groups(worker, [(task, shard) for shard in cut.shards], request)
-    watch = _Watch(layers, waves, progress)
+    watch = WorkWatch(layers * waves, len(groups), progress)
     try:
         Controller(groups, cut.shards, cut.mode, stored, pool.wait, watch, ledger).run()
     finally:
         for group in groups:
             group.close()
-    names = [f"layers {shard.start}-{shard.stop - 1}" for shard in cut.shards]
     return Summary(watch.tokens // layers, watch.slowest, cut.mode, names, resumed)
 
 
 def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> CarryTask:
     """The task with what the cluster says: mode, memory, how often to commit, threads of a rank."""
-    threads = max(1, int(request.cores)) if task.compute.device == "cpu" else task.compute.threads
+    threads = cluster.threads or max(1, int(request.cores))
+    if task.compute.device == "cpu":
+        threads = _begun_with(task, threads)
     return replace(
         task,
         mode=mode,
@@ -97,22 +105,15 @@ def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest
     )
 
 
-class _Watch:
-    """Turns unit reports into progress."""
-
-    def __init__(self, layers: int, waves: int, progress: Callable[[Progress], None]):
-        self.layers, self.waves, self.progress = layers, waves, progress
-        self.tokens = 0
-        self._seconds: dict[int, float] = {}
-
-    @property
-    def slowest(self) -> float:
-        return max(self._seconds.values(), default=0.0)
-
-    def __call__(self, unit: Unit, report: UnitReport, positions: Sequence[int]) -> None:
-        self.tokens += report.tokens
-        self._seconds[unit.stop] = self._seconds.get(unit.stop, 0.0) + report.seconds
-        self.progress(Progress(sum(positions), self.layers * self.waves, report.tokens, report.seconds, str(unit)))
+def _begun_with(task: CarryTask, threads: int) -> int:
+    """The threads that this work was begun with: another number would change the last bits of what is to come."""
+    path = task.boundaries.folder / "threads.json"
+    if path.exists():
+        begun = read_json(path)
+        if begun["key"] == task.file_key:
+            return begun["threads"]
+    write_json(path, {"key": task.file_key, "threads": threads})
+    return threads
 
 
 def choose_mode(cluster: Cluster, nbytes: Sequence[int], shards: Sequence[range], device: str) -> Mode:
@@ -136,12 +137,12 @@ def memory_per_rank(device: str, ranks: int) -> float:
     return psutil.virtual_memory().available / ranks
 
 
-def group_request(pool: Pool, cluster: Cluster, device: str) -> GroupRequest:
+def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path | None = None) -> GroupRequest:
     """On accelerators one each; on CPU the most cores per rank with which every shard finds a node."""
     if device == "cuda":
-        return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout)
+        return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout, logs)
     cores = cores_per_rank(pool.node_cores, cluster.shards, cluster.tensor_parallel)
-    return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout)
+    return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout, logs)
 
 
 def cores_per_rank(node_cores: Sequence[int], shards: int, ranks: int) -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tenp_dist.errors import ClusterError
@@ -20,12 +21,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """What every group of workers asks for: ranks, cores and accelerators of a rank, seconds to be placed in."""
+    """What every group of workers asks for: ranks, cores and accelerators of a rank, seconds to be placed in.
+
+    logs: folder that gets a log file of every worker that is a process of its own.
+    """
 
     ranks: int
     cores: float
     gpus: int
     timeout: float
+    logs: Path | None = None
 
 
 class Pool(Protocol):
@@ -33,8 +38,9 @@ class Pool(Protocol):
 
     cores, gpus: in all; node_cores: of each node. threads: that one streaming worker may use. share: hand
     an object to many tasks once; pass what it returns as an argument. groups: start one group of workers
-    per tuple of arguments (see `controller.Group`); wait: the first of them whose unit has ended. each_node:
-    call a function once on every node that can do work; name of the node -> what it returned.
+    per tuple of arguments (see `controller.Group`); wait: the first of them whose unit has ended, None if there was
+    none for a while. publish: name -> value, for whoever collects metrics of this place. each_node: call a function
+    once on every node that can do work; name of the node -> what it returned.
     """
 
     cores: int
@@ -53,6 +59,8 @@ class Pool(Protocol):
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[Any]: ...
 
     def wait(self, groups: Sequence[Any]) -> Any: ...
+
+    def publish(self, figures: Mapping[str, float], tags: Mapping[str, str]) -> None: ...
 
     def describe(self) -> str: ...
 
@@ -99,6 +107,9 @@ class InProcessPool:
     def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:
         return groups[0]
 
+    def publish(self, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        pass
+
     def describe(self) -> str:
         return f"this process, {self.cores} cores"
 
@@ -116,8 +127,11 @@ class _LocalGroup:
     def start(self, unit: Any) -> None:
         self._unit = unit
 
-    def result(self) -> Any:
-        return self._worker.run(self._unit)
+    def result(self) -> list[Any]:
+        return [self._worker.run(self._unit)]
+
+    def pulses(self) -> list[Any]:
+        return [self._worker.pulse()]
 
     def restart(self) -> None:
         self._worker = self._make()

@@ -1,4 +1,4 @@
-"""Work on Ray: a cluster, or a local one of our own. The only module that imports Ray."""
+"""Work on Ray: a cluster, or a local one of our own. Only this module and `pool_group` import Ray."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tenp_dist.engine.local import GroupRequest, available_cores
+from tenp_dist.engine.pool_group import RayGroup
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, WorkerLost, first_line
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
+_BEAT_SECONDS = 2.0  # between looks at what workers say of themselves
 _POLL_SECONDS = 1.0  # between looks at whether Ray is still there
 _PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
-_START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
 
 
 class RayPool:
@@ -51,6 +52,7 @@ class RayPool:
         self._ray = ray
         self._address = address
         self._watch = _Watch(_services(ray))
+        self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
         self.node_cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -70,16 +72,13 @@ class RayPool:
             num_returns="streaming", num_cpus=self.threads, num_gpus=gpus, max_retries=0
         )
         references = remote.remote(*arguments)
-        try:
-            while True:
-                self._first([references])
-                try:
-                    reference = next(references)
-                except StopIteration:
-                    return
-                yield self._get(reference)
-        finally:
-            self._cancel(references)
+        while True:
+            self._first([references])
+            try:
+                reference = next(references)
+            except StopIteration:
+                return
+            yield self._get(reference)
 
     def _check_gpus(self, gpus: int) -> None:
         if gpus > self.gpus:
@@ -92,18 +91,15 @@ class RayPool:
             )
 
     def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
+        """Where one fails, those that run are left to `close`: cancelling them can bring Ray 2.60 down."""
         remote = self._ray.remote(function).options(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")
         waiting = list(items)[::-1]
         running: list[Any] = []
-        try:
-            while waiting or running:
-                while waiting and len(running) < (limit or self.cores):
-                    running.append(remote.remote(*waiting.pop()))
-                done, running = self._first(running)
-                yield self._get(done)
-        finally:
-            for reference in running:
-                self._cancel(reference)
+        while waiting or running:
+            while waiting and len(running) < (limit or self.cores):
+                running.append(remote.remote(*waiting.pop()))
+            done, running = self._first(running)
+            yield self._get(done)
 
     def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
         """Nodes without cores and accelerators do no work and are not asked. Raises WorkerLost, or what it raised."""
@@ -125,8 +121,8 @@ class RayPool:
         self._check_gpus(request.gpus)
         groups: list[RayGroup] = []
         try:
-            for one in arguments:
-                groups.append(RayGroup(self, worker, one, request))
+            for number, one in enumerate(arguments):
+                groups.append(RayGroup(self, worker, one, request, f"shard_{number}"))
                 groups[-1].place()
             for group in groups:
                 with group.loss_told_later():
@@ -140,14 +136,26 @@ class RayPool:
             raise
         return groups
 
-    def wait(self, groups: Sequence[RayGroup]) -> RayGroup:
+    def wait(self, groups: Sequence[RayGroup]) -> RayGroup | None:
+        limit = time.monotonic() + _BEAT_SECONDS
         while True:
             for group in groups:
                 if group.ended:
                     return group
             pending = {reference: group for group in groups for reference in group.pending}
-            done, _ = self._first(list(pending))
+            done, _ = self._ready(list(pending), limit)
+            if done is None:
+                return None
             pending[done].settle(done)
+
+    def publish(self, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """As gauges `ray_tenp_<name>` of this process's node, for Prometheus."""
+        from ray.util.metrics import Gauge
+
+        for name, value in figures.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"tenp_{name}", tag_keys=tuple(tags))
+            self._gauges[name].set(value, dict(tags))
 
     def close(self) -> None:
         self._ray.shutdown()
@@ -175,17 +183,19 @@ class RayPool:
 
     def _first(self, references: list[Any], timeout: float = float("inf")) -> tuple[Any, list[Any]]:
         """The first reference that is ready, and the others. Raises WorkerLost where none is in time."""
-        limit = time.monotonic() + timeout
+        done, others = self._ready(references, time.monotonic() + timeout)
+        if done is None:
+            raise WorkerLost("A worker does not start", found=f"no answer in {timeout:g} seconds")
+        return done, others
+
+    def _ready(self, references: list[Any], limit: float) -> tuple[Any, list[Any]]:
+        """The first reference that is ready before the clock is at `limit`, or None, and the others."""
         while time.monotonic() < limit:
             self._watch.check()
             done, others = self._ray.wait(references, num_returns=1, timeout=_POLL_SECONDS)
             if done:
                 return done[0], others
-        raise WorkerLost("A worker does not start", found=f"no answer in {timeout:g} seconds")
-
-    def _cancel(self, reference: Any) -> None:
-        with contextlib.suppress(ClusterError):
-            self.call(lambda: self._ray.cancel(reference, force=False, recursive=True))
+        return None, references
 
     def _get(self, reference: Any, timeout: float = float("inf")) -> Any:
         from ray import exceptions
@@ -242,122 +252,6 @@ def _lost_error(what: str, address: tuple[str, int], error: OSError) -> ClusterE
     )
 
 
-class RayGroup:
-    """The ranks of one shard: Ray actors in a placement group of their own, all on one node."""
-
-    def __init__(self, pool: RayPool, worker: type, arguments: tuple, request: GroupRequest):
-        self._pool, self._ray = pool, pool._ray
-        self._worker, self._arguments, self._request = worker, arguments, request
-        self._actors: list[Any] = []
-        self._placement: Any = None
-        self.pending: list[Any] = []
-        self._values: list[Any] = []
-        self._error: BaseException | None = None
-        self._stillborn: WorkerLost | None = None
-
-    def place(self) -> None:
-        from ray.util.placement_group import placement_group
-
-        request, call = self._request, self._pool.call
-        bundle = {"CPU": request.cores} | ({"GPU": request.gpus} if request.gpus else {})
-        self._placement = call(lambda: placement_group([bundle] * request.ranks, strategy="STRICT_PACK"))
-        limit = time.monotonic() + request.timeout
-        while not call(self._placement.wait, max(0.0, min(_POLL_SECONDS, limit - time.monotonic()))):
-            if time.monotonic() >= limit:
-                error = self._not_placed(bundle)
-                self.close()
-                raise error
-        call(self._make_actors)
-
-    def _not_placed(self, bundle: Mapping[str, float]) -> ClusterError:
-        request = self._request
-        return ClusterError(
-            "The cluster is smaller than asked",
-            where=self._pool.call(self._pool.describe),
-            found=self._pool.call(_offer, self._ray),
-            wanted=f"a node with {request.ranks} x {_short_resources(bundle)} for every shard",
-            next_step="lower cluster.shards or cluster.tensor_parallel, or add nodes (cluster.start_timeout waits)",
-        )
-
-    def _make_actors(self) -> None:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        request = self._request
-        for rank in range(request.ranks):
-            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
-            remote = self._ray.remote(self._worker).options(
-                num_cpus=request.cores, num_gpus=request.gpus, scheduling_strategy=strategy, max_restarts=0
-            )
-            self._actors.append(remote.remote(*self._arguments, rank))
-
-    def begin_open(self) -> None:
-        for actor in self._actors:  # its node may die between placement and start: no endless wait
-            self._pool._get(actor.__ray_ready__.remote(), max(self._request.timeout, _START_SECONDS))
-        if len(self._actors) > 1:
-            meeting = self._pool._get(self._actors[0].meeting_point.remote())
-            for actor in self._actors:
-                actor.join.remote(*meeting)
-        self._begin([actor.open.remote() for actor in self._actors])
-
-    def finish_open(self) -> None:
-        for reference in self.pending:
-            self._pool._get(reference)
-        self.pending = []
-
-    @contextlib.contextmanager
-    def loss_told_later(self) -> Iterator[None]:
-        """A group that dies while it opens is a loss like any other: its first unit ends with it."""
-        try:
-            yield
-        except WorkerLost as error:
-            self.close()
-            self._stillborn = error
-
-    def start(self, unit: Any) -> None:
-        self._begin([actor.run.remote(unit) for actor in self._actors])
-        self._error = self._stillborn
-
-    def _begin(self, references: list[Any]) -> None:
-        self.pending, self._values, self._error = references, [], None
-
-    def settle(self, reference: Any) -> None:
-        """Take in one rank's end of the unit; the first error ends it for all ranks."""
-        self.pending.remove(reference)
-        try:
-            self._values.append(self._pool._get(reference))
-        except TenpError as error:
-            self._error, self.pending = error, []
-
-    @property
-    def ended(self) -> bool:
-        return not self.pending
-
-    def result(self) -> Any:
-        """The first rank's result. Raises WorkerLost where a rank died, or what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._values[0]
-
-    def restart(self) -> None:
-        """Raises WorkerLost where it dies again, ClusterError where it cannot be placed any more."""
-        self.close()
-        self.place()
-        self.begin_open()
-        self.finish_open()
-
-    def close(self) -> None:
-        """Give everything back. Raises nothing: what is lost needs no closing."""
-        from ray.util.placement_group import remove_placement_group
-
-        actors, placement = self._actors, self._placement
-        self._actors, self._placement, self._stillborn, self.pending = [], None, None, []
-        with contextlib.suppress(ClusterError):
-            for actor in actors:
-                self._pool.call(self._ray.kill, actor)
-            if placement is not None:
-                self._pool.call(remove_placement_group, placement)
-
-
 def _name_of(node: Mapping[str, Any]) -> str:
     """Host name and address of a node; two nodes may share a host name."""
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
@@ -370,16 +264,6 @@ def _services(ray: Any) -> dict[str, tuple[str, int]]:
     own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     node = (own["NodeManagerAddress"], own["NodeManagerPort"])
     return {"The Ray head": (host.strip("[]"), int(port)), "The Ray node of this machine": node}
-
-
-def _offer(ray: Any) -> str:
-    """What is free in all, and what every node has."""
-    nodes = "; ".join(_short_resources(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return f"free: {_short_resources(ray.available_resources())}; nodes: {nodes}"
-
-
-def _short_resources(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
 
 
 def _check_reachable(address: str) -> None:

@@ -22,7 +22,8 @@ from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
-from tenp_dist.engine.carrier import DEFAULT_WAVES, run_here, tensor_name
+from tenp_dist.engine.boundaries import tensor_name
+from tenp_dist.engine.carrier import DEFAULT_WAVES, run_here
 from tenp_dist.engine.compute import Compute, Progress, microbatches
 from tenp_dist.engine.controller import Ledger, Retries
 from tenp_dist.engine.drive import cut_model, drive

@@ -1,6 +1,6 @@
 """How a run stands, from the files of its run directory alone: it may run elsewhere, or have ended.
 
-Read are the stage records (`stages/<stage>.json`), the journal (`progress.jsonl`) and the ledgers of finished and
+Read are the stage records (`stages/<stage>.json`), the journal (`stages/progress.jsonl`) and the ledgers of finished and
 lost units (`stages/<stage>.ledger.jsonl`). A journal or ledger may end in a line that is still being written, and may
 hold fields that are not known here; both are passed over.
 """
@@ -65,7 +65,7 @@ def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -
         raise JobError("Run directory not found", where=run_dir, next_step="give the run_dir of a job")
     now = time.time() if now is None else now
     finished = [name for name in order if read_record(run_dir, name) is not None]
-    journal = list(_lines(run_dir / "progress.jsonl"))
+    journal = list(_lines(run_dir / "stages/progress.jsonl"))
     units = {name: list(_lines(run_dir / "stages" / f"{name}.ledger.jsonl")) for name in order}
     stage = _stage_at_work(order, finished, journal, units)
     figures = _figures(run_dir, stage, journal, units) if stage else {}

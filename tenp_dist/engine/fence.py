@@ -1,0 +1,41 @@
+"""Keeps a worker that was given up from writing beside its successor.
+
+A worker can outlive the node manager that was to end it. Whoever opens a shard's rank puts its own mark
+in `hidden/owners/`; a worker that finds another's mark there before it stores something stops.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from pathlib import Path
+
+from tenp_dist.artifacts import atomic_write
+from tenp_dist.errors import WorkerLost
+
+
+class Fence:
+    """The mark of one rank of the shard that begins at layer `start`."""
+
+    def __init__(self, folder: Path, start: int, rank: int):
+        self.path = folder / "owners" / f"layer_{start:05d}.rank_{rank:03d}"
+        self._mark = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}".encode()
+
+    def take(self) -> None:
+        with atomic_write(self.path) as stream:
+            stream.write(self._mark)
+
+    def check(self) -> None:
+        """Raise WorkerLost where another worker has taken over."""
+        try:
+            owner = self.path.read_bytes()
+        except FileNotFoundError:
+            owner = b""  # the run is over, or its folder was removed
+        if owner != self._mark:
+            raise WorkerLost(
+                "Another worker has taken over",
+                where=self.path,
+                found=owner.decode(errors="replace") or "no mark",
+                next_step="nothing: this worker had been given up",
+            )

@@ -1,0 +1,189 @@
+"""One shard's ranks on Ray: where they are placed, how they are spoken to, what is said when one dies."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenp_dist.engine.local import GroupRequest
+from tenp_dist.engine.logs import last_words
+from tenp_dist.errors import ClusterError, TenpError, WorkerLost
+
+if TYPE_CHECKING:
+    from tenp_dist.engine.pool import RayPool
+
+_POLL_SECONDS = 1.0
+_START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
+_WATCH = "watch"  # concurrency group of calls that a worker answers while it works
+
+
+class RayGroup:
+    """The ranks of one shard: Ray actors in a placement group of their own, all on one node."""
+
+    def __init__(self, pool: RayPool, worker: type, arguments: tuple, request: GroupRequest, name: str):
+        self._pool, self._ray, self._name = pool, pool._ray, name
+        self._worker, self._arguments, self._request = worker, arguments, request
+        self._actors: list[Any] = []
+        self._placement: Any = None
+        self.pending: list[Any] = []
+        self._ranks: dict[Any, int] = {}  # reference of the unit at work -> rank
+        self._values: dict[int, Any] = {}  # rank -> its end of the unit
+        self._asked: dict[Any, int] = {}  # reference of a pulse -> rank
+        self._pulses: dict[int, Any] = {}
+        self._error: BaseException | None = None
+        self._stillborn: WorkerLost | None = None
+
+    def place(self) -> None:
+        from ray.util.placement_group import placement_group
+
+        request, call = self._request, self._pool.call
+        bundle = {"CPU": request.cores} | ({"GPU": request.gpus} if request.gpus else {})
+        self._placement = call(lambda: placement_group([bundle] * request.ranks, strategy="STRICT_PACK"))
+        limit = time.monotonic() + request.timeout
+        while not call(self._placement.wait, max(0.0, min(_POLL_SECONDS, limit - time.monotonic()))):
+            if time.monotonic() >= limit:
+                error = self._not_placed(bundle)
+                self.close()
+                raise error
+        call(self._make_actors)
+
+    def _not_placed(self, bundle: Mapping[str, float]) -> ClusterError:
+        request = self._request
+        return ClusterError(
+            "The cluster is smaller than asked",
+            where=self._pool.call(self._pool.describe),
+            found=self._pool.call(_offer, self._ray),
+            wanted=f"a node with {request.ranks} x {_short_resources(bundle)} for every shard",
+            next_step="lower cluster.shards or cluster.tensor_parallel, or add nodes (cluster.start_timeout waits)",
+        )
+
+    def _make_actors(self) -> None:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        request = self._request
+        for rank in range(request.ranks):
+            remote = self._ray.remote(
+                num_cpus=request.cores,
+                num_gpus=request.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
+                max_restarts=0,
+                concurrency_groups={_WATCH: 1},
+            )(self._worker)
+            self._actors.append(remote.remote(*self._arguments, rank))
+
+    def begin_open(self) -> None:
+        for rank, actor in enumerate(self._actors):  # its node may die between placement and start: no endless wait
+            self._pool._get(actor.__ray_ready__.remote(), max(self._request.timeout, _START_SECONDS))
+            if self._request.logs is not None:
+                actor.log_to.remote(self._log(rank))
+        if len(self._actors) > 1:
+            meeting = self._pool._get(self._actors[0].meeting_point.remote())
+            for actor in self._actors:
+                actor.join.remote(*meeting)
+        self._begin([actor.open.remote() for actor in self._actors])
+
+    def finish_open(self) -> None:
+        for reference in self.pending:
+            with self._quoted(self._ranks[reference]):
+                self._pool._get(reference)
+        self.pending = []
+
+    def _log(self, rank: int) -> Path:
+        return self._request.logs / f"{self._name}.rank_{rank:03d}.log"
+
+    @contextlib.contextmanager
+    def _quoted(self, rank: int) -> Iterator[None]:
+        """Say with the loss of a rank how its log ends."""
+        try:
+            yield
+        except WorkerLost as error:
+            if self._request.logs is not None and error.where != self._log(rank):
+                words = last_words(self._log(rank))
+                error.found = f"{error.found}; its log ends: {words}" if words else error.found
+                error.where = self._log(rank)
+            raise
+
+    @contextlib.contextmanager
+    def loss_told_later(self) -> Iterator[None]:
+        """A group that dies while it opens is a loss like any other: its first unit ends with it."""
+        try:
+            yield
+        except WorkerLost as error:
+            self.close()
+            self._stillborn = error
+
+    def start(self, unit: Any) -> None:
+        self._begin([actor.run.remote(unit) for actor in self._actors])
+        self._error = self._stillborn
+
+    def _begin(self, references: list[Any]) -> None:
+        self.pending, self._values, self._error = references, {}, None
+        self._ranks = {reference: rank for rank, reference in enumerate(references)}
+
+    def settle(self, reference: Any) -> None:
+        """Take in one rank's end of the unit; the first error ends it for all ranks."""
+        self.pending.remove(reference)
+        try:
+            with self._quoted(self._ranks[reference]):
+                self._values[self._ranks[reference]] = self._pool._get(reference)
+        except TenpError as error:
+            self._error, self.pending = error, []
+
+    @property
+    def ended(self) -> bool:
+        return not self.pending
+
+    def result(self) -> list[Any]:
+        """Every rank's result. Raises WorkerLost where a rank died, or what it raised."""
+        if self._error is not None:
+            raise self._error
+        return [value for _, value in sorted(self._values.items())]
+
+    def pulses(self) -> list[Any]:
+        """The latest pulse of every rank, empty until all have given one; asks again without waiting."""
+        from ray import exceptions
+
+        if self._asked:
+            done, _ = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+            for reference in done:
+                rank = self._asked.pop(reference)
+                with contextlib.suppress(exceptions.RayError):  # a dead worker is noticed where its unit ends
+                    self._pulses[rank] = self._ray.get(reference)
+        else:
+            self._asked = {
+                actor.pulse.options(concurrency_group=_WATCH).remote(): rank for rank, actor in enumerate(self._actors)
+            }
+        return [pulse for _, pulse in sorted(self._pulses.items())] if len(self._pulses) == self._request.ranks else []
+
+    def restart(self) -> None:
+        """Raises WorkerLost where it dies again, ClusterError where it cannot be placed any more."""
+        self.close()
+        self.place()
+        self.begin_open()
+        self.finish_open()
+
+    def close(self) -> None:
+        """Give everything back. Raises nothing: what is lost needs no closing."""
+        from ray.util.placement_group import remove_placement_group
+
+        actors, placement = self._actors, self._placement
+        self._actors, self._placement, self._stillborn, self.pending = [], None, None, []
+        self._asked, self._pulses = {}, {}
+        with contextlib.suppress(ClusterError):
+            for actor in actors:
+                self._pool.call(self._ray.kill, actor)
+            if placement is not None:
+                self._pool.call(remove_placement_group, placement)
+
+
+def _offer(ray: Any) -> str:
+    """What is free in all, and what every node has."""
+    nodes = "; ".join(_short_resources(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return f"free: {_short_resources(ray.available_resources())}; nodes: {nodes}"
+
+
+def _short_resources(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"
