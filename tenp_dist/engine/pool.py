@@ -19,6 +19,7 @@ from tenp_dist.errors import ClusterError, DeviceError, TenpError, WorkerLost, f
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _BEAT_SECONDS = 2.0  # between looks at what workers say of themselves
+_START_SECONDS = 120.0  # at least so long may a process take to start
 _POLL_SECONDS = 1.0  # between looks at whether Ray is still there
 _PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
 

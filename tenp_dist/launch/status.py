@@ -1,7 +1,7 @@
 """How a run stands, from the files of its run directory alone: it may run elsewhere, or have ended.
 
-Read are the stage records (`stages/<stage>.json`), the journal (`stages/progress.jsonl`) and the ledgers of finished and
-lost units (`stages/<stage>.ledger.jsonl`). A journal or ledger may end in a line that is still being written, and may
+Read are the stage records (`stages/<stage>.json`), the journal (`stages/progress.jsonl`) and the ledgers of
+finished and lost units (`stages/<stage>.ledger.jsonl`). A journal or ledger may end in a line that is still being written, and may
 hold fields that are not known here; both are passed over.
 """
 
