@@ -1,8 +1,8 @@
 """How a run stands, from the files of its run directory alone: it may run elsewhere, or have ended.
 
 Read are the stage records (`stages/<stage>.json`), the journal (`stages/progress.jsonl`) and the ledgers of
-finished and lost units (`stages/<stage>.ledger.jsonl`). A journal or ledger may end in a line that is still being written, and may
-hold fields that are not known here; both are passed over.
+finished and lost units (`stages/<stage>.ledger.jsonl`). A journal or ledger may end in a line that is still being
+written, and may hold fields that are not known here; both are passed over.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.artifacts import read_json, read_record
+from tenp_dist.artifacts import read_record
 from tenp_dist.errors import JobError
 
 SILENT_SECONDS = 120.0
@@ -67,8 +67,8 @@ def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -
     finished = [name for name in order if read_record(run_dir, name) is not None]
     journal = list(_lines(run_dir / "stages/progress.jsonl"))
     units = {name: list(_lines(run_dir / "stages" / f"{name}.ledger.jsonl")) for name in order}
-    stage = _stage_at_work(order, finished, journal, units)
-    figures = _figures(run_dir, stage, journal, units) if stage else {}
+    stage = _stage_at_work(finished, journal)
+    figures = _figures(stage, journal) if stage else {}
     error = _last_error(journal, units)
     last = max((line.get("time", 0.0) for lines in (journal, *units.values()) for line in lines), default=None)
     news = None if last is None else max(0.0, now - last)
@@ -102,9 +102,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _stage_at_work(
-    order: Sequence[str], finished: Sequence[str], journal: Sequence[Mapping], units: Mapping[str, Sequence]
-) -> str | None:
+def _stage_at_work(finished: Sequence[str], journal: Sequence[Mapping]) -> str | None:
     """The stage that was begun last and has no record of its end."""
     for line in reversed(journal):
         if line.get("event") in ("started", "progress", "message", "failed"):
@@ -112,8 +110,7 @@ def _stage_at_work(
             return name if name not in finished or (line.get("event") != "progress" and _again(journal, name)) else None
         if line.get("event") == "finished":
             return None
-    begun = [name for name in order if units[name] and name not in finished]
-    return begun[-1] if begun else None
+    return None
 
 
 def _again(journal: Sequence[Mapping], name: Any) -> bool:
@@ -135,10 +132,8 @@ def _state(
     return "running" if news is not None and news < SILENT_SECONDS else "silent"
 
 
-def _figures(
-    run_dir: Path, stage: str, journal: Sequence[Mapping], units: Mapping[str, Sequence[Mapping]]
-) -> dict[str, Any]:
-    """Of the stage at work: from the journal's last word on it, otherwise from its ledger."""
+def _figures(stage: str, journal: Sequence[Mapping]) -> dict[str, Any]:
+    """Of the stage at work: the journal's last word on it."""
     begun = max((i for i, line in enumerate(journal) if line.get("event") == "started"), default=-1)
     said = [line for line in journal[begun + 1 :] if line.get("event") == "progress" and line.get("stage") == stage]
     if said:
@@ -148,34 +143,7 @@ def _figures(
         figures = {name: last.get(name) for name in names} | {"memory": tuple(last.get("memory") or ())}
         note = last.get("note") or None
         return figures | {"note": note, "layer": _layer(note), "done": last.get("done", 0) / total if total else None}
-    return _figures_of_units(run_dir, stage, [line for line in units[stage] if line.get("event") == "unit"])
-
-
-def _figures_of_units(run_dir: Path, stage: str, units: Sequence[Mapping]) -> dict[str, Any]:
-    if not units:
-        return {}
-    results = [line.get("result") or {} for line in units]
-    tokens = sum(result.get("tokens", 0) for result in results)
-    seconds = units[-1].get("time", 0.0) - units[0].get("time", 0.0)
-    rate = sum(result.get("tokens", 0) for result in results[1:]) / seconds if seconds > 0 else None
-    total = _tokens_to_score(run_dir) if stage == "score" else None
-    memory = {line.get("shard"): result.get("memory") for line, result in zip(units, results, strict=True)}
-    return {
-        "note": units[-1].get("unit"),
-        "layer": _layer(units[-1].get("unit")),
-        "done": min(1.0, tokens / total) if total else None,
-        "tokens_per_second": rate,
-        "eta_seconds": max(0, total - tokens) / rate if total and rate else None,
-        "memory": tuple(nbytes for nbytes in memory.values() if nbytes),
-    }
-
-
-def _tokens_to_score(run_dir: Path) -> int | None:
-    """Tokens times decoder layers."""
-    record = read_record(run_dir, "calibrate")
-    if record is None or not (run_dir / "facts.json").is_file():
-        return None
-    return sum(record.summary.get("tokens", {}).values()) * read_json(run_dir / "facts.json")["num_layers"]
+    return {}
 
 
 def _layer(note: str | None) -> int | None:
