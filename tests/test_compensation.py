@@ -362,6 +362,15 @@ def test_a_job_that_compensates(text_files, tiny_model, job_file, tenp, tmp_path
     assert tenp("run", job).exit_code == 0 and files_of(run) == content
 
 
+def test_one_width_is_compensated_in_the_uniform_layout_too(job_file, tenp, tmp_path):
+    output = {"compensate": True, "shard_size": "50KB", "layouts": ["uniform", "ragged"]}
+    result = tenp("run", job_file(output=output, budget={"method": "enp", "retention": 0.5}), "--json")
+    assert result.exit_code == 0, result.stderr
+    uniform, ragged = (all_tensors(tmp_path / "run/checkpoint" / layout) for layout in output["layouts"])
+    names = [name for name in ragged if ".mlp.experts." in name and "down_proj" in name]
+    assert len(names) == 24 and all(torch.equal(uniform[name], ragged[name]) for name in names)
+
+
 def test_turning_compensation_off_again_needs_overwrite(job_file, tenp, tmp_path):
     job = job_file(output={"compensate": True, "shard_size": "100KB"})
     assert tenp("run", job).exit_code == 0

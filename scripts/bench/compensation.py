@@ -55,7 +55,7 @@ def main(model, texts, held_out, samples, held_out_samples, length, retentions, 
 
 @dataclass
 class Bench:
-    """One model: its scores, plans and compensated checkpoints in a temporary folder."""
+    """One model: its scores, plans and their compensated weights in a temporary folder."""
 
     model: Path
     folder: Path
@@ -136,37 +136,26 @@ class Bench:
         drive_layerwise(InProcessPool(self.threads), worker, task, [1] * layers, Cluster(), lambda step: None, ledger)
 
     def evaluate(self, plans: list[str], ridges: list[str], corpus) -> dict[str, float]:
-        """Variant -> mean NLL over domains."""
+        """Variant -> mean NLL over domains, all in one pass."""
         from tenp_dist.calibration.corpus import write_corpus
         from tenp_dist.evaluation.metrics import Metrics
         from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_shard
+        from tenp_dist.evaluation.variants import Variant
 
         write_corpus(self.folder / "held-out.arrow", corpus)
-        passes = [Pass(self.model, {"source": None} | {name: self.plan_file(name) for name in plans})]
-        passes += [
-            Pass(self.written(name, float(ridge)), {f"{name} {ridge}": None}) for name in plans for ridge in ridges
-        ]
-        task = EvaluateTask(passes, self.folder / "held-out.arrow", self.folder / "evaluation", "bench", self.compute)
+        variants = {"source": Variant()} | {name: Variant(self.plan_file(name)) for name in plans}
+        for name in plans:
+            for ridge in ridges:
+                solved = self.folder / name / str(float(ridge))
+                variants[f"{name} {ridge}"] = Variant(self.plan_file(name), solved)
+        task = EvaluateTask(
+            (Pass(self.model, variants),), self.folder / "held-out.arrow", self.folder / "evaluation", "bench",
+            self.compute,
+        )  # fmt: skip
         events = list(evaluate_shard(task))
         click.echo(f"held-out text  {int(corpus.mask_NS.sum()):,} tokens")
         (metrics,) = (event for event in events if isinstance(event, Metrics))
         return {name: figures["mean"]["nll"] for name, figures in metrics.summary().items()}
-
-    def written(self, name: str, ridge: float) -> Path:
-        """A padded checkpoint of a plan, compensated."""
-        from tenp_dist.checkpoint.compensated import open_compensated
-        from tenp_dist.checkpoint.index import open_index
-        from tenp_dist.checkpoint.kept import read_kept
-        from tenp_dist.engine.checkpoints import write_layout
-        from tenp_dist.engine.local import InProcessPool
-
-        index, folder = open_index(self.model), self.folder / "written" / f"{name}-{ridge}"
-        write_layout(
-            InProcessPool(), index=index, kept=read_kept(self.plan_file(name)), folder=folder, layout="padded",
-            config=index.config, extra_files={}, shard_size=1 << 40, writers=None, key="bench", overwrite=False,
-            compensated=open_compensated(self.folder / name / str(ridge)), progress=lambda step: None,
-        )  # fmt: skip
-        return folder
 
 
 def sweep(tasks: dict) -> type:
