@@ -35,7 +35,11 @@ from tenp_dist.model.experts import Dispatch
 from tenp_dist.scoring.accumulate import Runs
 
 ENOUGH = 4
-"""Tokens per kept neuron from which an expert is damped by `ridge` alone; below, r grows as they get fewer."""
+"""Tokens per kept neuron from which an expert is damped by `ridge` alone; below, r grows as they get fewer.
+
+Ours. Measured on a 25 M model with 2 tokens per kept neuron it neither helps nor hurts (NLL increase 0.0296 with it,
+0.0293 without); 16 and 64 cost 0.003 and 0.007. It bounds what a handful of tokens can do to an expert.
+"""
 
 _WORKSPACE = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of float64 that one batch of solves may take
 
