@@ -39,6 +39,15 @@ Size = Annotated[int, BeforeValidator(parse_bytes)]
 Exact = Annotated[Decimal, BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)]
 
 
+def parse_protected(value: object) -> str:
+    """`5` for a decoder layer, `5/17` for expert 17 of it. Raises ValueError."""
+    if isinstance(value, bool) or not re.fullmatch(r"\d+(/\d+)?", str(value)):
+        raise ValueError(f"not a layer or an expert: {value!r} (write 5 for a decoder layer, 5/17 for its expert 17)")
+    return "/".join(str(int(part)) for part in str(value).split("/"))
+
+
+Protected = Annotated[str, BeforeValidator(parse_protected)]
+
 T = TypeVar("T", bound="Text")
 AUTO = "auto"
 Auto = Literal["auto"]
@@ -135,6 +144,13 @@ class Budget(_Part):
     align: int = Field(1, ge=1, description="narrow widths are multiples of this")
     max_widths: int = Field(2, ge=1, description="distinct widths per layer")
     minimum_important: int = Field(0, ge=0, description="whole experts that every layer keeps at least")
+    minimum_width: int = Field(0, ge=0, description="neurons that every expert keeps at least (method global)")
+    minimum_layer_retention: Exact = Field(
+        Decimal(0), ge=0, le=1, description="share of its neurons that every layer keeps at least (method global)"
+    )
+    protect: tuple[Protected, ...] = Field(
+        (), description="decoder layers, or layer/expert, kept whole (method global)"
+    )
     never_routed: Literal["narrow", "whole"] = Field("narrow", description="experts that no token reached")
     seed: int = Field(0, description="seed of `random` and of the random control")
 

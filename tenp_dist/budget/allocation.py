@@ -81,7 +81,7 @@ def allocate(layers: Sequence[Curves], allowed: int, max_widths: int) -> tuple[P
     beyond = 2 * _steepest(layers)
     floors = [_smallest(curves, beyond, max_widths) for curves in layers]
     if total_neurons(layers, floors) > allowed:
-        raise _over_budget(total_neurons(layers, floors), allowed)
+        raise over_budget(total_neurons(layers, floors), allowed)
     bracket = _Bracket(layers, allowed, max_widths, floors, large)
     bracket.surround(_first_price(layers, allowed, max_widths))
     price = bracket.close()
@@ -224,7 +224,8 @@ def _check_widths(layers: Sequence[Curves], max_widths: int) -> None:
             )
 
 
-def _over_budget(needed: int, allowed: int) -> BudgetError:
+def over_budget(needed: int, allowed: int) -> BudgetError:
+    """The error where what must stay is more than what may."""
     return BudgetError(
         "Minima and protected experts alone are over the target",
         where="budget.retention",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from tenp_dist.budget.shape import Shape
-from tenp_dist.config import Job
-from tenp_dist.errors import JobError
+from tenp_dist.budget.bucketing import legal_widths
+from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.config import Budget, Job
+from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.scoring.methods import registry
 
 ENGINE_ALIGN = 8  # 16 bytes: torch's grouped matrix multiplication refuses other strides
@@ -29,7 +30,7 @@ def layout_warnings(job: Job, shape: Shape, mtp_layers: int) -> list[str]:
             f"The uniform checkpoint leaves out {mtp_layers} multi-token prediction layers of the source: they share "
             "the config's expert numbers and were not scored."
         )
-    narrow = {width for width in shape.narrow if width % ENGINE_ALIGN}
+    narrow = {width for width in shape.narrow if width is not None and width % ENGINE_ALIGN}
     if narrow and not registry.of_budget(job.budget).removes:
         warnings.append(
             f"Stock engines multiply experts in groups whose width is a multiple of {ENGINE_ALIGN} in bfloat16: "
@@ -61,6 +62,14 @@ def check_layouts(job: Job, shapes: Sequence[Shape]) -> None:
             wanted="a method that narrows experts",
             next_step="set output.compensate to false",
         )
+    if "uniform" in layouts and registry.of_budget(job.budget).model_wide:
+        raise JobError(
+            f"Method {job.budget.method} gives experts widths of their own, a uniform checkpoint needs one",
+            where="output.layouts",
+            found="uniform",
+            wanted="layout ragged or padded",
+            next_step="use layout ragged, or method enp for one width",
+        )
     widths = max((_widths(shape) for shape in shapes), key=len)
     if "uniform" in layouts and not removes and len(widths) > 1:
         raise JobError(
@@ -72,7 +81,29 @@ def check_layouts(job: Job, shapes: Sequence[Shape]) -> None:
         )
 
 
-def _widths(shape: Shape) -> set[int]:
+def check_buckets(budget: Budget, layers: Sequence[MoeLayer], bucket: Callable[[int], int], limit: int) -> None:
+    """Refuse widths that a ragged checkpoint could not be loaded with.
+
+    Args:
+        bucket: width -> width of the bucket that it runs in. limit: buckets of a layer that the runtime has.
+
+    Raises:
+        BudgetError: a layer may get more.
+    """
+    for facts in layers:
+        legal = legal_widths(facts.intermediate_size, budget.align, budget.minimum_width).tolist()
+        buckets = min(len({bucket(width) for width in legal}), facts.experts, budget.max_widths)
+        if buckets > limit:
+            raise BudgetError(
+                "A layer may get more distinct widths than the ragged runtime loads",
+                where=f"budget.max_widths, layer {facts.layer}",
+                found=f"up to {buckets}",
+                wanted=f"at most {limit}",
+                next_step=f"set budget.max_widths to {limit} or less, or raise budget.align",
+            )
+
+
+def _widths(shape: Shape) -> set[int | None]:
     return {
         width
         for layer, m, narrow in zip(shape.layers, shape.whole, shape.narrow, strict=True)

@@ -14,9 +14,11 @@ from fractions import Fraction
 
 import numpy as np
 
+from tenp_dist.budget.model_wide import closed_shape, model_widths, width_warnings
 from tenp_dist.budget.removal import best_experts
-from tenp_dist.budget.selection import top_experts, top_neurons
-from tenp_dist.budget.shape import MoeLayer, Shape, important_share, plan_shape, shape_warnings
+from tenp_dist.budget.selection import top_experts, top_neurons, top_neurons_each
+from tenp_dist.budget.shape import important_share, plan_shape, shape_warnings
+from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, StaleError
@@ -40,7 +42,6 @@ class LayerPlan:
     facts: MoeLayer
     kept: KeptNeurons
     whole: tuple[int, ...]
-    narrow_width: int
     never_routed: tuple[int, ...]
     routed_tokens: int
     activated_neurons: int
@@ -117,8 +118,13 @@ def planning_statistics(budget: Budget) -> tuple[str, ...]:
 
 
 def control_budget(budget: Budget) -> Budget:
-    """The budget of the random control: the same m_l and widths (or as many experts removed), drawn by chance."""
+    """The budget of the random control: the same m_l and widths (or as many experts removed), drawn by chance.
+
+    Where scores decide the widths every expert keeps its own, and its neurons are drawn.
+    """
     method, drawn = registry.of_budget(budget), {"experts": None, "neurons": None}
+    if method.model_wide:
+        return budget.model_copy(update={"neurons": "random"})
     if method.removes:
         return budget.model_copy(update={"method": "random-experts", **drawn})
     important = budget.important if method.whole_experts else Decimal(0)
@@ -137,7 +143,8 @@ def make_plan(
     Args:
         layers: the MoE layers in depth order.
         statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the
-            weight norm. Called once per layer, in order; the result is let go before the next call.
+            weight norm. Called once per layer, in order, before that once more where scores decide the widths; the
+            result is let go before the next call.
         domain_weights: domain -> weight; a domain that is not named weighs 1.
 
     Raises:
@@ -146,16 +153,33 @@ def make_plan(
         NumericalError: NaN or Inf in a statistic.
         JobError: unknown method or domain.
     """
-    shape = plan_shape(budget, layers)
-    method = registry.of_budget(budget)
+    shape, method = plan_shape(budget, layers), registry.of_budget(budget)
+    contexts = {
+        facts.layer: registry.Context(layer=facts.layer, seed=budget.seed, domain_weights=domain_weights or {})
+        for facts in shape.layers
+    }
+
+    def read(facts: MoeLayer) -> LayerStatistics:
+        found = statistics(facts.layer)
+        _check_layer(facts, found)
+        return found
+
+    widths = model_widths(budget, shape.layers, read, contexts) if method.model_wide else {}
+    shape = closed_shape(shape.layers, widths) if method.model_wide else shape
     planned = {}
-    for facts, m, width in zip(shape.layers, shape.whole, shape.narrow, strict=True):
-        context = registry.Context(layer=facts.layer, seed=budget.seed, domain_weights=domain_weights or {})
-        planned[facts.layer] = _plan_layer(budget, method, facts, m, width, statistics(facts.layer), context)
-    warnings = (*shape_warnings(budget, shape), *_never_routed_warnings(planned, removed=method.removes))
-    plan = Plan(budget=budget, important=important_share(budget), shape=shape, layers=planned, warnings=warnings)
-    assert plan.kept_neurons == shape.kept_neurons and plan.retention <= budget.retention_exact
+    for facts, m, narrow in zip(shape.layers, shape.whole, shape.narrow, strict=True):
+        width_E = widths.get(facts.layer, narrow)
+        planned[facts.layer] = _plan_layer(budget, method, facts, m, width_E, read(facts), contexts[facts.layer])
+    warnings = _warnings(budget, shape, widths) + _never_routed_warnings(planned, removed=method.removes)
+    plan = Plan(budget=budget, important=important_share(budget), shape=shape, layers=planned, warnings=tuple(warnings))
+    assert shape.kept_neurons in (None, plan.kept_neurons) and plan.retention <= budget.retention_exact
     return plan
+
+
+def _warnings(budget: Budget, shape: Shape, widths: Mapping[int, np.ndarray]) -> list[str]:
+    if widths:
+        return width_warnings(budget, widths, budget.retention_exact * shape.total_neurons)
+    return shape_warnings(budget, shape)
 
 
 def _plan_layer(
@@ -163,11 +187,11 @@ def _plan_layer(
     method: registry.Method,
     facts: MoeLayer,
     m: int,
-    width: int,
+    width: int | np.ndarray,
     statistics: LayerStatistics,
     context: registry.Context,
 ) -> LayerPlan:
-    _check_layer(facts, statistics)
+    """width: of the experts that are not whole, or of every expert, [E]."""
     unrouted_E = never_routed(statistics).numpy()
     tokens_E = statistics["token_count"].sum(dim=0).numpy().astype(np.int64)
     if method.removes:
@@ -181,7 +205,6 @@ def _plan_layer(
         facts=facts,
         kept=kept,
         whole=whole,
-        narrow_width=width,
         never_routed=tuple(np.flatnonzero(unrouted_E).tolist()),
         routed_tokens=int(tokens_E.sum()),
         activated_neurons=met,
@@ -193,12 +216,15 @@ def _keep_all_routed(
     method: registry.Method,
     facts: MoeLayer,
     m: int,
-    width: int,
+    width: int | np.ndarray,
     statistics: LayerStatistics,
     context: registry.Context,
     unrouted_E: np.ndarray,
 ) -> tuple[tuple[int, ...], KeptNeurons]:
     """The m experts that stay whole, and the neurons of all."""
+    if isinstance(width, np.ndarray):
+        kept_EF = top_neurons_each(method.neuron_scores(statistics, context).numpy(), width)
+        return tuple(np.flatnonzero(width == facts.intermediate_size).tolist()), KeptNeurons.from_mask(kept_EF)
     first_E = unrouted_E if budget.never_routed == "whole" else np.zeros_like(unrouted_E)
     _check_first(first_E, m, facts)
     whole = top_experts(method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()

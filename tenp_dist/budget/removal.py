@@ -7,6 +7,7 @@ group keeps floor(retention * E / groups) of its own, so that the groups of what
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +15,10 @@ import numpy as np
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
 
-UNUSED_KEYS = ("important", "slope", "align", "max_widths", "minimum_important", "never_routed")
+UNUSED_KEYS = (
+    "important", "slope", "align", "max_widths", "minimum_important", "minimum_width", "minimum_layer_retention",
+    "protect", "never_routed",
+)  # fmt: skip
 
 
 def kept_experts(rho: Fraction, experts: int, groups: int, least: int, layer: int) -> int:
@@ -48,10 +52,14 @@ def best_experts(scores_E: np.ndarray, count: int, groups: int) -> tuple[int, ..
     return tuple(np.sort((order_GI + first_G1).ravel()).tolist())
 
 
+def unused_keys(budget: Budget, keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that the job sets to something else than their defaults."""
+    return [key for key in keys if getattr(budget, key) != Budget.model_fields[key].default]
+
+
 def unused_warnings(budget: Budget) -> list[str]:
-    """Keys that the job sets, not to their defaults, and that removing experts has no use for."""
-    defaults = {key: Budget.model_fields[key].default for key in UNUSED_KEYS}
-    given = [key for key, default in defaults.items() if getattr(budget, key) != default]
+    """About keys that removing experts has no use for."""
+    given = unused_keys(budget, UNUSED_KEYS)
     if not given:
         return []
     return [f"Method {budget.method} removes experts, equally many in every layer: {', '.join(given)} not used."]

@@ -28,3 +28,12 @@ def top_neurons(scores_EF: np.ndarray, width: int) -> np.ndarray:
         surplus = int(kept_EF[expert].sum()) - width
         kept_EF[expert, tied[len(tied) - surplus :]] = False
     return kept_EF
+
+
+def top_neurons_each(scores_EF: np.ndarray, width_E: np.ndarray) -> np.ndarray:
+    """Boolean [E, F], true for the `width_E[e]` highest scores of row e."""
+    kept_EF = np.empty(scores_EF.shape, dtype=bool)
+    for width in np.unique(width_E):
+        rows = width_E == width
+        kept_EF[rows] = top_neurons(scores_EF[rows], int(width))
+    return kept_EF

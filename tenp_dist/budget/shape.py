@@ -6,10 +6,11 @@ E routed experts of a layer, F neurons of an expert, m_l whole experts of layer 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
-from tenp_dist.budget.removal import kept_experts, rounding_warning, unused_warnings
+from tenp_dist.budget.model_wide import open_shape
+from tenp_dist.budget.removal import kept_experts, rounding_warning, unused_keys, unused_warnings
+from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.budget.trapezoid import (
     WASTE_LIMIT,
     apportion,
@@ -22,51 +23,13 @@ from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
 from tenp_dist.scoring.methods import registry
 
-
-@dataclass(frozen=True)
-class MoeLayer:
-    """Facts of one MoE layer: decoder index, routed experts E, their intermediate size F.
-
-    groups: equal groups of consecutive ids that experts are routed in. least: experts that routing needs.
-    """
-
-    layer: int
-    experts: int
-    intermediate_size: int
-    groups: int = 1
-    least: int = 1
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a plan, known before any score: per MoE layer, in depth order.
-
-    whole: experts kept whole (m_l). narrow: the width of all others, 0 where they are removed.
-    """
-
-    layers: tuple[MoeLayer, ...]
-    whole: tuple[int, ...]
-    narrow: tuple[int, ...]
-
-    @property
-    def total_neurons(self) -> int:
-        return sum(layer.experts * layer.intermediate_size for layer in self.layers)
-
-    @property
-    def kept_neurons(self) -> int:
-        return sum(
-            m * layer.intermediate_size + (layer.experts - m) * width
-            for layer, m, width in zip(self.layers, self.whole, self.narrow, strict=True)
-        )
-
-    @property
-    def narrow_width(self) -> int | None:
-        """The narrow width of the model, None where layers differ in it."""
-        return self.narrow[0] if len(set(self.narrow)) == 1 else None
+MODEL_WIDE_KEYS = ("minimum_width", "minimum_layer_retention", "protect")
 
 
 def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
     """Whole experts and narrow width of each layer; needs no scores, so a job can fail before it scores.
+
+    A method whose scores decide the widths has neither yet; what can be refused without scores is.
 
     Experts of one size get one narrow width for the model. Where F differs between layers, every
     narrow expert keeps the same share beta of its neurons, rounded down layer by layer.
@@ -78,7 +41,10 @@ def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
     if not layers:
         raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
     rho, alpha = budget.retention_exact, important_share(budget)
-    if registry.of_budget(budget).removes:
+    method = registry.of_budget(budget)
+    if method.model_wide:
+        return open_shape(budget, layers)
+    if method.removes:
         kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
         return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))
     experts = [layer.experts for layer in layers]
@@ -105,7 +71,8 @@ def shape_warnings(budget: Budget, shape: Shape) -> list[str]:
         experts = sum(layer.experts for layer in shape.layers)
         rounding = [rounding_warning(budget.retention_exact, sum(shape.whole), experts)]
         return unused_warnings(budget) + (rounding if wasted > WASTE_LIMIT else [])
-    warnings = []
+    floors = unused_keys(budget, MODEL_WIDE_KEYS)
+    warnings = [f"{', '.join(floors)} not used: only method global decides widths by scores."] if floors else []
     if budget.important and not method.whole_experts:
         warnings.append(f"important {budget.important} is not used: method {budget.method} keeps no expert whole.")
     if 0 in shape.narrow:

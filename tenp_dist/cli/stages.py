@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
-from tenp_dist.budget.layouts import check_layouts, layout_warnings, layouts_of
+from tenp_dist.budget.layouts import check_buckets, check_layouts, layout_warnings, layouts_of
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.budget.shape import MoeLayer, Shape, plan_shape
 from tenp_dist.calibration.corpus import build_split, check_sources, write_corpus
@@ -59,6 +59,7 @@ from tenp_dist.errors import BudgetError
 from tenp_dist.evaluation.plans import given_plans
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.report.page import write_report
+from tenp_dist.runtime.ragged import MAX_BUCKETS, bucket_width
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 from tenp_dist.runtime.transformers import modeling_source
 
@@ -223,7 +224,10 @@ def preflight(job: Job) -> dict[str, Any]:
     """
     check_not_uploaded(job.run_dir)
     facts = checkpoint_facts(source_index(job.model))
-    check_layouts(job, _shapes(job.budget, layers_of_job(job, facts)))
+    layers = layers_of_job(job, facts)
+    check_layouts(job, _shapes(job.budget, layers))
+    if "ragged" in layouts_of(job):
+        check_buckets(job.budget, layers, bucket_width, MAX_BUCKETS)
     config = source_index(job.model).config
     check_parallel(family_of(config), config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):

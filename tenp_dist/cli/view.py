@@ -180,7 +180,8 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     if retention.get("activated") is not None:
         table.add_row("Activated share", f"{retention['activated']:.2%} of what a routed token used to meet")
     removed = experts.get("removed")
-    others = "are removed" if removed else f"keep {plan['narrow_width']} neurons"
+    width = "several widths" if plan["narrow_width"] is None else f"{plan['narrow_width']} neurons"
+    others = "are removed" if removed else f"keep {width}"
     label = "Experts kept" if removed else "Whole experts"
     table.add_row(label, f"{experts['whole']} of {experts['total']}, the others {others}")
     for name, layout in stages.get("write", {}).get("layouts", {}).items():

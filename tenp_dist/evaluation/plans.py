@@ -24,6 +24,7 @@ MakePlan = Callable[[Budget], Plan]
 WritePlan = Callable[[Path, Plan], Sequence[Path]]
 CONTROL = "control: "
 _WHOLE_ONLY = ("important", "slope", "minimum_important")  # keys that say which experts stay whole
+_MODEL_WIDE_ONLY = ("minimum_width", "minimum_layer_retention", "protect")  # where scores decide the widths
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dic
     for values in itertools.product(*(grid[key] for key in keys)):
         changes = dict(zip(keys, values, strict=True))
         method = str(changes.get("method", budget.method))
-        if not registry.get(method).whole_experts:
-            changes = {key: value for key, value in changes.items() if key not in _WHOLE_ONLY}
+        unread = () if registry.get(method).whole_experts else _WHOLE_ONLY
+        unread += () if registry.get(method).model_wide else _MODEL_WIDE_ONLY
+        changes = {key: value for key, value in changes.items() if key not in unread}
         name = grid_name(method, changes)
         try:
             budgets[name] = Budget.model_validate(budget.model_dump() | changes)
@@ -68,14 +70,20 @@ def grid_name(method: str, changes: Mapping[str, Any]) -> str:
 
 def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
     """The budgets, then for every retention (and kind of control) that has none a control of its first plan."""
-    drawn = {(budget.method, budget.retention) for budget in budgets.values()}
+    drawn = {_kind(budget) for budget in budgets.values()}
     controls = {}
     for budget in budgets.values():
         control = control_budget(budget)
-        if (control.method, control.retention) not in drawn:
-            drawn.add((control.method, control.retention))
-            controls[f"{CONTROL}{control.method} retention={control.retention}"] = control
+        if _kind(control) not in drawn:
+            drawn.add(_kind(control))
+            ranking = {"neurons": control.neurons} if control.neurons else {}
+            name = grid_name(control.method, {**ranking, "retention": control.retention})
+            controls[CONTROL + name] = control
     return {**budgets, **controls}
+
+
+def _kind(budget: Budget) -> tuple[str, str | None, Decimal]:
+    return budget.method, budget.neurons, budget.retention
 
 
 def store_plans(

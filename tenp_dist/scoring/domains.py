@@ -87,6 +87,31 @@ def mix_neurons(
     return torch.from_numpy(mixed_EF)
 
 
+def add_domains(statistics: LayerStatistics, name: str, weights: DomainWeights) -> torch.Tensor:
+    """A neuron statistic [N, E, F], each domain times its weight, added: float64 [E, F], comparable across layers."""
+    sums_NEF = statistics[name].numpy()
+    mixed_EF = np.zeros(sums_NEF.shape[1:])
+    for row, weight in _rows(statistics, weights):
+        mixed_EF += sums_NEF[row] * weight
+    return torch.from_numpy(mixed_EF)
+
+
+def unrouted_by_weight_norm(
+    statistics: LayerStatistics, scores_EF: torch.Tensor, weights: DomainWeights, layer: int
+) -> torch.Tensor:
+    """The scores, with `neuron_weight_norm` in the rows of experts that no token of a weighted domain reached.
+
+    Raises StaleError and NumericalError as `mix_neurons` does.
+    """
+    rows = [row for row, _ in _rows(statistics, weights)]
+    unseen_E = (statistics["token_count"][rows] == 0).all(dim=0).numpy()
+    if not unseen_E.any():
+        return scores_EF
+    scores_EF = scores_EF.clone()
+    scores_EF.numpy()[unseen_E] = _weight_norm(statistics, unseen_E, layer)
+    return scores_EF
+
+
 def never_routed(statistics: LayerStatistics) -> torch.Tensor:
     """Boolean [E], true for an expert that no token of any domain reached."""
     return (statistics["token_count"] == 0).all(dim=0)

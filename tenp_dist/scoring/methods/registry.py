@@ -8,6 +8,7 @@ to be told of it; tests/test_registry.py takes every method that is there throug
 | experts only       | it is removed: no router row, no weights                                    |
 | neurons only       | every expert keeps its best neurons, all of one width                       |
 | experts and neurons| it keeps its best neurons, the best experts stay whole                      |
+| neurons, by worth  | every expert keeps as many neurons as are worth their price in the model    |
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Method:
     experts: statistics of one layer -> float64 [E].
     neurons: statistics of one layer -> float64 [E, F].
     expert_statistics, neuron_statistics: the statistics that each of them reads.
-    allocation: who decides widths. `layers`: the budget, before any score is read (`budget/shape.py`).
+    worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
+        has it lets the scores decide every expert's width (`budget/model_wide.py`); the widths of others are
+        known before any score is read (`budget/shape.py`). It stays when a budget exchanges the neuron ranking.
     """
 
     name: str
@@ -62,7 +65,8 @@ class Method:
     neurons: Ranking | None = None
     expert_statistics: tuple[str, ...] = ()
     neuron_statistics: tuple[str, ...] = ()
-    allocation: str = "layers"
+    worth: Ranking | None = None
+    worth_statistics: tuple[str, ...] = ()
 
     @property
     def whole_experts(self) -> bool:
@@ -77,7 +81,23 @@ class Method:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of all statistics that the method reads, each once."""
-        return tuple(dict.fromkeys((*self.expert_statistics, *self.neuron_statistics)))
+        return tuple(dict.fromkeys((*self.expert_statistics, *self.neuron_statistics, *self.worth_statistics)))
+
+    @property
+    def model_wide(self) -> bool:
+        """Whether the scores decide the widths, over the whole model."""
+        return self.worth is not None
+
+    def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
+        """What keeping each neuron is worth, float64 [E, F].
+
+        Raises:
+            NumericalError: NaN or Inf in a statistic that is read.
+            JobError: the method's widths do not come from scores.
+        """
+        ranking = self._has(self.worth, "worth", "budget.method")
+        require_finite(statistics, self.worth_statistics, context.layer)
+        return ranking(statistics, context)
 
     def expert_scores(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """Importance of each expert, float64 [E].
