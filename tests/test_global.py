@@ -54,13 +54,15 @@ def budget_of_global(**keys) -> Budget:
 # --- by hand --------------------------------------------------------------------------------------
 
 
-def test_energies_of_domains_are_added_as_they_are():
-    stats = layer_of([[1, 0], [9, 0]], [[[1, 2], [0, 0]], [[30, 10], [0, 0]]], norms=[[0, 0], [5, 6]])
+def test_energies_of_domains_are_added_as_means_per_routed_token():
+    # code: 2 tokens, energies 1 2 | 4 0; math: 8 tokens, 32 8 | 0 0
+    energies = [[[1, 2], [4, 0], [0, 0]], [[32, 8], [0, 0], [0, 0]]]
+    stats = layer_of([[1, 1, 0], [8, 0, 0]], energies, norms=[[0, 0], [0, 0], [5, 6]])
     plain, weighted = (registry.Context(layer=0, domain_weights=weights) for weights in ({}, {"math": Fraction(1, 2)}))
-    assert GLOBAL.neuron_worth(stats, plain).tolist() == [[31, 12], [0, 0]]
-    assert GLOBAL.neuron_worth(stats, weighted).tolist() == [[16, 7], [0, 0]]
+    assert GLOBAL.neuron_worth(stats, plain).tolist() == [[4.5, 2], [2, 0], [0, 0]]
+    assert GLOBAL.neuron_worth(stats, weighted).tolist() == [[2.5, 1.5], [2, 0], [0, 0]]
     # inside an expert that no token reached weight norms rank; they buy it no width
-    assert GLOBAL.neuron_scores(stats, plain).tolist() == [[31, 12], [5, 6]]
+    assert GLOBAL.neuron_scores(stats, plain).tolist() == [[4.5, 2], [2, 0], [5, 6]]
 
 
 def test_a_small_plan_by_hand():
@@ -88,7 +90,7 @@ def test_budget_widths_and_choice_of_neurons(retention, max_widths):
     assert allowed - 4 < plan.kept_neurons <= allowed  # 32 and all widths are multiples of 4
     for layer, widths in plan.widths.items():
         assert len(set(widths.tolist())) <= max_widths and not (widths % 4).any()
-        energy_EF = scores[layer]["neuron_energy_sum"].sum(dim=0).numpy()
+        energy_EF = GLOBAL.neuron_worth(scores[layer], registry.Context(layer=layer)).numpy()
         for expert, width in enumerate(widths):
             best = np.argsort(-energy_EF[expert], kind="stable")[:width]
             assert plan.kept[layer].of(expert).tolist() == sorted(best)
@@ -98,7 +100,7 @@ def test_budget_widths_and_choice_of_neurons(retention, max_widths):
 
 def test_more_widths_lose_less():
     layers, scores = drawn_model(seed=1)
-    energies = {layer: scores[layer]["neuron_energy_sum"].sum(dim=0).numpy() for layer in scores}
+    energies = {layer: GLOBAL.neuron_worth(scores[layer], registry.Context(layer=layer)).numpy() for layer in scores}
     kept = []
     for max_widths in (1, 2, 3, 99):
         plan = make_plan(budget_of_global(max_widths=max_widths), layers, scores.__getitem__)

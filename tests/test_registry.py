@@ -268,11 +268,12 @@ NEURONS = {
     ),
 }
 NEURONS["tenp"] = NEURONS["enp"]
+NEURONS["global"] = lambda ts: sum((t.g * t.m * t.column) ** 2 for t in ts)
 
 
 def test_every_method_has_a_definition_here():
     defined = {name for name, unit in READING if name in {"experts": EXPERTS, "neurons": NEURONS}[unit]}
-    assert defined == {name for name, _ in READING if registry.get(name).allocation == "layers"}
+    assert defined == {name for name, _ in READING}
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
@@ -293,9 +294,11 @@ def test_scores_equal_definitions_token_by_token(family, tiny_model, tmp_path):
         for name, definition in NEURONS.items():
             found = scores(name, "neurons", stats)
             for expert in range(8):
-                parts = [definition(tokens[layer][d, expert]) for d in range(2) if (d, expert) in tokens[layer]]
+                parts = {d: definition(tokens[layer][d, expert]) for d in range(2) if (d, expert) in tokens[layer]}
                 if parts:
-                    expected = sum(part / part.norm() for part in parts)
+                    routed = {d: sum(len(ts) for (of, _), ts in tokens[layer].items() if of == d) for d in parts}
+                    whole = registry.get(name).model_wide  # comparable across experts: not scaled expert by expert
+                    expected = sum(part / (routed[d] if whole else part.norm()) for d, part in parts.items())
                     torch.testing.assert_close(found[expert], expected, rtol=1e-3, atol=1e-5)
                 else:
                     assert torch.equal(found[expert], stats.weight_norm[expert])

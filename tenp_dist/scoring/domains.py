@@ -88,11 +88,15 @@ def mix_neurons(
 
 
 def add_domains(statistics: LayerStatistics, name: str, weights: DomainWeights) -> torch.Tensor:
-    """A neuron statistic [N, E, F], each domain times its weight, added: float64 [E, F], comparable across layers."""
-    sums_NEF = statistics[name].numpy()
+    """A neuron statistic's mean over a domain's routed tokens, times its weight, added: float64 [E, F].
+
+    Every layer divides by the same number, so what could be compared across experts and layers still can be.
+    """
+    sums_NEF, tokens_N = statistics[name].numpy(), statistics["token_count"].sum(dim=1).tolist()
     mixed_EF = np.zeros(sums_NEF.shape[1:])
     for row, weight in _rows(statistics, weights):
-        mixed_EF += sums_NEF[row] * weight
+        if tokens_N[row] > 0:
+            mixed_EF += sums_NEF[row] * (weight / tokens_N[row])
     return torch.from_numpy(mixed_EF)
 
 

@@ -2,7 +2,7 @@
 
 Ours. A neuron's energy sum_t g^2 m_j^2 |w_j|^2 is the squared length of everything that it added, in the units of
 the residual stream that all layers write to, so it can be compared across experts and layers. Domains are added as
-they are, times their weights: scaling them or the layers first was tried and does not help (README).
+means per routed token, times their weights; every layer sees the same tokens, so that changes no comparison.
 `budget/model_wide.py` turns the energies into widths.
 """
 
@@ -16,7 +16,7 @@ from tenp_dist.scoring.statistics import LayerStatistics
 
 
 def energy(statistics: LayerStatistics, context: Context) -> torch.Tensor:
-    """Weighted sum over domains, float64 [E, F]; 0 for an expert that no token reached."""
+    """Mean over a domain's routed tokens, summed over domains, float64 [E, F]; 0 for an expert that none reached."""
     return add_domains(statistics, "neuron_energy_sum", context.domain_weights)
 
 
@@ -31,5 +31,5 @@ METHOD = Method(
     neurons=neuron_energy,
     neuron_statistics=("token_count", "neuron_energy_sum"),
     worth=energy,
-    worth_statistics=("neuron_energy_sum",),
+    worth_statistics=("token_count", "neuron_energy_sum"),
 )
