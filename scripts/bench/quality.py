@@ -25,7 +25,6 @@ from machine import print_machine
 from scoring import ROOT
 
 TABLES = ("methods", "samples", "domains")
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 BEST = ("global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
 PATHS = click.Path(path_type=Path, exists=True)
 
@@ -39,13 +38,14 @@ PATHS = click.Path(path_type=Path, exists=True)
 @click.option("--length", default=256, show_default=True, help="tokens per sequence")
 @click.option("--retentions", default="0.6,0.45,0.3,0.15", show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="of methods that draw by chance")
+@click.option("--counts", default="1,2,4,8,16,32,64,128", show_default=True, help="of the table of samples")
 @click.option("--tables", default=",".join(TABLES), show_default=True)
 @click.option("--only", default="", help="methods, separated by commas; default: all")
 @click.option("--compensate/--plain", default=True, show_default=True)
 @click.option("--threads", default=None, type=int, help="default: all cores")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("quality"), show_default=True)
-def main(model, calibration, selection, samples, measured, length, retentions, seeds, tables, only, compensate,
-         threads, out):  # fmt: skip
+def main(model, calibration, selection, samples, measured, length, retentions, seeds, counts, tables, only,
+         compensate, threads, out):  # fmt: skip
     from study import CalibrationSet, Study
 
     from tenp_dist.cli.view import quieten
@@ -64,10 +64,13 @@ def main(model, calibration, selection, samples, measured, length, retentions, s
         "seeds": range(seeds),
         "compensate": compensate,
         "samples": samples,
+        "counts": [int(count) for count in counts.split(",")],
     }
     rows = []
     for table in tables.split(","):
-        sets, cases = {"methods": methods, "samples": counts, "domains": by_domain}[table](study, domains, **options)
+        sets, cases = {"methods": by_method, "samples": by_count, "domains": by_domain}[table](
+            study, domains, **options
+        )
         rows += study.rows(cases, sets, held_out)
         write(out, rows)
     for table in tables.split(","):
@@ -80,7 +83,7 @@ def _sources(paths: Sequence[Path], count: int) -> tuple:
     return tuple((path, path.name.split(".")[0], count) for path in paths)
 
 
-def methods(study, domains: Mapping[str, Path], *, methods, retentions, seeds, compensate, samples):
+def by_method(study, domains: Mapping[str, Path], *, methods, retentions, seeds, compensate, samples, **_):
     """Every method; compensated too where experts keep a part of their neurons."""
     from study import CalibrationSet, Case
 
@@ -121,15 +124,15 @@ def _compensated(cases, compensate: bool) -> list:
     return [replace(case, compensated=True) for case in narrowing] if compensate else []
 
 
-def counts(study, domains: Mapping[str, Path], *, methods, compensate, **_):
-    """1 to 128 sequences a domain, as far as the text goes."""
+def by_count(study, domains: Mapping[str, Path], *, methods, counts, compensate, **_):
+    """Calibrated on so many sequences a domain, as far as the text goes."""
     from study import CalibrationSet, Case
 
     from tenp_dist.config import Budget
     from tenp_dist.errors import CalibrationError
 
     sets, cases = {}, []
-    for count in COUNTS:
+    for count in counts:
         text = CalibrationSet(str(count), _sources(domains.values(), count))
         try:
             study.corpora(text)
@@ -150,7 +153,8 @@ def by_domain(study, domains: Mapping[str, Path], *, methods, compensate, sample
 
     from tenp_dist.config import Budget
 
-    sets = {"all": CalibrationSet("all", _sources(domains.values(), samples))}
+    share = max(1, samples // len(domains))
+    sets = {"all": CalibrationSet("all", _sources(domains.values(), share))}
     sets |= {name: CalibrationSet(name, ((path, name, samples),)) for name, path in domains.items()}
     cases = [
         Case("domains", line, Budget(method=line.split(",")[0], retention="0.6", **changes), name)

@@ -1,7 +1,7 @@
 """What `quality.py` is made of: calibration sets, plans from their scores, compensation, one pass that measures.
 
-Everything goes through the package's own stages in one process, in a folder that outlives an interruption: a set
-that was scored and a plan that was compensated are not made again.
+Everything goes through the package's own stages in one process, in a folder that outlives an interruption: what was
+scored, compensated or measured is not made again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from tenp_dist.artifacts import digest_of
+from tenp_dist.artifacts import digest_of, read_json, write_json
 from tenp_dist.budget.plan import make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.shape import MoeLayer
@@ -131,11 +131,17 @@ class Study:
         return folder
 
     def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
-        """variant -> figures, `source` among them; one pass over the model."""
+        """variant -> figures, `source` among them; one pass over the model, none where they are stored."""
+        key = digest_of([{name: variant.digest for name, variant in variants.items()}, corpus.stem])
+        stored = self.folder / "figures" / f"{key[:16]}.json"
+        if stored.exists():
+            return read_json(stored)
         passes = [Pass(self.model, {SOURCE: Variant(), **variants})]
         task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
         ledger = Ledger(self.folder / "measure.ledger.jsonl")
-        return evaluate_model(self.pool, task, self.layers.nbytes, CLUSTER, lambda step: None, ledger).summary()
+        figures = evaluate_model(self.pool, task, self.layers.nbytes, CLUSTER, lambda step: None, ledger).summary()
+        write_json(stored, figures)
+        return figures
 
     def choose(self, budgets: Sequence[Budget], text: CalibrationSet) -> list[Budget]:
         """`auto` budgets as chosen on what the set sets aside; all of them in one pass."""
