@@ -74,11 +74,12 @@ class Retries:
         self, losses: int, error: WorkerLost, who: str, where: str, ledger: Ledger, sleep: Callable[[float], None]
     ) -> None:
         """Wait after loss number `losses`; raises ClusterError where that was one too many."""
-        ledger.append("lost", worker=who, unit=where, attempt=losses, error=error.what)
+        found = None if error.found is None else str(error.found)
+        ledger.append("lost", worker=who, unit=where, attempt=losses, error=error.what, found=found)
         if losses > self.limit:
             raise ClusterError(
                 f"{who} was lost {losses} times in a row",
-                where=where,
+                where=f"{where}; {error.where}" if error.where else where,
                 found=error.found or error.what,
                 next_step="look at the worker's log and memory, then run the same command again: it goes on from here",
             ) from error

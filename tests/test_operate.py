@@ -1,0 +1,172 @@
+"""What an operator sees and relies on: progress figures, journal, logs, metrics, one run at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from dataclasses import replace
+
+import pytest
+from test_engine import kill_one
+from test_scoring import random_corpus
+
+from tenp_dist.artifacts import exclusive
+from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.cli.view import describe
+from tenp_dist.config import Cluster
+from tenp_dist.engine.compute import Compute, Progress
+from tenp_dist.engine.fence import Fence
+from tenp_dist.engine.journal import Journal
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.engine.logs import last_words
+from tenp_dist.engine.pool import RayPool
+from tenp_dist.engine.pulse import Pulse
+from tenp_dist.engine.schedule import Unit
+from tenp_dist.engine.scoring import layers_of_facts, score_model
+from tenp_dist.engine.shard import ScoreShard, ScoreTask
+from tenp_dist.engine.watch import WorkWatch
+from tenp_dist.errors import OutputError, WorkerLost
+
+
+def test_figures_of_units_and_pulses(monkeypatch):
+    """Two shards of two ranks; hand arithmetic. A restarted worker counts from zero again."""
+    clock = iter([0.0, *(t for second in (2.0, 4.0, 5.0) for t in (second, second))])
+    monkeypatch.setattr("tenp_dist.engine.watch.time.monotonic", lambda: next(clock))
+    told = []
+    watch = WorkWatch(20, 2, told.append)
+    rank = Pulse(steps=3, tokens=600, seconds=1.5, read_bytes=1000, memory=70, device_memory=5)
+    watch.beat([[rank, replace(rank, read_bytes=3000)], []], [0, 0])
+    assert (told[0].done, told[0].tokens, told[0].seconds, told[0].read_bytes) == (3, 600, 2.0, 4000)
+    assert told[0].memory == [75, 75] and told[0].tokens_per_second == 300 and told[0].bytes_per_second == 2000
+    end = replace(rank, steps=5, tokens=1000, seconds=3.0)
+    watch.ended(Unit(0, 5, (0,)), 0, [end, end], [5, 0])
+    assert (told[1].done, told[1].tokens, watch.slowest) == (5, 400, 3.0)
+    watch.lost(0)
+    new = Pulse(steps=1, tokens=200, seconds=0.5)
+    watch.beat([[new, new], []], [5, 0])
+    assert (told[2].done, told[2].tokens, told[2].retries, watch.tokens) == (6, 200, 1, 1200)
+    assert "300 tokens/s" in describe(told[0]) and "2 workers" in describe(told[0])
+    assert "1 started again" in describe(told[2])
+
+
+def test_the_journal_tells_pace_and_time_left(tmp_path, monkeypatch):
+    """8 of 20 were there; 3 more in 6 s leave 9, which take 18 s."""
+    clock = iter([100.0, 100.0, 106.0])
+    monkeypatch.setattr("tenp_dist.engine.journal.time.monotonic", lambda: next(clock))
+    journal = Journal(tmp_path)
+    journal.started("score")
+    journal.progress("score", Progress(8, 20, 0, 0.0, message="going on from 40%"))
+    figures = journal.progress("score", Progress(11, 20, 50, 2.0, "layer 3", memory=(7,)))
+    assert figures["eta_seconds"] == 18 and figures["tokens_per_second"] == 25
+    lines = [json.loads(line) for line in journal.path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["started", "message", "progress"]
+    assert lines[2]["memory"] == [7] and lines[2]["note"] == "layer 3"
+
+
+def test_one_run_at_a_time(tenp, job_file, tmp_path):
+    with exclusive(tmp_path / "run"):
+        refused = tenp("run", job_file())
+    assert refused.exit_code == OutputError.exit_code
+    assert "Another run is at work" in refused.stderr
+    assert tenp("inspect", job_file()).exit_code == 0
+
+
+def task_of(tmp_path, model, **compute):
+    write_corpus(tmp_path / "corpus.arrow", random_corpus(256, sequences=6))
+    options = {"device": "cpu", "dtype": "float32", "batch_tokens": 24, "threads": 1} | compute
+    return ScoreTask(model, tmp_path / "corpus.arrow", tmp_path / "run" / "scores", "key", Compute(**options), waves=4)
+
+
+def score(pool, task, **cluster):
+    layers = layers_of_facts(checkpoint_facts(open_index(task.model)), 4)
+    told = []
+    score_model(pool, task, layers, Cluster(**cluster), 4, told.append)
+    return told
+
+
+def test_a_worker_that_was_given_up_writes_nothing_more(tiny_model, tmp_path):
+    task = task_of(tmp_path, tiny_model("deepseek_v3"))
+    old, new = ScoreShard(task), ScoreShard(task)
+    old.open()
+    new.open()
+    with pytest.raises(WorkerLost, match="Another worker has taken over"):
+        old.run(Unit(0, 1, (0, 1, 2, 3)))
+        old.run(Unit(1, 2, (0, 1, 2, 3)))
+        old._settle([1])
+    assert not list(task.folder.glob("**/layer_0*.safetensors"))
+    new.run(Unit(0, 1, (0, 1, 2, 3)))
+    new.run(Unit(1, 2, (0, 1, 2, 3)))
+    new._settle([1])
+    assert (task.folder / "layer_00001.safetensors").exists()
+    other = Fence(task.boundaries.folder, 2, 0)
+    other.take()
+    new.fence.check()  # another shard's mark is not its own
+
+
+def test_a_begun_run_keeps_its_threads(tiny_model, tmp_path, monkeypatch):
+    """Begun with one thread, gone on with where there are three: workers still get one."""
+    task = task_of(tmp_path, tiny_model("deepseek_v3"))
+    seen = []
+    real = ScoreShard.open
+
+    def open_shard(self):
+        seen.append(self.task.compute.threads)
+        if len(seen) == 1:
+            raise RuntimeError("power cut")
+        real(self)
+
+    monkeypatch.setattr(ScoreShard, "open", open_shard)
+    with pytest.raises(RuntimeError):
+        score(InProcessPool(cores=1), task)
+    score(InProcessPool(cores=3), task)
+    assert seen == [1, 1]
+
+
+def test_resuming_says_what_is_there(tiny_model, tmp_path):
+    task = task_of(tmp_path, tiny_model("deepseek_v3"))
+    shard = ScoreShard(replace(task, commit_seconds=0))
+    shard.open()
+    for layer in (0, 1):
+        shard.run(Unit(layer, layer + 1, (0, 1, 2, 3)))
+    told = score(InProcessPool(cores=1), task, mode="streaming")
+    assert "going on from" in told[0].message and "streaming" in told[0].message and told[0].done == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_logs_metrics_and_last_words_on_ray(tiny_model, tmp_path, monkeypatch):
+    """A real worker's log holds its units; a killed one's end is quoted; Prometheus finds the figures."""
+    pool = RayPool()
+    try:
+        task = task_of(tmp_path, tiny_model("deepseek_v3"))
+        killed = kill_one(monkeypatch)
+        told = score(pool, task, shards=2, mode="resident")
+        logs = tmp_path / "run" / "logs" / "scores"
+        assert killed and {path.name for path in logs.iterdir()} == {"shard_0.rank_000.log", "shard_1.rank_000.log"}
+        assert "wave" in (logs / "shard_0.rank_000.log").read_text() and "MB resident" in last_words(
+            logs / "shard_1.rank_000.log"
+        )
+        ledger = [json.loads(line) for line in (tmp_path / "run/stages/score.ledger.jsonl").read_text().splitlines()]
+        lost = next(line for line in ledger if line["event"] == "lost")
+        assert "its log ends:" in lost["found"] and "wave" in lost["found"]
+        assert told[-1].retries == 1 and len(told[-1].memory) == 2 and min(told[-1].memory) > 10**7
+        pool.publish({"tokens_per_second": 12.5}, {"stage": "score", "run": "test"})
+        assert "ray_tenp_tokens_per_second" in scraped(pool)
+    finally:
+        pool.close()
+
+
+def scraped(pool) -> str:
+    """What the node's metrics port shows once there is something of ours."""
+    node = pool._ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    for _ in range(60):
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            text = answer.read().decode()
+        if "tenp_" in text:
+            return text
+        time.sleep(1)
+    return ""
