@@ -24,22 +24,24 @@ from machine import print_machine, process_memory
 @click.option("--experts", default=256, show_default=True, help="routed experts per layer")
 @click.option("--neurons", default=2048, show_default=True, help="intermediate size of an expert")
 @click.option("--domains", default=4, show_default=True, help="calibration domains")
-@click.option("--method", default="tenp", show_default=True, help="tenp, enp or random")
+@click.option("--method", default="tenp", show_default=True, help="tenp, enp, random or global")
 @click.option("--align", default=1, show_default=True, help="narrow widths are multiples of this")
+@click.option("--max-widths", default=2, show_default=True, help="distinct widths of a layer")
 @click.option("--repeat", default=3, show_default=True, help="runs; every one is printed")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 @click.option("--measure", type=click.Path(path_type=Path), hidden=True, help="internal: plan this folder of scores")
-def main(layers, experts, neurons, domains, method, align, repeat, folder, measure):
+def main(layers, experts, neurons, domains, method, align, max_widths, repeat, folder, measure):
     sizes = (layers, experts, neurons)
     if measure:
-        click.echo(json.dumps(plan_once(measure, sizes, method, align)))
+        click.echo(json.dumps(plan_once(measure, sizes, method, align, max_widths)))
         return
     print_machine("torch", "numpy", "safetensors")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         scores = Path(temporary)
         started = time.perf_counter()
-        size = synthesise(scores, sizes, domains)
+        size = synthesise(scores, sizes, domains, method)
         click.echo(f"model       {layers} layers x {experts} experts x {neurons} neurons, {domains} domains")
+        click.echo(f"budget      align {align}, at most {max_widths} widths in a layer")
         click.echo(
             f"scores      {size / 1e9:.2f} GB, made in {time.perf_counter() - started:.0f} s (not counted below)"
         )
@@ -51,7 +53,7 @@ def main(layers, experts, neurons, domains, method, align, repeat, folder, measu
 def report(run: int, method: str, scores: Path) -> None:
     started = time.perf_counter()
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(scores)]
-    child = subprocess.run(command, check=True, capture_output=True, text=True)
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     whole = time.perf_counter() - started
     found = json.loads(child.stdout)
     click.echo(
@@ -60,7 +62,7 @@ def report(run: int, method: str, scores: Path) -> None:
     )
 
 
-def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int) -> int:
+def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int, method: str) -> int:
     """Write score files of random numbers; 1 expert in 200 is reached by no token. Returns their bytes."""
     import torch
 
@@ -73,12 +75,16 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int) -> int:
     for layer in range(layers):
         counts = torch.randint(1, 10_000, (domains, experts), generator=generator).double()
         counts[:, torch.rand(experts, generator=generator) < 0.005] = 0
-        tensors = {
-            "token_count": counts,
-            "expert_importance_sum": torch.rand(domains, experts, generator=generator).double() * counts,
-            "neuron_projection_sum": torch.randn(domains, experts, neurons, generator=generator).double()
-            * counts[:, :, None],
-        }
+        tensors = {"token_count": counts}
+        if method == "global":  # experts of very different energy, heavy-tailed inside, growing with depth
+            scale = torch.exp(1.5 * torch.randn(1, experts, 1, generator=generator).double() + 0.05 * layer)
+            draws = torch.rand(domains, experts, neurons, generator=generator, dtype=torch.float64)
+            energy = draws.clamp_min(1e-12).log() ** 2
+            tensors["neuron_energy_sum"] = energy * scale * counts[:, :, None]
+        else:
+            tensors["expert_importance_sum"] = torch.rand(domains, experts, generator=generator).double() * counts
+            projection = torch.randn(domains, experts, neurons, generator=generator).double()
+            tensors["neuron_projection_sum"] = projection * counts[:, :, None]
         norms = torch.rand(experts, neurons, generator=generator).double()
         names = tuple(f"domain{index}" for index in range(domains))
         path = folder / f"{layer_name(layer)}.safetensors"
@@ -87,7 +93,7 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int) -> int:
     return total
 
 
-def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int) -> dict[str, float]:
+def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int, max_widths: int) -> dict[str, float]:
     """Plan the scores in `folder`; seconds include imports of the planner, reading and writing."""
     started = time.perf_counter()
     from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
@@ -97,7 +103,7 @@ def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int
     from tenp_dist.scoring.statistics import read_statistics
 
     layers, experts, neurons = sizes
-    budget = Budget(method=method, align=align)
+    budget = Budget(method=method, align=align, max_widths=max_widths)
     names = planning_statistics(budget)
     plan = make_plan(
         budget,
