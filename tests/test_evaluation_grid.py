@@ -105,8 +105,13 @@ def test_the_key_holds_the_plans_by_content_and_name(scored, tenp, tmp_path):
     assert tenp("evaluate", scored, "--plans", mine).exit_code == 8
 
 
-def test_beside_the_written_checkpoint_a_plan_of_the_same_budget_has_its_figures(job_file, text_files, tenp, tmp_path):
-    job = job_file(evaluation=evaluation(text_files) | {"grid": {"method": ["tenp"]}})
+@pytest.mark.parametrize("method", ["tenp", "reap", "global"])
+def test_beside_the_written_checkpoint_a_plan_of_the_same_budget_has_its_figures(
+    method, job_file, text_files, tiny_model, tenp
+):
+    """Narrowed, without experts, or of any widths: masks or a restricted router against what was written and read."""
+    grid = evaluation(text_files) | {"grid": {"method": [method]}}
+    job = job_file(model=tiny_model("qwen3_moe"), budget={"method": method, "retention": 0.5}, evaluation=grid)
     found = measured(tenp("run", job, "--json"))
     assert list(found["variants"]) == ["source", "pruned", "random"]
     plan, control = found["plans"]
@@ -184,6 +189,16 @@ def test_every_retention_has_one_control_and_a_grid_may_bring_its_own():
     assert [(one.method, str(one.retention), str(one.important)) for one in controls.values()] == [
         ("random", "0.5", "0.1"),
         ("random", "0.3", "0.1"),
+    ]
+
+
+def test_each_kind_of_plan_has_its_own_control():
+    budgets, _ = grid_budgets(Budget(), {"method": ["tenp", "enp", "reap", "ean", "global"]})
+    controls = [name for name in with_controls(budgets) if name not in budgets]
+    assert controls == [
+        "control: random retention=0.6",
+        "control: random-experts retention=0.6",
+        "control: global neurons=random retention=0.6",
     ]
 
 
