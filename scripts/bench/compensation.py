@@ -34,8 +34,9 @@ FILES = {"type": click.Path(path_type=Path), "multiple": True}
 @click.option("--method", "methods", multiple=True, default=("tenp", "enp", "random:0"), show_default=True,
               help="METHOD or METHOD:IMPORTANT")  # fmt: skip
 @click.option("--ridge", "ridges", multiple=True, default=("0.001", "0.01", "0.1"), show_default=True)
+@click.option("--shape/--no-shape", default=True, show_default=True, help="time experts of DeepSeek-V3's shape too")
 @click.option("--threads", default=None, type=int, help="default: all cores")
-def main(model, texts, held_out, samples, held_out_samples, length, retentions, methods, ridges, threads):
+def main(model, texts, held_out, samples, held_out_samples, length, retentions, methods, ridges, shape, threads):
     import torch
 
     from tenp_dist.engine.local import available_cores
@@ -43,6 +44,8 @@ def main(model, texts, held_out, samples, held_out_samples, length, retentions, 
     threads = threads or available_cores()
     torch.set_num_threads(threads)
     print_machine("torch", "transformers")
+    if shape:
+        print_wide()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(model, Path(folder), threads)
         bench.score(make_corpus(model, texts, samples, length))
@@ -71,11 +74,7 @@ class Bench:
         click.echo(f"model     {self.model.name}, float32, {self.threads} threads; {self.tokens:,} calibration tokens")
         self.compute = Compute("cpu", "float32", 8192, self.threads)
         task = ScoreTask(self.model, self.folder / "corpus.arrow", self.folder / "scores", "bench", self.compute)
-        with PeakMemory() as memory:
-            seconds = timed(lambda: list(score_shard(task)))
-        click.echo(
-            f"scoring        {seconds:7.1f} s {self.tokens / seconds:8,.0f} tokens/s, {memory.peak / 1e6:,.0f} MB"
-        )
+        self.report("scoring", lambda: list(score_shard(task)))
 
     def plan(self, method: str, retention: str) -> str:
         from tenp_dist.budget.plan import make_plan
@@ -113,11 +112,7 @@ class Bench:
             for ridge in ridges
         }  # fmt: skip
         first = next(iter(tasks.values()))
-        with PeakMemory() as memory:
-            seconds = timed(lambda: self.drive(CompensateShard, replace(first, folder=self.folder / "timed")))
-        click.echo(
-            f"compensation   {seconds:7.1f} s {self.tokens / seconds:8,.0f} tokens/s, {memory.peak / 1e6:,.0f} MB"
-        )
+        self.report("compensation", lambda: self.drive(CompensateShard, replace(first, folder=self.folder / "timed")))
         self.drive(sweep(tasks), replace(first, folder=self.folder / "sweep"))
         for (name, ridge), task in tasks.items():
             found = outcome(task, 1 << 30)
@@ -125,6 +120,15 @@ class Bench:
                 f"{name:<16} ridge {ridge:<6g} calibration error {found['before']:.3%} -> {found['after']:.3%},"
                 f" {found['damped']} of {found['compensated']} experts damped"
             )
+
+    def report(self, name: str, function) -> None:
+        """Wall clock, and the process's own time, which other work on the machine changes less."""
+        own = time.process_time()
+        with PeakMemory() as memory:
+            seconds = timed(function)
+        own, rate = time.process_time() - own, self.tokens / seconds
+        peak = memory.peak / 1e6
+        click.echo(f"{name:<13} {seconds:8.1f} s, {own:.1f} s of CPU, {rate:,.0f} tokens/s, {peak:,.0f} MB")
 
     def drive(self, worker: type, task) -> None:
         from tenp_dist.config import Cluster
@@ -156,6 +160,40 @@ class Bench:
         click.echo(f"held-out text  {int(corpus.mask_NS.sum()):,} tokens")
         (metrics,) = (event for event in events if isinstance(event, Metrics))
         return {name: figures["mean"]["nll"] for name, figures in metrics.summary().items()}
+
+
+def print_wide(experts=2, neurons=2048, hidden=7168, width=880, tokens=2048) -> None:
+    """What sums and solve cost for experts of DeepSeek-V3's shape, against the experts' own forward."""
+    import numpy as np
+    import torch
+
+    from tenp_dist.model.experts import Dispatch
+    from tenp_dist.scoring.compensation import Moments
+
+    draw = torch.Generator().manual_seed(0)
+    down_EDF = torch.randn(experts, hidden, neurons, generator=draw)
+    gate_up_EPD = torch.randn(experts, 2 * neurons, hidden, generator=draw)
+    slots, e = experts * tokens, torch.arange(experts).repeat_interleave(tokens)
+    x_SD, m_SF, g_S = torch.randn(slots, hidden), torch.randn(slots, neurons), torch.rand(slots)
+    y_SD = torch.randn(slots, hidden)
+    ends_E = torch.arange(1, experts + 1, dtype=torch.int32) * tokens
+    sums = Moments({expert: np.arange(width) for expert in range(experts)}, [1.0], experts, neurons)
+
+    def forward() -> None:
+        for expert in range(experts):
+            rows = slice(expert * tokens, (expert + 1) * tokens)
+            x_SD[rows] @ gate_up_EPD[expert].T
+            m_SF[rows] @ down_EDF[expert].T
+
+    dispatch = Dispatch(x_SD, x_SD, m_SF, y_SD, g_S, torch.arange(slots), e, ends_E, x_SD, down_EDF)
+    seconds = [timed(forward), timed(lambda: sums(dispatch))]
+    solve = timed(lambda: list(sums.solve(lambda ids: down_EDF[list(ids)], hidden, 0.01))) / experts
+    forward_ms, sums_ms = (1e6 * value / slots for value in seconds)
+    click.echo(
+        f"an expert of {neurons} x {hidden}, {width} kept: forward {forward_ms:.0f} ms per 1,000 tokens, sums "
+        f"{sums_ms:.0f} ms, solve {solve:.1f} s; {sums.nbytes / experts / 1e6:.1f} MB of sums, "
+        f"{256 * sums.nbytes / experts / 1e9:.2f} GB for 256 experts"
+    )
 
 
 def sweep(tasks: dict) -> type:
