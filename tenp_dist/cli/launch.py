@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ EXAMPLES = {
         "JOB.yaml --nodes 4 --gpus 8 --account physics --partition gpu --time 08:00:00 --submit",
     ],
     "submit": ["JOB.yaml --address http://head:8265", "JOB.yaml --address http://head:8265 --no-wait"],
+    "doctor": ["", "--run-dir /shared/runs", "--address head:6379 --job JOB.yaml"],
     "status": ["RUN_DIR", "RUN_DIR --watch", "RUN_DIR --json"],
 }
 _job = click.argument("job", type=click.Path(path_type=Path))
@@ -95,9 +99,12 @@ def submit(job: Path, **options: Any) -> None:
 def _submit(
     job: Path, address: str | None, no_wait: bool, overrides: tuple[str, ...], run_dir: Path | None, overwrite: bool
 ) -> None:
+    from tenp_dist.cli.view import quieten
     from tenp_dist.config import load_job
     from tenp_dist.launch.submit import default_address, follow, submit
 
+    quieten()
+    logging.disable(logging.INFO)  # Ray tells every package that it uploads, from loggers with levels of their own
     loaded = load_job(job, overrides, run_dir)
     submission = submit(loaded, address or default_address(), ["--overwrite"] if overwrite else [])
     click.echo(f"Job:     {submission.number}", err=True)
@@ -139,4 +146,29 @@ def _status(run_dir: Path, as_json: bool, watch: bool) -> None:
         time.sleep(2)
 
 
-COMMANDS = [slurm, submit, status]
+@_command("doctor", "Check whether this machine, or every node of a cluster, is ready; exits with 1 where it is not.")
+@click.option("--address", metavar="HOST:PORT", help="Check every node of this Ray cluster; default RAY_ADDRESS.")
+@click.option("--job", type=click.Path(path_type=Path), help="Check model, text, budget and space for this job too.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where a run would write; default the job's, or here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on standard output.")
+def doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json: bool) -> None:
+    with told(as_json=as_json):
+        _doctor(address or os.environ.get("RAY_ADDRESS"), job, run_dir, as_json)
+
+
+def _doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json: bool) -> None:
+    from tenp_dist.cli.doctor import draw, visit
+    from tenp_dist.cli.view import quieten
+
+    quieten()
+    findings = visit(address, job, run_dir)
+    failed = any(finding.verdict == "failed" for lines in findings.values() for finding in lines)
+    if as_json:
+        plain = {node: [asdict(finding) for finding in lines] for node, lines in findings.items()}
+        click.echo(json.dumps({"ready": not failed, "nodes": plain}, indent=2))
+    else:
+        draw(findings)
+    sys.exit(1 if failed else 0)
+
+
+COMMANDS = [slurm, submit, status, doctor]

@@ -1,0 +1,92 @@
+"""`tenp-dist doctor`: the findings of every node, and of the job, as one table."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tenp_dist.cli.stages import preflight
+from tenp_dist.config import Job, load_job
+from tenp_dist.engine.local import InProcessPool, Pool
+from tenp_dist.engine.places import check_places
+from tenp_dist.errors import TenpError
+from tenp_dist.launch.doctor import Finding, examine
+
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def visit(address: str | None, job: Path | None, run_dir: Path | None) -> Mapping[str, Sequence[Finding]]:
+    """Node -> its findings; without an address, of this machine."""
+    loaded, of_job = _job(job, run_dir)
+    folder = loaded.run_dir if loaded else (run_dir or Path.cwd()).resolve()
+    here = platform.node() or "this machine"
+    if address is None:
+        findings = {here: examine(folder)}
+        ray = [Finding("Ray", "ok", "no cluster given: a local one is started for a run")]
+        return findings | {"cluster": ray} | _places(InProcessPool(), loaded, of_job)
+    from tenp_dist.engine.pool import RayPool
+
+    try:
+        pool = RayPool(address)
+    except TenpError as error:
+        return {here: examine(folder), "cluster": [_failed("Ray", error)]} | {"job": of_job}
+    try:
+        nodes = dict(pool.each_node(examine, folder))
+        cluster = {"cluster": [Finding("Ray", "ok", pool.describe())]}
+        return nodes | cluster | _places(pool, loaded, of_job)
+    finally:
+        pool.close()
+
+
+def _job(path: Path | None, run_dir: Path | None) -> tuple[Job | None, list[Finding]]:
+    if path is None:
+        return None, []
+    try:
+        job = load_job(path, run_dir=run_dir)
+        facts = preflight(job)
+    except TenpError as error:
+        return None, [_failed("Job", error)]
+    found = (
+        f"{facts['model']}, {facts['family']}, {len(facts['moe_layers'])} MoE layers x {facts['num_experts']} experts"
+    )
+    return job, [Finding("Job", "ok", found)]
+
+
+def _places(pool: Pool, job: Job | None, of_job: list[Finding]) -> dict[str, list[Finding]]:
+    """The job's findings, with what the nodes see of its model, run directory and space."""
+    if job is None:
+        return {"job": of_job} if of_job else {}
+    there = job.run_dir.exists()
+    try:
+        check_places(pool, job, preflight(job))
+        seen = Finding("Paths", "ok", "every node sees model, run directory and enough space")
+    except TenpError as error:
+        seen = _failed("Paths", error)
+    if not there and job.run_dir.is_dir() and not any(job.run_dir.iterdir()):
+        job.run_dir.rmdir()
+    return {"job": [*of_job, seen]}
+
+
+def _failed(what: str, error: TenpError) -> Finding:
+    details = error.details()
+    found = "; ".join([error.what, *(details[key] for key in ("where", "found") if key in details)])
+    return Finding(what, "failed", found, details.get("next", ""))
+
+
+def draw(findings: Mapping[str, Sequence[Finding]]) -> None:
+    console = Console(highlight=False)
+    table = Table(show_lines=False)
+    for heading in ("node", "check", "", "found", "fix"):
+        table.add_column(heading, overflow="fold")
+    for node, lines in findings.items():
+        for i, line in enumerate(lines):
+            verdict = f"[{_STYLES[line.verdict]}]{line.verdict}[/]"
+            fix = "" if line.verdict == "ok" else line.fix
+            table.add_row(node if i == 0 else "", line.what, verdict, line.found, fix, end_section=line is lines[-1])
+    console.print(table)
+    failed = sum(line.verdict == "failed" for lines in findings.values() for line in lines)
+    console.print("Ready." if not failed else f"{failed} to repair.")
