@@ -145,3 +145,13 @@ def test_the_quickstart_on_real_ray(tmp_path):
     assert nll["pruned"] - nll["source"] < 0.5 * (nll["random"] - nll["source"])
     assert variants["pruned"]["mean"]["top1_agreement"] > variants["random"]["mean"]["top1_agreement"] + 0.05
     assert (tmp_path / "report" / "index.html").stat().st_size > 50_000
+
+
+def test_another_size_in_every_layout(tenp, job_file, tmp_path):
+    """What one layout replaces is not the other layout's new files."""
+    job = job_file(output={"layouts": ["ragged", "padded"]})
+    assert tenp("run", job).exit_code == 0
+    again = tenp("run", job, "--set", "budget.retention=0.45", "--overwrite")
+    assert again.exit_code == 0, again.stderr
+    for layout in ("ragged", "padded"):
+        assert (tmp_path / "run" / "checkpoint" / layout / "config.json").exists()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_interrupt import COMMAND, QUIET
@@ -33,7 +34,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """address of a job server; runs: the folder that TENP_RUNS names in its jobs."""
+    """address of a job server, gcs: of the cluster's head; runs: the folder that TENP_RUNS names in its jobs."""
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray.cluster_utils import Cluster
 
@@ -50,7 +51,7 @@ def server(tmp_path_factory):
             patch.setenv(name, value)
         head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port, "object_store_memory": 80 * 2**20}
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=True)
-        yield f"http://127.0.0.1:{port}", runs
+        yield SimpleNamespace(address=f"http://127.0.0.1:{port}", gcs=cluster.address, runs=runs)
         cluster.shutdown()
 
 
@@ -60,7 +61,7 @@ def checkout(tmp_path_factory, server) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("jobs", "scripts", "tenp_dist"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    words = ("--split", "calibration", "--split", "evaluation", "--out", server[1] / "quickstart-text")
+    words = ("--split", "calibration", "--split", "evaluation", "--out", server.runs / "quickstart-text")
     done = call(sys.executable, "scripts/stdlib_text.py", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -79,27 +80,28 @@ def call(*words, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
 def started(*words, cwd: Path, **variables: str):
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "TENP_RUNS")}
     words = [str(word) for word in words]
-    process = subprocess.Popen(
-        words, cwd=cwd, env=environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    with open(cwd / "said", "w") as stream:
+        process = subprocess.Popen(
+            words, cwd=cwd, env=environment | variables, stdout=stream, stderr=subprocess.STDOUT, text=True
+        )
     try:
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def wait_for_units(run: Path, process: subprocess.Popen, count: int) -> None:
     ledger, limit = run / "stages" / "score.ledger.jsonl", time.monotonic() + 300
     while not ledger.exists() or ledger.read_text().count('"event": "unit"') < count:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, "it has ended"
         assert time.monotonic() < limit, "does not get so far"
         time.sleep(0.05)
 
 
 def test_ray_job_submit_as_in_the_readme(server, checkout):
     """The working directory is uploaded; the run lands where the cluster's TENP_RUNS says."""
-    address, runs = server
+    address, runs = server.address, server.runs
     submit = (RAY, "job", "submit", "--address", address, "--working-dir", ".", "--")
     few = ("--set", "calibration.sources.0.samples=8", "--set", "evaluation=null", "--set", "output.layouts=[ragged]")
     done = call(*submit, "tenp-dist", "run", "jobs/quickstart.yaml", *few, cwd=checkout)
@@ -115,21 +117,29 @@ def test_ray_job_submit_as_in_the_readme(server, checkout):
 
 def test_submit_stop_and_submit_again(server, checkout, tmp_path):
     """Paths are settled here, code and text are uploaded; `ray job stop` ends it, the same command goes on."""
-    address, runs = server
+    address, runs = server.address, server.runs
     job = checkout / "jobs" / "quickstart.yaml"
     words = ["--set", "evaluation=null", "--set", "score.waves=40", "--set", "score.batch_tokens=512"]
-    words += ["--set", "cluster.commit_seconds=0", "--set", "cluster.mode=streaming"]
+    words += [
+        "--set",
+        "cluster.commit_seconds=0",
+        "--set",
+        "cluster.mode=streaming",
+        "--set",
+        "output.layouts=[ragged]",
+    ]
+    words += [word for i in range(3) for word in ("--set", f"calibration.sources.{i}.samples=24")]
     run = tmp_path / "run"
     submit = (COMMAND, "submit", job, "--address", address, "--run-dir", run, *words)
     with started(*submit, cwd=tmp_path, TENP_RUNS=str(runs)) as process:
         wait_for_units(run, process, 2)
-        first = process.stdout.readline()
-        assert re.fullmatch(r"Job: +raysubmit_\w+\n", first), first
+        first = (tmp_path / "said").read_text().splitlines()[0]
+        assert re.fullmatch(r"Job: +raysubmit_\w+", first), first
         number = first.split()[1]
         stopped = call(RAY, "job", "stop", number, "--address", address, cwd=tmp_path)
         assert stopped.returncode == 0, stopped.stdout
-        said = process.communicate(timeout=120)[0]
-        assert process.returncode == Interrupted.exit_code, said
+        code, said = process.wait(timeout=120), (tmp_path / "said").read_text()
+        assert code == Interrupted.exit_code and "Error: Interrupted" in said, said
         assert f"ray job logs --follow {number}" in said and f"ray job stop {number}" in said
     assert not (run / "stages" / "score.json").exists()
 
@@ -141,7 +151,7 @@ def test_submit_stop_and_submit_again(server, checkout, tmp_path):
 
 def test_the_code_of_the_job_is_the_code_of_the_command(server, checkout, tmp_path):
     """A budget that no width meets, found on the cluster."""
-    address, runs = server
+    address, runs = server.address, server.runs
     impossible = ("--set", "budget.align=64", "--set", "budget.retention=0.3", "--set", "budget.important=0.29")
     job = checkout / "jobs" / "quickstart.yaml"
     submit = (COMMAND, "submit", job, "--address", address, "--run-dir", tmp_path / "run", *impossible)

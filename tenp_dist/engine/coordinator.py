@@ -7,6 +7,7 @@ sha256 of the job fields that it reads, the digests of the stages it needs, and 
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,7 +149,7 @@ class Coordinator:
             digests=inputs["needs"],
             progress=lambda progress: self._progress(stage, progress),
             overwrite=self.overwrite,
-            replace=lambda: self._clear(stage, record, key),
+            replace=functools.cache(lambda: self._clear(stage, record, key)),  # once, however many layouts ask
             repair=record is not None and record.key == key,
         )
         try:
