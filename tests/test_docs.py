@@ -160,7 +160,8 @@ def test_commands_of_one_machine(folder, tenp, monkeypatch):
             words += ["--run-dir", "runs/my-job"]
         if "--plans" in words:  # two plans, as somebody has them
             for name, retention in (("a", 0.45), ("b", 0.6)):
-                values = ("--set", "budget.slope=1", "--set", f"budget.retention={retention}")
+                values = ["--set", "budget.slope=1", "--set", "calibration.selection_share=0.25"]
+                values += ["--set", f"budget.retention={retention}"]
                 made = tenp("plan", "JOB.yaml", *values, "--overwrite")
                 assert made.exit_code == 0, made.stderr
                 for suffix in ("json", "safetensors"):

@@ -274,6 +274,12 @@ def test_status_from_a_journal(tenp, job_file, tmp_path):
     status = read_status(run, ORDER, now=13.0)
     assert (status.state, status.stage, status.layer, status.done) == ("running", "score", 7, 0.25)
     assert (status.eta_seconds, status.retries, status.memory) == (33.0, 2, (5, 9))
+    journal[-1]["note"] = "2 shards at work"  # which layers, says the ledger
+    (run / "stages/progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
+    unit = {"time": 11.5, "event": "unit", "shard": 1, "unit": "layers 8-9, wave 3"}
+    (run / "stages" / "score.ledger.jsonl").write_text(json.dumps(unit) + "\n")
+    status = read_status(run, ORDER, now=13.0)
+    assert status.layer == 9 and status.note == "layers 8-9, wave 3, 2 shards at work"
     failed = {"time": 14.0, "event": "failed", "stage": "score", "error": "DiskFullError", "message": "No space left"}
     with open(run / "stages/progress.jsonl", "a") as stream:
         stream.write(json.dumps(failed) + "\n")

@@ -68,7 +68,7 @@ def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -
     journal = list(_lines(run_dir / "stages/progress.jsonl"))
     units = {name: list(_lines(run_dir / "stages" / f"{name}.ledger.jsonl")) for name in order}
     stage = _stage_at_work(finished, journal)
-    figures = _figures(stage, journal) if stage else {}
+    figures = _figures(stage, journal, units[stage]) if stage else {}
     error = _last_error(journal, units)
     last = max((line.get("time", 0.0) for lines in (journal, *units.values()) for line in lines), default=None)
     news = None if last is None else max(0.0, now - last)
@@ -132,8 +132,8 @@ def _state(
     return "running" if news is not None and news < SILENT_SECONDS else "silent"
 
 
-def _figures(stage: str, journal: Sequence[Mapping]) -> dict[str, Any]:
-    """Of the stage at work: the journal's last word on it."""
+def _figures(stage: str, journal: Sequence[Mapping], units: Sequence[Mapping]) -> dict[str, Any]:
+    """Of the stage at work: the journal's last word on it; which layers, from the last unit that its ledger has."""
     begun = max((i for i, line in enumerate(journal) if line.get("event") == "started"), default=-1)
     said = [line for line in journal[begun + 1 :] if line.get("event") == "progress" and line.get("stage") == stage]
     if said:
@@ -142,6 +142,11 @@ def _figures(stage: str, journal: Sequence[Mapping]) -> dict[str, Any]:
         names = ("tokens_per_second", "bytes_per_second", "eta_seconds", "retries")
         figures = {name: last.get(name) for name in names} | {"memory": tuple(last.get("memory") or ())}
         note = last.get("note") or None
+        done = [
+            line for line in units if line.get("event") == "unit" and line.get("time", 0.0) > journal[begun]["time"]
+        ]
+        if _layer(note) is None and done:
+            note = ", ".join(filter(None, (str(done[-1].get("unit")), note)))
         return figures | {"note": note, "layer": _layer(note), "done": last.get("done", 0) / total if total else None}
     return {}
 
