@@ -1,10 +1,10 @@
 """One price per neuron for the whole model: how wide every expert of every layer becomes within a budget.
 
 At a price every layer is solved alone and exactly (bucketing.py), and the kept neurons of the model fall as the
-price rises; a bisection finds the two solutions around the budget. The smaller one is kept, layers move to their
-part of the larger one while that fits, and leftover.py spends the rest. `energy_bound` says how much more energy
-any plan of the budget could keep. Sizes are integers: the budget is met exactly and never passed. Equal gains
-go to the lower layer, then the lower expert.
+price rises. Two solutions around the budget are drawn together, the slope between them the next price, until none
+lies between. The smaller one is kept, layers move to their part of the larger one while that fits, and leftover.py
+spends the rest. `energy_bound` says how much more energy any plan of the budget could keep. Sizes are integers: the
+budget is met exactly and never passed. Equal gains go to the lower layer, then the lower expert.
 
 Shapes: C legal widths of a layer, E experts. Memory: the curves, C x E float64 for each layer.
 """
