@@ -204,7 +204,7 @@ def test_a_packed_job_is_the_same_job(job_file, tmp_path):
 
     job = config.load_job(
         job_file(evaluation={"sources": [{"path": "own.jsonl", "domain": "own"}], "sequence_length": 32}),
-        ["budget.retention=0.45"],
+        ["budget.retention=0.45", "budget.slope=1.0", "calibration.sources.0.weight=2.50"],
     )
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": "experts"}) + "\n")
     folder = tmp_path / "upload"

@@ -74,7 +74,7 @@ def submit(job: Job, address: str, options: Sequence[str]) -> Submission:
 
 def pack(job: Job, folder: Path) -> None:
     """Write `job.yaml` and copies of its text files into a folder: loaded there, it is the same job."""
-    values = job.model_dump(mode="json", exclude_defaults=True)
+    values = job.model_dump(mode="json", exclude_unset=True)  # 1.0 stays 1.0 where 1 is the default
     parts = [
         (part, values[name])
         for name, part in (("calibration", job.calibration), ("evaluation", job.evaluation))
