@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tenp_dist import config
+from tenp_dist import job_file as job_files
 from tenp_dist.engine import places
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, DiskFullError, JobError
@@ -123,14 +123,14 @@ def test_no_sbatch_here(tenp, job_file, tmp_path, monkeypatch):
 def test_variables_in_paths(job_file, monkeypatch):
     job = job_file(run_dir="${TENP_RUNS:-here}/x")
     monkeypatch.delenv("TENP_RUNS", raising=False)
-    assert config.load_job(job).run_dir == job.parent / "here" / "x"
+    assert job_files.load_job(job).run_dir == job.parent / "here" / "x"
     monkeypatch.setenv("TENP_RUNS", "")
-    assert config.load_job(job).run_dir == job.parent / "here" / "x"
+    assert job_files.load_job(job).run_dir == job.parent / "here" / "x"
     monkeypatch.setenv("TENP_RUNS", "/shared/runs")
-    assert config.load_job(job).run_dir == Path("/shared/runs/x")
+    assert job_files.load_job(job).run_dir == Path("/shared/runs/x")
     job = job_file(run_dir="${TENP_NOWHERE}/x")
     with pytest.raises(JobError, match="environment variable that is not set") as caught:
-        config.load_job(job)
+        job_files.load_job(job)
     assert "export TENP_NOWHERE=" in str(caught.value)
 
 
@@ -156,7 +156,7 @@ def loaded(job_file):
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
 
-    job = config.load_job(job_file())
+    job = job_files.load_job(job_file())
     job.run_dir.mkdir()
     return job, checkpoint_facts(open_index(job.model))
 
@@ -202,7 +202,7 @@ def test_a_packed_job_is_the_same_job(job_file, tmp_path):
     """Its paths are settled, its text is packed, and every stage has the same key."""
     from tenp_dist.cli.stages import stages_for
 
-    job = config.load_job(
+    job = job_files.load_job(
         job_file(evaluation={"sources": [{"path": "own.jsonl", "domain": "own"}], "sequence_length": 32}),
         ["budget.retention=0.45", "budget.slope=1.0", "calibration.sources.0.weight=2.50"],
     )
@@ -210,7 +210,7 @@ def test_a_packed_job_is_the_same_job(job_file, tmp_path):
     folder = tmp_path / "upload"
     folder.mkdir()
     pack(job, folder)
-    again = config.load_job(folder / "job.yaml")
+    again = job_files.load_job(folder / "job.yaml")
     assert again.model == job.model and again.run_dir == job.run_dir and again.budget == job.budget
     assert all(folder in source.path.parents for source in (*again.calibration.sources, *again.evaluation.sources))
     for one, two in zip(stages_for(job), stages_for(again), strict=True):
@@ -219,9 +219,9 @@ def test_a_packed_job_is_the_same_job(job_file, tmp_path):
 
 def test_text_that_is_too_large_stays_where_it_is(job_file, tmp_path, monkeypatch):
     monkeypatch.setattr("tenp_dist.launch.submit._MAX_TEXT_BYTES", 10)
-    job = config.load_job(job_file())
+    job = job_files.load_job(job_file())
     pack(job, tmp_path)
-    assert config.load_job(tmp_path / "job.yaml").calibration == job.calibration
+    assert job_files.load_job(tmp_path / "job.yaml").calibration == job.calibration
 
 
 # status

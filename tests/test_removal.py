@@ -19,8 +19,9 @@ from tenp_dist.budget.removal import best_experts, kept_experts
 from tenp_dist.budget.selection import top_neurons
 from tenp_dist.budget.shape import plan_shape
 from tenp_dist.checkpoint.families import FAMILIES
-from tenp_dist.config import Budget, load_job
+from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError
+from tenp_dist.job_file import load_job
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 

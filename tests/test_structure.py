@@ -12,13 +12,14 @@ import pytest
 
 from tenp_dist.cli import launch
 from tenp_dist.cli.main import EXAMPLES, STAGES, cli
-from tenp_dist.config import Job, load_job
+from tenp_dist.config import Job
+from tenp_dist.job_file import load_job
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tenp_dist"
 ROOMS = [
-    "errors", "artifacts", "config", "checkpoint", "model", "calibration", "scoring", "budget", "engine", "runtime",
-    "evaluation", "report", "launch", "cli",
+    "errors", "artifacts", "config", "job_file", "checkpoint", "model", "calibration", "scoring", "budget", "engine",
+    "runtime", "evaluation", "report", "launch", "cli",
 ]  # fmt: skip
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "ray", "deepspeed", "datasets", "matplotlib")

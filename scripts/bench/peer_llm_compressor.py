@@ -108,7 +108,7 @@ def make_job(folder: Path, model: Path, texts, tokens: int, length: int, retenti
     """A job whose source is inspected and whose text is tokenised; its run directory is copied for every run."""
     import yaml
 
-    from tenp_dist.config import load_job
+    from tenp_dist.job_file import load_job
 
     samples = -(-tokens // (length * len(texts)))
     domains = {path.name.split(".")[0]: path for path in texts}
@@ -151,7 +151,7 @@ def measure_ours(path: Path, threads: int) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tenp_dist.cli import stages  # noqa: F401  imports what stages need
-    from tenp_dist.config import load_job
+    from tenp_dist.job_file import load_job
 
     job = load_job(path)
     torch.set_num_threads(threads)

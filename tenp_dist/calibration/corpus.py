@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -14,19 +13,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tenp_dist.artifacts import atomic_write
+from tenp_dist.calibration.documents import documents_of, label_of
 from tenp_dist.config import Source, Text
 from tenp_dist.errors import CalibrationError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_SHUFFLE_BUFFER = 10_000
 _TOKENIZER_BATCH = 64
 
 
@@ -105,13 +103,6 @@ def joined(*corpora: Corpus) -> Corpus:
     return Corpus(*arrays, corpora[0].domains)
 
 
-def check_sources(text: Text) -> None:
-    """Raise CalibrationError where a file that a source names is not there or of no known kind."""
-    for source in text.sources:
-        if source.path is not None:
-            _builder(source.path)
-
-
 def write_corpus(path: Path, corpus: Corpus) -> None:
     """Store as an Arrow file: input_ids, attention_mask, domain; the digest in its metadata."""
     import pyarrow as pa
@@ -171,7 +162,7 @@ def _window_hashes(tokens: np.ndarray, window: int, step: int) -> np.ndarray:
 
 
 def _sequences(source: Source, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = _encode(_documents(source, text.seed, tokenizer), source, tokenizer)
+    encoded = _encode(documents_of(source, text.seed, tokenizer), source, tokenizer)
     cut = _concatenated if text.packing == "concat" else _one_per_document
     sequences = []
     for sequence in cut(encoded, text.sequence_length):
@@ -180,7 +171,7 @@ def _sequences(source: Source, text: Text, tokenizer: PreTrainedTokenizerBase) -
             return sequences
     raise CalibrationError(
         "Source has too little text" if sequences else "Source is empty or shorter than one sequence",
-        where=f"{_label(source)} (domain {source.domain})",
+        where=f"{label_of(source)} (domain {source.domain})",
         found=f"{len(sequences)} sequences of {text.sequence_length} tokens",
         wanted=f"{source.samples} sequences",
         next_step="lower `samples` or `sequence_length`, or give more text",
@@ -221,109 +212,6 @@ def _encode_batch(
     yield from (bos + tokens + eos for tokens in encoded if tokens)
 
 
-def _documents(source: Source, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    column = source.messages_column or source.text_column
-    with _readable(source):
-        records = iter(_load(source).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
-    while True:
-        with _readable(source):
-            record = next(records, None)
-        if record is None:
-            return
-        if column not in record:
-            raise CalibrationError(
-                "Source has no such column",
-                where=_label(source),
-                found=", ".join(record),
-                wanted=column,
-                next_step="set text_column or messages_column",
-            )
-        value = record[column]
-        if source.messages_column is not None:
-            value = _chat_text(value, source, tokenizer)
-        if not isinstance(value, str):
-            raise CalibrationError(
-                "Column holds no text",
-                where=f"{_label(source)}: {column}",
-                found=f"{type(value).__name__} {str(value)[:40]}",
-                wanted="a string in every row",
-                next_step="set text_column or messages_column, or drop such rows",
-            )
-        if value.strip():
-            yield value
-
-
-@contextlib.contextmanager
-def _readable(source: Source) -> Iterator[None]:
-    """Turn what `datasets` and the readers below it raise into a CalibrationError."""
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
-
-    others = (DatasetsError, ArrowException)
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, *others) as error:
-        cause = error.__cause__ or error
-        raise CalibrationError(
-            "Source cannot be read",
-            where=f"{_label(source)} (domain {source.domain})",
-            found=f"{type(cause).__name__}: {first_line(cause)}",
-            wanted="jsonl with one object a line, json, parquet, arrow, or a dataset that exists",
-            next_step="correct the file, or `path`, `name`, `subset` and `split`",
-        ) from error
-
-
-def _chat_text(messages: Any, source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CalibrationError(
-            "Messages do not go through the chat template",
-            where=f"{_label(source)}: {source.messages_column}",
-            found=f"{type(error).__name__}: {first_line(error)}",
-            wanted="a tokenizer with a chat template, and rows of [{role, content}, ...]",
-            next_step="use text_column, or correct the rows",
-        ) from error
-
-
-def _load(source: Source) -> Any:
-    """A streaming `datasets` dataset: nothing is copied into a cache."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    if source.path is None:
-        return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
-    builder = _builder(source.path)
-    if builder is None:
-        return datasets.load_from_disk(str(source.path)).to_iterable_dataset()
-    return datasets.load_dataset(builder, data_files=str(source.path), split="train", streaming=True)
-
-
-def _builder(path: Path) -> str | None:
-    """The `datasets` builder that reads a file, None for a folder saved by `datasets`."""
-    if not path.exists():
-        raise CalibrationError(
-            "Calibration source not found", where=path, wanted="a file or a folder", next_step="correct `path`"
-        )
-    if path.is_dir():
-        return None
-    if path.stat().st_size == 0:
-        raise CalibrationError(
-            "Calibration file is empty", where=path, found="0 bytes", wanted="text", next_step="give another file"
-        )
-    if path.suffix not in _BUILDERS:
-        raise CalibrationError(
-            "Unknown kind of calibration file",
-            where=path,
-            found=path.suffix or "no suffix",
-            wanted=", ".join(sorted(_BUILDERS)),
-            next_step="convert the file to jsonl",
-        )
-    return _BUILDERS[path.suffix]
-
-
 def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -344,12 +232,8 @@ def _check_vocabulary(sequences: list[list[int]], vocab_size: int, source: Sourc
     if largest >= vocab_size:
         raise CalibrationError(
             "Tokenizer does not belong to the model",
-            where=f"{model}, text of {_label(source)}",
+            where=f"{model}, text of {label_of(source)}",
             found=f"token id {largest}",
             wanted=f"ids below the model's vocab_size {vocab_size}",
             next_step="use the tokenizer that came with the weights",
         )
-
-
-def _label(source: Source) -> str:
-    return str(source.path or source.name)

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tenp_dist.cli.stages import preflight
-from tenp_dist.config import Job, load_job
+from tenp_dist.config import Job
 from tenp_dist.engine.local import InProcessPool, Pool
 from tenp_dist.engine.places import check_places
 from tenp_dist.errors import TenpError
+from tenp_dist.job_file import load_job
 from tenp_dist.launch.doctor import Finding, examine
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}

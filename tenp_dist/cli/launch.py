@@ -60,7 +60,7 @@ def _slurm(
     job: Path, out: Path | None, submit: bool, overrides: tuple[str, ...], run_dir: Path | None, overwrite: bool,
     nodes: int, gpus: int, **options: Any,
 ) -> None:  # fmt: skip
-    from tenp_dist.config import load_job
+    from tenp_dist.job_file import load_job
     from tenp_dist.launch.slurm import SlurmScript, cluster_options, here, submit_script, write_script
 
     loaded = load_job(job, overrides, run_dir)
@@ -100,7 +100,7 @@ def _submit(
     job: Path, address: str | None, no_wait: bool, overrides: tuple[str, ...], run_dir: Path | None, overwrite: bool
 ) -> None:
     from tenp_dist.cli.view import quieten
-    from tenp_dist.config import load_job
+    from tenp_dist.job_file import load_job
     from tenp_dist.launch.submit import default_address, follow, submit
 
     quieten()

@@ -92,7 +92,7 @@ def _execute_stages(
     debug: bool,
     plans: tuple[Path, ...] = (),
 ) -> None:
-    from tenp_dist.config import load_job
+    from tenp_dist.job_file import load_job
 
     loaded = load_job(job, overrides, run_dir, plans)
 
@@ -122,7 +122,7 @@ def _execute_stages(
 
 def _not_asked_for(stage: str, job: Path) -> JobError:
     """A stage that the job has no use for."""
-    from tenp_dist.config import no_evaluation
+    from tenp_dist.job_file import no_evaluation
 
     if stage == "compensate":
         return JobError("The job does not compensate", where=job, next_step="set output.compensate to true")

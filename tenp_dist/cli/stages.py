@@ -16,7 +16,8 @@ from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_js
 from tenp_dist.budget.layouts import check_buckets, check_layouts, layout_warnings, layouts_of
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.budget.shape import MoeLayer, Shape, plan_shape
-from tenp_dist.calibration.corpus import build_split, check_sources, write_corpus
+from tenp_dist.calibration.corpus import build_split, write_corpus
+from tenp_dist.calibration.documents import check_sources
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index

@@ -33,7 +33,7 @@ from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_la
 from tenp_dist.engine.pulse import Pulse, resident_memory
 from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
 from tenp_dist.engine.weights import LayerSource
-from tenp_dist.errors import WorkerLost, first_line
+from tenp_dist.errors import TenpError, WorkerLost, first_line
 from tenp_dist.model.experts import ExpertsState
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.scoring.accumulate import LayerAccumulator
@@ -177,6 +177,10 @@ class Carrier:
         """
         try:
             return self._run(unit)
+        except TenpError:
+            with contextlib.suppress(TenpError):  # what is good so far is kept
+                self._settle(list(self._stores))
+            raise
         except RuntimeError as error:
             if not self.ranks.parallel or not _PEER_LOST.search(str(error)):
                 raise

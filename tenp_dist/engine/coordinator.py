@@ -117,14 +117,14 @@ class Coordinator:
         """
         for name in names:
             self._check_settings(self.stages[name])
-        with exclusive(self.job.run_dir):
-            try:
-                if any(self.stages[name].remote and read_record(self.job.run_dir, name) is None for name in names):
-                    self.pool()
+        try:
+            if any(self.stages[name].remote and read_record(self.job.run_dir, name) is None for name in names):
+                self.pool()
+            with exclusive(self.job.run_dir):
                 return {name: self._run_one(self.stages[name]) for name in names}
-            finally:
-                if self._pool is not None:
-                    self._pool.close()
+        finally:
+            if self._pool is not None:
+                self._pool.close()
 
     def pool(self) -> Pool:
         if self._pool is None:
