@@ -680,7 +680,7 @@ def test_real_file_system_without_space(tenp, job_file, tmp_path, monkeypatch):
         job = job_file()
         result = tenp("run", job, "--run-dir", folder / "run")
         refused(result, "DiskFullError", "Not enough space for the run", "node ", str(folder / "run"), "MB free")
-        assert not (folder / "run" / "stages").exists(), "before any work"
+        assert not (folder / "run" / "facts.json").exists(), "before any work"
         with monkeypatch.context() as patch:
             patch.setattr("tenp_dist.engine.places.room_needed", lambda job, facts: 0)
             result = tenp("run", job, "--run-dir", folder / "run")

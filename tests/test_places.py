@@ -88,4 +88,4 @@ def test_a_node_that_does_not_see_a_path(what, cluster, job_file, tiny_model, tm
     assert {"model": "does not see the model", "run_dir": "does not share the run directory"}[what] in done.stderr
     path = {"model": model, "run_dir": runs / "one"}[what]
     assert "node " in done.stderr and f": {path}" in done.stderr and "Traceback" not in done.stderr
-    assert not (runs / "one" / "stages").exists(), "before any work"
+    assert not (runs / "one" / "facts.json").exists(), "before any work"
