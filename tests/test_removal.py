@@ -132,7 +132,7 @@ def test_ablations_exchange_one_ranking_and_nothing_else():
         ranked = registry.get("reap").expert_scores(drawn(layer), context).numpy()
         assert experts.layers[layer].whole == best_experts(ranked, len(plan.whole), 1) != plan.whole
         assert neurons.layers[layer].whole == plan.whole
-        wanted = top_neurons(registry.get("enp-l2").neuron_scores(drawn(layer), context).numpy(), plan.narrow_width)
+        wanted = top_neurons(registry.get("enp-l2").neuron_scores(drawn(layer), context).numpy(), tenp.narrow_width)
         wanted[list(plan.whole)] = True
         assert np.array_equal(neurons.kept[layer].mask(F), wanted)
         assert not np.array_equal(neurons.kept[layer].mask(F), tenp.kept[layer].mask(F))
