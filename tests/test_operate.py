@@ -145,7 +145,7 @@ def test_logs_metrics_and_last_words_on_ray(tiny_model, tmp_path, monkeypatch):
         killed = kill_one(monkeypatch)
         told = score(pool, task, shards=2, mode="resident")
         logs = tmp_path / "run" / "logs" / "scores"
-        assert killed and {path.name for path in logs.iterdir()} == {"shard_0.rank_000.log", "shard_1.rank_000.log"}
+        assert killed and {path.name for path in logs.glob("*.log")} == {"shard_0.rank_000.log", "shard_1.rank_000.log"}
         assert "wave" in (logs / "shard_0.rank_000.log").read_text() and "MB resident" in last_words(
             logs / "shard_1.rank_000.log"
         )

@@ -30,7 +30,7 @@ from tenp_dist.engine.compute import Compute, Progress, embed_all, microbatches,
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.logs import log_line, log_to
 from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
-from tenp_dist.engine.pulse import Pulse, resident_memory
+from tenp_dist.engine.pulse import Pulse, resident_memory, start_pulse
 from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
 from tenp_dist.engine.weights import LayerSource
 from tenp_dist.errors import TenpError, WorkerLost, first_line
@@ -123,8 +123,9 @@ class Carrier:
         return "127.0.0.1", port
 
     def log_to(self, path: Path) -> None:
-        """What this process prints goes to a file from now on, and units are noted there."""
+        """What this process prints goes to a file from now on; units are noted there, a pulse beside it."""
         log_to(path)
+        start_pulse(path, self.pulse)
         self._logs = True
 
     def join(self, address: str, port: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenp_dist.engine.local import GroupRequest
 from tenp_dist.engine.logs import last_words
+from tenp_dist.engine.pulse import Pulse, drop_pulse, read_pulse
 from tenp_dist.errors import ClusterError, TenpError, WorkerLost
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 1.0
 _START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
-_WATCH = "watch"  # concurrency group of calls that a worker answers while it works
 
 
 class RayGroup:
@@ -31,8 +31,6 @@ class RayGroup:
         self.pending: list[Any] = []
         self._ranks: dict[Any, int] = {}  # reference of the unit at work -> rank
         self._values: dict[int, Any] = {}  # rank -> its end of the unit
-        self._asked: dict[Any, int] = {}  # reference of a pulse -> rank
-        self._pulses: dict[int, Any] = {}
         self._error: BaseException | None = None
         self._stillborn: WorkerLost | None = None
 
@@ -70,7 +68,6 @@ class RayGroup:
                 num_gpus=request.gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
                 max_restarts=0,
-                concurrency_groups={_WATCH: 1},
             )(self._worker)
             self._actors.append(remote.remote(*self._arguments, rank))
 
@@ -142,21 +139,10 @@ class RayGroup:
             raise self._error
         return [value for _, value in sorted(self._values.items())]
 
-    def pulses(self) -> list[Any]:
-        """The latest pulse of every rank, empty until all have given one; asks again without waiting."""
-        from ray import exceptions
-
-        if self._asked:
-            done, _ = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
-            for reference in done:
-                rank = self._asked.pop(reference)
-                with contextlib.suppress(exceptions.RayError):  # a dead worker is noticed where its unit ends
-                    self._pulses[rank] = self._ray.get(reference)
-        else:
-            self._asked = {
-                actor.pulse.options(concurrency_group=_WATCH).remote(): rank for rank, actor in enumerate(self._actors)
-            }
-        return [pulse for _, pulse in sorted(self._pulses.items())] if len(self._pulses) == self._request.ranks else []
+    def pulses(self) -> list[Pulse]:
+        """The latest pulse of every rank, empty until all have given one."""
+        found = [read_pulse(self._log(rank)) for rank in range(self._request.ranks)] if self._request.logs else []
+        return found if all(found) else []
 
     def restart(self) -> None:
         """Raises WorkerLost where it dies again, ClusterError where it cannot be placed any more."""
@@ -171,7 +157,8 @@ class RayGroup:
 
         actors, placement = self._actors, self._placement
         self._actors, self._placement, self._stillborn, self.pending = [], None, None, []
-        self._asked, self._pulses = {}, {}
+        for rank in range(self._request.ranks if self._request.logs else 0):
+            drop_pulse(self._log(rank))
         with contextlib.suppress(ClusterError):
             for actor in actors:
                 self._pool.call(self._ray.kill, actor)
