@@ -15,7 +15,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from torch import nn
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.engine.boundaries import Boundaries, Hidden, named, read_hidden
-from tenp_dist.engine.compute import Compute, Progress, embed_all, microbatches, open_skeleton
+from tenp_dist.engine.compute import Compute, Progress, embed_all, microbatches, open_skeleton, side_thread
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.logs import log_line, log_to
 from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
@@ -109,7 +109,6 @@ class Carrier:
         self._seconds = 0.0
         self._hidden: dict[int, tuple[int, Hidden]] = {}  # wave -> (layer it enters, states)
         self._committed = time.monotonic()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result-writer")
         self._stores: dict[int, Future] = {}  # layer -> its results on their way to disk
 
     def meeting_point(self) -> tuple[str, int]:
@@ -144,6 +143,7 @@ class Carrier:
         self.waves = split_waves(len(self.batches), task.waves)
         self.skeleton = open_skeleton(task.model, task.compute)
         self.frame = Frame(self.skeleton)
+        self._writer = side_thread("result-writer")
         self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
         self._share = self.ranks.share(self.skeleton.family.num_experts(self.skeleton.config_dict))
         self.source = LayerSource(

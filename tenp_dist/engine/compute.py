@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +89,20 @@ def open_skeleton(folder: Path, compute: Compute) -> Skeleton:
         device=torch.device(compute.device),
         experts_implementation=IMPLEMENTATION,
     )
+
+
+def side_thread(name: str) -> ThreadPoolExecutor:
+    """A thread beside the computing one, for reading and writing: its torch operations run on it alone.
+
+    With OpenMP threads of its own there would be more of them than cores; libgomp then stops spinning, and
+    everything that the computing thread does takes a third longer (`scripts/bench/engine.py`).
+    """
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    executor.submit(torch.set_num_threads, 1).result()
+    executor.submit(torch.get_num_threads).result()  # settles the new thread's number, which it else takes later
+    torch.set_num_threads(threads)  # the call above was the new thread's for OpenMP, but everybody's for MKL
+    return executor
 
 
 def microbatches(corpus: Corpus, batch_tokens: int, device: str | torch.device = "cpu") -> list[Microbatch]:

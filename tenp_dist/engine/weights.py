@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from torch import nn
 
+from tenp_dist.engine.compute import side_thread
 from tenp_dist.model.skeleton import Skeleton
 
 Prepare = Callable[[nn.Module], nn.Module]
@@ -31,7 +32,7 @@ class LayerSource:
     ):
         self.skeleton, self.layers, self.keep = skeleton, layers, keep
         self._experts, self._prepare = experts, prepare
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
+        self._reader = side_thread("layer-reader")
         self._pending: dict[int, Future] = {}
         self._loaded: dict[int, nn.Module] = {}
 
