@@ -8,6 +8,7 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
+import torch
 from test_engine import kill_one
 from test_scoring import random_corpus
 
@@ -17,7 +18,7 @@ from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.cli.view import describe
 from tenp_dist.config import Cluster
-from tenp_dist.engine.compute import Compute, Progress
+from tenp_dist.engine.compute import Compute, Progress, side_thread
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.journal import Journal
 from tenp_dist.engine.local import InProcessPool
@@ -170,3 +171,16 @@ def scraped(pool) -> str:
             return text
         time.sleep(1)
     return ""
+
+
+def test_a_side_thread_computes_on_itself_alone():
+    """Also after its first operation, where torch settles a new thread's number; the others keep theirs."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        executor = side_thread("reader")
+        executor.submit(lambda: torch.ones(10**6).to(torch.bfloat16)).result()
+        assert executor.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
