@@ -20,6 +20,7 @@ from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.shape import MoeLayer
 from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.config import Budget, Cluster, Source, Text
@@ -115,9 +116,11 @@ class Study:
         return NamedPlan(home.name, text, tensors, document)
 
     def _moe_layers(self) -> list[MoeLayer]:
-        return [
-            MoeLayer(layer, self.facts["num_experts"], self.facts["intermediate_size"]) for layer in self.layers.moe
-        ]
+        config = self.index.config
+        family = family_of(config)
+        experts, width = self.facts["num_experts"], self.facts["intermediate_size"]
+        limits = (family.groups(config), family.least_experts(config))
+        return [MoeLayer(layer, experts, width, *limits) for layer in self.layers.moe]
 
     def compensated(self, plan: NamedPlan, corpus: Path) -> Path:
         """Folder of the plan's compensated W_down, solved on the corpus that it was planned on."""
