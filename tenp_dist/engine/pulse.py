@@ -1,7 +1,6 @@
 """What a worker says of itself at any moment, in a file beside its log.
 
-A file, because a Ray actor that answers calls while it works runs on threads that are not its first: their malloc
-arenas made scoring slower by a tenth and larger by a layer (`scripts/bench/engine.py`).
+A file, because a Ray actor that answers calls while it works does its work on threads that are not its first.
 """
 
 from __future__ import annotations
