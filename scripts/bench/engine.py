@@ -196,8 +196,7 @@ def measure_alone(task) -> dict[str, float]:
     """Reading the files; then layer by layer reading and scoring, one after the other, and scoring's workspace."""
     import torch
 
-    from tenp_dist.engine.carrier import run_layer
-    from tenp_dist.engine.compute import embed_all
+    from tenp_dist.engine.compute import embed_all, run_layer
     from tenp_dist.engine.shard import ScoreShard, score_layer
 
     files = timed(lambda: read_files(task.model))

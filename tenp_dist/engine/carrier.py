@@ -14,14 +14,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import nn
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
@@ -34,10 +33,7 @@ from tenp_dist.engine.pulse import Pulse, resident_memory, start_pulse
 from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
 from tenp_dist.engine.weights import LayerSource
 from tenp_dist.errors import TenpError, WorkerLost, first_line
-from tenp_dist.model.experts import ExpertsState
 from tenp_dist.model.layers import Frame, Microbatch
-from tenp_dist.scoring.accumulate import LayerAccumulator
-from tenp_dist.scoring.compensation import Moments
 
 DEFAULT_WAVES = 8
 PLAIN = ""  # the stream of a model that goes through its layers once, as it is
@@ -276,27 +272,6 @@ class Carrier:
             if self._spill or layer == self.layers.stop:
                 del self._hidden[wave]
         self._committed = time.monotonic()
-
-
-def run_layer(
-    frame: Frame,
-    layer: int,
-    module: nn.Module,
-    batches: Sequence[Microbatch],
-    hidden: list[torch.Tensor],
-    state: Mapping[str, Any],
-    accumulator: LayerAccumulator | Moments | None = None,
-) -> None:
-    """Run a layer over microbatches; `hidden` becomes what leaves it. state: of the experts (`Ranks.share`, a mask)."""
-    experts = frame.skeleton.experts_of(module)
-    for i, batch in enumerate(batches):
-        if accumulator is not None:
-            accumulator.domain = batch.domain
-        if experts is not None:
-            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator, **state)
-        hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
-    if experts is not None:
-        experts.tenp_state = None
 
 
 def run_here(shard: Carrier, positions: list[int]) -> Iterator[Progress]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from tenp_dist.calibration.corpus import Corpus
 from tenp_dist.errors import DeviceError, NumericalError
-from tenp_dist.model.experts import IMPLEMENTATION, register
+from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.scoring.accumulate import LayerAccumulator
+from tenp_dist.scoring.compensation import Moments
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,27 @@ def embed_all(frame: Frame, batches: Sequence[Microbatch]) -> list[torch.Tensor]
     hidden = [frame.embed(batch) for batch in batches]
     frame.model.get_submodule(name).to("meta")
     return hidden
+
+
+def run_layer(
+    frame: Frame,
+    layer: int,
+    module: nn.Module,
+    batches: Sequence[Microbatch],
+    hidden: list[torch.Tensor],
+    state: Mapping[str, Any],
+    accumulator: LayerAccumulator | Moments | None = None,
+) -> None:
+    """Run a layer over microbatches; `hidden` becomes what leaves it. state: of the experts (`Ranks.share`, a mask)."""
+    experts = frame.skeleton.experts_of(module)
+    for i, batch in enumerate(batches):
+        if accumulator is not None:
+            accumulator.domain = batch.domain
+        if experts is not None:
+            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator, **state)
+        hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
+    if experts is not None:
+        experts.tenp_state = None
 
 
 def check_finite(hidden: Sequence[torch.Tensor], skeleton: Skeleton, layer: int, module: nn.Module) -> None:

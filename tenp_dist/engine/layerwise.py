@@ -18,8 +18,8 @@ from torch import nn
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.config import Cluster
 from tenp_dist.engine.boundaries import GuardedBoundaries
-from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden, run_layer
-from tenp_dist.engine.compute import Progress, check_finite
+from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden
+from tenp_dist.engine.compute import Progress, check_finite, run_layer
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.drive import Summary, cut_model, drive
 from tenp_dist.engine.local import Pool

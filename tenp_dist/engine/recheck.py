@@ -25,8 +25,7 @@ from tenp_dist.checkpoint.families import DOWN
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.config import Cluster
-from tenp_dist.engine.carrier import run_layer
-from tenp_dist.engine.compute import Progress
+from tenp_dist.engine.compute import Progress, run_layer
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.layerwise import LayerwiseShard, LayerwiseTask, drive_layerwise
 from tenp_dist.engine.local import Pool

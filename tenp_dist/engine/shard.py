@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from tenp_dist.artifacts import drop_leftovers
-from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden, run_here, run_layer
-from tenp_dist.engine.compute import Progress, check_finite
+from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden, run_here
+from tenp_dist.engine.compute import Progress, check_finite, run_layer
 from tenp_dist.engine.parts import Parts
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.layers import Frame, Microbatch

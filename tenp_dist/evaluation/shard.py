@@ -17,8 +17,8 @@ from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.engine.boundaries import Boundaries
-from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden, run_layer
-from tenp_dist.engine.compute import check_finite
+from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden
+from tenp_dist.engine.compute import check_finite, run_layer
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.routing import restricted_router
 
