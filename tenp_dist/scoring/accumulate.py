@@ -23,6 +23,7 @@ from tenp_dist.scoring.statistics import LayerStatistics
 BLOCK = 256
 EPSILON = 1e-8  # TENP Algorithm 1
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # float32 workspace: a core's cache, or 256 MiB
+_CONVERTED_ELEMENTS = 1 << 21  # weights that are float32 at a time: 8 MiB
 
 NEURON_SUMS = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum")
 NEURON_MAX = "neuron_contribution_max"
@@ -176,11 +177,17 @@ class Runs:
 
 def column_norms(experts: nn.Module) -> torch.Tensor:
     """|w_j| of every neuron's column of W_down, [E, F] float64."""
-    return torch.linalg.vector_norm(experts.down_proj, dim=1, dtype=torch.float32).double()
+    return _norms(experts.down_proj, dim=1)
 
 
 def weight_norms(experts: nn.Module, column_norm_EF: torch.Tensor) -> torch.Tensor:
     """|gate_j| |up_j| |down_j| per neuron, [E, F] float64: the rank of neurons no token reached."""
     gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
-    gate_EF, up_EF = (torch.linalg.vector_norm(w, dim=2, dtype=torch.float32).double() for w in (gate_EFD, up_EFD))
-    return gate_EF * up_EF * column_norm_EF
+    return _norms(gate_EFD, dim=2) * _norms(up_EFD, dim=2) * column_norm_EF
+
+
+def _norms(weights_EXY: torch.Tensor, dim: int) -> torch.Tensor:
+    """Norms along a dimension, summed in float32; a few experts at a time, for the CPU copies what it converts."""
+    size = max(1, _CONVERTED_ELEMENTS // weights_EXY[0].numel())
+    parts = [torch.linalg.vector_norm(part, dim=dim, dtype=torch.float32) for part in weights_EXY.split(size)]
+    return torch.cat(parts).double()
