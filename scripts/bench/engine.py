@@ -5,7 +5,7 @@ writing the score files does (the plain model is loaded before its clock starts)
 resident memory of the largest process, sampled every 4 ms; `at open` is interpreter, libraries and skeleton.
 
 The bounds compare with two parts that are measured alone in one process, with the same threads: reading the files
-once (from the page cache, if they are in it), and computing scores with a layer in memory.
+once (from the page cache, if they are in it), and computing scores, weight norms included, with a layer in memory.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class Case:
-    """shards x ranks in a mode, with so many cores for all of them."""
+    """shards x ranks in a mode, every worker with so many threads."""
 
     shards: int
     ranks: int
     mode: str
-    cores: int
+    threads: int
 
     def __str__(self) -> str:
         return f"{self.shards}x{self.ranks} {self.mode}"
@@ -138,11 +138,12 @@ def measure_round(task, facts, own: list) -> dict[Any, Any]:
         found[name] = measure_child(name, task, own)
         click.echo(f"{name}: {found[name]}", err=True)
     cores = task.compute.threads
+    half = max(1, cores // 2)
     cases = [
         Case(1, 1, "streaming", cores),
-        Case(2, 1, "resident", cores),
-        Case(1, 2, "streaming", cores),
-        Case(1, 1, "resident", max(1, cores // 2)),
+        Case(2, 1, "resident", half),
+        Case(1, 2, "streaming", half),
+        Case(1, 1, "resident", half),
     ]
     for case in cases:
         found[case] = measure_case(case, task, facts)
@@ -158,9 +159,10 @@ def measure_child(name: str, task, own: list) -> dict[str, float]:
 def measure_case(case: Case, task, facts) -> Measured:
     from tenp_dist.engine.scoring import score_model
 
-    options = Cluster(shards=case.shards, tensor_parallel=case.ranks, mode=case.mode, device="cpu")
+    options = Cluster(
+        shards=case.shards, tensor_parallel=case.ranks, mode=case.mode, device="cpu", threads=case.threads
+    )
     pool = WatchedPool()
-    pool.cores = case.cores  # a worker gets its share of so many threads
     with tempfile.TemporaryDirectory(dir=task.corpus.parent) as folder:
         task = replace(task, folder=Path(folder) / "scores")
         score_model(pool, task, facts["layers"], options, facts["waves"], lambda progress: None)
@@ -213,10 +215,10 @@ def measure_alone(task) -> dict[str, float]:
             del state
             experts = shard.skeleton.experts_of(module)
             scored = experts is not None
-            sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
             run = score_layer if scored else run_layer
             with PeakMemory() as memory:
                 started = time.perf_counter()
+                sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
                 run(shard.frame, layer, module, shard.batches, hidden, {}, *sums)
                 computing += time.perf_counter() - started
             workspace = max(workspace, memory.peak - memory.first)
@@ -245,7 +247,7 @@ def report(rounds: list[dict], facts: dict) -> None:
 
     click.echo("run             threads/worker  seconds   tokens/s   of plain   at open MB   peak MB")
     for key in (key for key in rounds[0] if key != "alone"):
-        threads = "" if key == "plain" else max(1, key.cores // (key.shards * key.ranks))
+        threads = "" if key == "plain" else key.threads
         seconds = middle(key, "seconds")
         ratio = statistics.median(middle_ratio(one, "plain", key) for one in rounds)
         memory = middle(key, "opened") / MEGABYTE, middle(key, "peak") / MEGABYTE
