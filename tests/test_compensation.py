@@ -22,9 +22,10 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.config import Cluster
-from tenp_dist.engine.compensate import CompensateTask, compensate_model, outcome
+from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model, outcome
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.layerwise import LayerwiseTask
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
@@ -52,12 +53,12 @@ def compensate(
     return task
 
 
-def task_of(model, folder, kept, dtype="float32", **options) -> CompensateTask:
-    compute = Compute("cpu", dtype, 64, 1)
+def task_of(model, folder, kept, dtype="float32", ridge=RIDGE, **options) -> CompensateTask:
+    compute, home = Compute("cpu", dtype, 64, 1), folder / "compensation"
+    targets = (Target(folder / "plan.safetensors", home, ridge),)
     return CompensateTask(
-        model, folder / "corpus.arrow", folder / "compensation", "key", compute, waves=3,
-        plan=folder / "plan.safetensors", moe=tuple(kept), **options,
-    )  # fmt: skip
+        model, folder / "corpus.arrow", home, "key", compute, waves=3, moe=tuple(kept), targets=targets, **options
+    )
 
 
 def bytes_of(task) -> dict[str, bytes]:
@@ -182,7 +183,7 @@ def test_whole_and_unreached_experts_keep_the_source(tiny_model, tmp_path):
     (tmp_path / "few").mkdir()
     kept = random_kept(model)
     task = compensate(model, tmp_path / "few", kept, corpus=corpus)
-    document = outcome(task, 24)
+    document = outcome(task, task.targets[0], 24)
     expected = hooked(model, corpus)
     for layer, one in document["layers"].items():
         reached = [e for e in range(1, 8) if len(expected[int(layer), e][0])]
@@ -281,8 +282,9 @@ def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path
 
 
 def recheck(task, folder, pool=None, **changes):
-    shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)} | {"folder": folder, **changes}
-    again = RecheckTask(**shared, compensation=task.folder)
+    shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerwiseTask)} | {"folder": folder, **changes}
+    (target,) = task.targets
+    again = RecheckTask(**shared, plan=target.plan, ridge=target.ridge, compensation=target.folder)
     layers = layers_of_facts(checkpoint_facts(open_index(task.model)), 4)
     cluster, pool = Cluster(tensor_parallel=task.ranks), pool or InProcessPool(cores=1)
     return recheck_model(pool, again, layers.nbytes, cluster, lambda step: None, Ledger(folder / "ledger"))
@@ -297,7 +299,7 @@ def test_recheck_passes_what_was_solved(dtype, tiny_model, tmp_path):
 
 
 FAULTS = {
-    "another ridge": lambda task: dataclasses.replace(task, ridge=0.02),
+    "another ridge": lambda task: dataclasses.replace(task, targets=[dataclasses.replace(task.targets[0], ridge=0.02)]),
     "another domain weight": lambda task: dataclasses.replace(task, weights={"first": 4.0}),
     "an expert not compensated": lambda task: _edit(task, lambda found, plain: plain),
     "half of the change": lambda task: _edit(task, lambda found, plain: (found + plain) / 2),

@@ -99,23 +99,25 @@ class Bench:
         return self.folder / f"{name}.plan.safetensors"
 
     def compensate(self, plans: list[str], ridges: list[float]) -> None:
-        """Time the pass of the first plan as the stage makes it; then all plans and ridges from one more pass."""
+        """Time the pass of the first plan as the stage makes it; then the pass of all plans and ridges."""
         from tenp_dist.checkpoint.kept import read_kept
-        from tenp_dist.engine.compensate import CompensateShard, CompensateTask, outcome
+        from tenp_dist.engine.compensate import CompensateTask, Target, outcome
 
-        tasks = {
-            (name, ridge): CompensateTask(
-                self.model, self.folder / "corpus.arrow", self.folder / name / str(ridge), "bench", self.compute,
-                plan=self.plan_file(name), moe=tuple(read_kept(self.plan_file(name))), ridge=ridge,
-            )
+        targets = {
+            (name, ridge): Target(self.plan_file(name), self.folder / name / str(ridge), ridge)
             for name in plans
             for ridge in ridges
-        }  # fmt: skip
-        first = next(iter(tasks.values()))
-        self.report("compensation", lambda: self.drive(CompensateShard, replace(first, folder=self.folder / "timed")))
-        self.drive(sweep(tasks), replace(first, folder=self.folder / "sweep"))
-        for (name, ridge), task in tasks.items():
-            found = outcome(task, 1 << 30)
+        }
+        every = CompensateTask(
+            self.model, self.folder / "corpus.arrow", self.folder / "all", "bench", self.compute,
+            moe=tuple(read_kept(self.plan_file(plans[0]))), targets=tuple(targets.values()),
+        )  # fmt: skip
+        timed = replace(every.targets[0], folder=self.folder / "timed")
+        first = replace(every, folder=timed.folder, targets=(timed,))
+        self.report("compensation", lambda: self.drive(first))
+        self.report(f"of {len(targets)} forms", lambda: self.drive(every))
+        for (name, ridge), target in targets.items():
+            found = outcome(every, target, 1 << 30)
             click.echo(
                 f"{name:<16} ridge {ridge:<6g} calibration error {found['before']:.3%} -> {found['after']:.3%},"
                 f" {found['damped']} of {found['compensated']} experts damped"
@@ -130,14 +132,14 @@ class Bench:
         peak = memory.peak / 1e6
         click.echo(f"{name:<13} {seconds:8.1f} s, {own:.1f} s of CPU, {rate:,.0f} tokens/s, {peak:,.0f} MB")
 
-    def drive(self, worker: type, task) -> None:
+    def drive(self, task) -> None:
         from tenp_dist.config import Cluster
+        from tenp_dist.engine.compensate import compensate_model
         from tenp_dist.engine.controller import Ledger
-        from tenp_dist.engine.layerwise import drive_layerwise
         from tenp_dist.engine.local import InProcessPool
 
         layers, ledger = max(task.moe) + 1, Ledger(self.folder / "ledger")
-        drive_layerwise(InProcessPool(self.threads), worker, task, [1] * layers, Cluster(), lambda step: None, ledger)
+        compensate_model(InProcessPool(self.threads), task, [1] * layers, Cluster(), lambda step: None, ledger)
 
     def evaluate(self, plans: list[str], ridges: list[str], corpus) -> dict[str, float]:
         """Variant -> mean NLL over domains, all in one pass."""
@@ -177,7 +179,8 @@ def print_wide(experts=2, neurons=2048, hidden=7168, width=880, tokens=2048) -> 
     x_SD, m_SF, g_S = torch.randn(slots, hidden), torch.randn(slots, neurons), torch.rand(slots)
     y_SD = torch.randn(slots, hidden)
     ends_E = torch.arange(1, experts + 1, dtype=torch.int32) * tokens
-    sums = Moments({expert: np.arange(width) for expert in range(experts)}, [1.0], experts, neurons)
+    kept = {expert: np.arange(width) for expert in range(experts)}
+    sums = Moments(kept, [1.0], experts, neurons)
 
     def forward() -> None:
         for expert in range(experts):
@@ -187,47 +190,13 @@ def print_wide(experts=2, neurons=2048, hidden=7168, width=880, tokens=2048) -> 
 
     dispatch = Dispatch(x_SD, x_SD, m_SF, y_SD, g_S, torch.arange(slots), e, ends_E, x_SD, down_EDF)
     seconds = [timed(forward), timed(lambda: sums(dispatch))]
-    solve = timed(lambda: list(sums.solve(lambda ids: down_EDF[list(ids)], hidden, 0.01))) / experts
+    solve = timed(lambda: list(sums.solve(kept, lambda ids: down_EDF[list(ids)], hidden, 0.01))) / experts
     forward_ms, sums_ms = (1e6 * value / slots for value in seconds)
     click.echo(
         f"an expert of {neurons} x {hidden}, {width} kept: forward {forward_ms:.0f} ms per 1,000 tokens, sums "
         f"{sums_ms:.0f} ms, solve {solve:.1f} s; {sums.nbytes / experts / 1e6:.1f} MB of sums, "
         f"{256 * sums.nbytes / experts / 1e9:.2f} GB for 256 experts"
     )
-
-
-def sweep(tasks: dict) -> type:
-    """A worker that sums whole G once and stores every task's solution of it."""
-    import numpy as np
-
-    from tenp_dist.checkpoint.kept import narrow_experts, read_kept
-    from tenp_dist.engine.compensate import CompensateShard
-    from tenp_dist.scoring.compensation import Moments
-
-    class Sweep(CompensateShard):
-        def _begin(self, layer, experts):
-            held, _, neurons = experts.down_proj.shape
-            everything = {expert: np.arange(neurons) for expert in range(held)}
-            return Moments(everything, self._weights, held, neurons)
-
-        def _finish(self, layer, sums, down_EDF):
-            own_task, own_kept = self.task, self._kept
-            for task in tasks.values():
-                self.task, self._kept = task, read_kept(task.plan)
-                super()._finish(layer, self._narrowed(layer, sums, down_EDF.shape[2]), down_EDF)
-            self.task, self._kept = own_task, own_kept
-
-        def _narrowed(self, layer, sums, neurons):
-            """The columns that the plan keeps of the whole G."""
-            kept = self._kept[layer]
-            narrow = {expert: kept.of(expert) for expert in narrow_experts(kept, neurons)}
-            made = Moments(narrow, self._weights, kept.num_experts, neurons)
-            made.token_count_E, made.energy_E = sums.token_count_E, sums.energy_E
-            for expert, total_FW in made._of.items():
-                total_FW.copy_(sums._of[expert][:, made.kept[expert]])
-            return made
-
-    return Sweep
 
 
 def print_table(nll: dict[str, float], plans: list[str], ridges: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ Narrow experts that are not in it keep the source's columns.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ def write_layer(
             stream.write(_bytes(torch.tensor(column, dtype=TORCH_DTYPES[tensor.dtype])))
 
 
+def copy_layer(source: Path, path: Path) -> None:
+    """Store a layer's file under another name too."""
+    with atomic_write(path) as stream, open(source, "rb") as file:
+        shutil.copyfileobj(file, stream, 1 << 24)
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -94,13 +101,14 @@ def read_table(path: Path) -> dict[str, list]:
         return {name: file.get_tensor(name).tolist() for name in COLUMNS}
 
 
-def open_compensated(folder: Path) -> CheckpointIndex:
-    """Every compensated W_down of a folder by its checkpoint name.
+def open_compensated(folder: Path, layer: int | None = None) -> CheckpointIndex:
+    """Every compensated W_down of a folder, or of one layer of it, by its checkpoint name.
 
     Raises:
         SourceError: a file is truncated or contradictory.
     """
-    return index_files(folder, sorted(path.name for path in folder.glob("layer_*.safetensors")), skip=COLUMNS)
+    pattern = "layer_*.safetensors" if layer is None else f"{layer_name(layer)}.*safetensors"
+    return index_files(folder, sorted(path.name for path in folder.glob(pattern)), skip=COLUMNS)
 
 
 def compensated_tensors(

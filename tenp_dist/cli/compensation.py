@@ -1,64 +1,83 @@
-"""The compensate stage, and the part of verify that solves a sample of it again."""
+"""The compensate stage, plans that are compensated only to be measured, and what verify solves again."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest, write_json
 from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.index import CheckpointIndex
-from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.cli.inputs import CORPUS, domain_weights, facts_of, settled_compute
 from tenp_dist.config import Job
-from tenp_dist.engine.compensate import CompensateTask, compensate_model, layer_files, outcome
-from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model, layer_files, outcome
+from tenp_dist.engine.compute import Compute, Progress
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context, Output
+from tenp_dist.engine.drive import Summary
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
 from tenp_dist.engine.scoring import layers_of_facts
+from tenp_dist.evaluation.plans import NamedPlan
+from tenp_dist.evaluation.variants import Variant
 
 FOLDER, DOCUMENT = "compensation", "compensation.json"
 
 
-def compensate(context: Context, facts: Mapping[str, Any], corpus: Path, compute: Compute, weights: Mapping) -> Output:
-    """The stage. weights: domain -> weight."""
-    job, run_dir = context.job, context.run_dir
-    plan = run_dir / "plan.safetensors"
-    task = CompensateTask(
-        **_shared(context, corpus, compute, weights), folder=run_dir / FOLDER, plan=plan, moe=tuple(read_kept(plan))
-    )
+def compensate(context: Context) -> Output:
+    """The stage: the run's own plan."""
+    run_dir = context.run_dir
+    target = Target(run_dir / "plan.safetensors", run_dir / FOLDER, float(context.job.output.ridge))
+    task = CompensateTask(**_shared(context), folder=run_dir / FOLDER, targets=(target,))
     context.replace()
-    ledger = Ledger(run_dir / "stages" / "compensate.ledger.jsonl")
-    nbytes = layers_of_facts(facts, compute.torch_dtype.itemsize).nbytes
-    done = compensate_model(context.pool, task, nbytes, job.cluster, context.progress, ledger)
-    document = outcome(task, facts["intermediate_size"])
+    done = _solve(context, "compensate", task, context.progress)
+    document = outcome(task, target, facts_of(context)["intermediate_size"])
     write_json(run_dir / DOCUMENT, document)
-    files = [*layer_files(task), run_dir / DOCUMENT]
+    files = [*layer_files(task, target), run_dir / DOCUMENT]
     digest = digest_of({path.name: file_digest(path) for path in files})
     summary = {key: value for key, value in document.items() if key not in ("schema_version", "layers")}
     rate = round(done.tokens / done.seconds) if done.seconds else None
     return Output(files, digest, summary | {"tokens_per_second": rate})
 
 
-def recheck(
-    context: Context, facts: Mapping[str, Any], corpus: Path, compute: Compute, weights: Mapping
-) -> dict[str, Any]:
+def variants_of(
+    context: Context, stage: str, plans: Sequence[NamedPlan], folder: Path, progress: Callable[[Progress], None]
+) -> dict[str, Variant]:
+    """The plans as variants of the source, by name; those that are measured compensated are solved first, in one pass.
+
+    folder: of the stage. Their W_down lies in `compensation/` there, one folder for plans of one content, as large as
+    the kept W_down of all their narrow experts; the stage removes it when it has its figures.
+    """
+    home = {plan.name: folder / FOLDER / file_digest(plan.tensors)[:16] for plan in plans if plan.compensated}
+    ridge = float(context.job.output.ridge)
+    targets = {home[plan.name]: Target(plan.tensors, home[plan.name], ridge) for plan in plans if plan.compensated}
+    if targets:
+        hidden = f"hidden/{FOLDER}"  # beside those of the evaluation, which come after it
+        task = CompensateTask(**_shared(context), folder=folder, hidden=hidden, targets=tuple(targets.values()))
+        _solve(context, stage, task, progress)
+    return {plan.name: Variant(plan.tensors, home.get(plan.name)) for plan in plans}
+
+
+def _solve(context: Context, stage: str, task: CompensateTask, progress: Callable[[Progress], None]) -> Summary:
+    return compensate_model(
+        context.pool, task, _nbytes(context, task.compute), context.job.cluster, progress, _ledger(context, stage)
+    )
+
+
+def recheck(context: Context) -> dict[str, Any]:
     """Solve a sample of what the compensate stage wrote again; what `verify.json` says of it."""
     run_dir = context.run_dir
-    plan, folder = run_dir / "plan.safetensors", run_dir / "verify"
     task = RecheckTask(
-        **_shared(context, corpus, compute, weights),
-        folder=folder,
-        plan=plan,
-        moe=tuple(read_kept(plan)),
+        **_shared(context),
+        folder=run_dir / "verify",
+        plan=run_dir / "plan.safetensors",
         compensation=run_dir / FOLDER,
+        ridge=float(context.job.output.ridge),
     )
-    ledger = Ledger(run_dir / "stages" / "verify.ledger.jsonl")
-    nbytes = layers_of_facts(facts, compute.torch_dtype.itemsize).nbytes
+    nbytes, ledger = _nbytes(context, task.compute), _ledger(context, "verify")
     found = recheck_model(context.pool, task, nbytes, context.job.cluster, context.progress, ledger)
-    shutil.rmtree(folder)
+    shutil.rmtree(task.folder)
     return {"ok": True, "experts_solved_again": found["experts"], "largest_share_of_gain_lost": found["worst"]}
 
 
@@ -67,15 +86,24 @@ def compensated_index(job: Job) -> CheckpointIndex | None:
     return open_compensated(job.run_dir / FOLDER) if job.output.compensate else None
 
 
-def _shared(context: Context, corpus: Path, compute: Compute, weights: Mapping) -> dict[str, Any]:
+def _shared(context: Context) -> dict[str, Any]:
+    """What every pass of the calibration tokens needs; its microbatches and waves are those of scoring."""
     job = context.job
     return {
         "model": job.model,
-        "corpus": corpus,
+        "corpus": context.run_dir / CORPUS,
         "key": context.key,
-        "compute": compute,
+        "compute": settled_compute(context, job.score.batch_tokens),
         "waves": job.score.waves,
         "ranks": job.cluster.tensor_parallel,
-        "ridge": float(job.output.ridge),
-        "weights": {domain: float(weight) for domain, weight in weights.items()},
+        "moe": tuple(facts_of(context)["moe_layers"]),
+        "weights": {domain: float(weight) for domain, weight in domain_weights(job).items()},
     }
+
+
+def _nbytes(context: Context, compute: Compute) -> Sequence[int]:
+    return layers_of_facts(facts_of(context), compute.torch_dtype.itemsize).nbytes
+
+
+def _ledger(context: Context, stage: str) -> Ledger:
+    return Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")

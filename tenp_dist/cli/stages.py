@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from tenp_dist.cli.fields import (
 from tenp_dist.cli.inputs import (
     CORPUS,
     SELECTION,
-    domain_weights,
     facts_of,
     layers_of_job,
     plan_maker,
@@ -50,7 +48,6 @@ from tenp_dist.cli.inputs import (
 from tenp_dist.cli.measuring import evaluate_needs, evaluate_stage, select_stage
 from tenp_dist.config import Budget, Job
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
-from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.coordinator import Context, Output, Stage
 from tenp_dist.engine.parallel import check_parallel
 from tenp_dist.engine.places import check_not_uploaded
@@ -121,13 +118,7 @@ def _plan(context: Context) -> Output:
 
 def _compensate(context: Context) -> Output:
     read_plan(context.run_dir)  # its two files belong together
-    return compensate(context, *_calibration_pass(context))
-
-
-def _calibration_pass(context: Context) -> tuple[dict, Path, Compute, dict[str, Fraction]]:
-    """Facts, corpus, compute and domain weights: what a pass of the calibration tokens needs."""
-    compute = settled_compute(context, context.job.score.batch_tokens)
-    return facts_of(context), context.run_dir / CORPUS, compute, domain_weights(context.job)
+    return compensate(context)
 
 
 def _write(context: Context) -> Output:
@@ -204,7 +195,7 @@ def _verify(context: Context) -> Output:
     path = context.run_dir / "verify.json"
     document = {"schema_version": SCHEMA_VERSION, "layouts": layouts}
     if job.output.compensate:
-        document["compensation"] = recheck(context, *_calibration_pass(context))
+        document["compensation"] = recheck(context)
     context.replace()
     write_json(path, document)
     return Output([path], digest_of(document), {key: document[key] for key in document if key != "schema_version"})

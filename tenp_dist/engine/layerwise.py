@@ -9,13 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.config import Cluster
 from tenp_dist.engine.boundaries import GuardedBoundaries
 from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden
@@ -28,11 +26,14 @@ from tenp_dist.model.layers import Microbatch
 
 @dataclass(frozen=True)
 class LayerwiseTask(CarryTask):
-    """plan: kept-neurons file. moe: its layers, each with one result a rank. weights: of domains, 1 if not named."""
+    """moe: the layers with a result of every rank. weights: of domains, 1 if not named.
 
-    plan: Path = Path()
+    hidden: where under `folder` the hidden states lie while the pass runs.
+    """
+
     moe: Sequence[int] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    hidden: str = "hidden"
 
     def done_by(self, layer: int, rank: int) -> bool:
         """Whether a rank has stored its result of a layer."""
@@ -45,7 +46,7 @@ class LayerwiseTask(CarryTask):
 
     @property
     def boundaries(self) -> GuardedBoundaries:
-        return GuardedBoundaries(self.folder / "hidden", self.file_key, self.unfinished)
+        return GuardedBoundaries(self.folder / self.hidden, self.file_key, self.unfinished)
 
 
 class LayerwiseShard(Carrier):
@@ -55,8 +56,8 @@ class LayerwiseShard(Carrier):
 
     def open(self) -> None:
         super().open()
-        kept = read_kept(self.task.plan)
-        self._kept = {layer: kept[layer] for layer in self.layers if layer in kept}
+        experts = self.skeleton.family.num_experts(self.skeleton.config_dict)
+        self._held = self._share.get("experts", range(experts))  # global ids of the experts that this rank holds
         self._weights = [float(self.task.weights.get(domain, 1)) for domain in self.domains]
         self._sums: Any = None
         self._complete: int | None = None  # the layer whose sums hold every wave
@@ -65,7 +66,7 @@ class LayerwiseShard(Carrier):
         """Add the wave to the layer's sums, unless its result is stored."""
         module = self.source.get(layer)
         batches, states = self._batches(wave), hidden[PLAIN]
-        if layer not in self._kept or self.task.done_by(layer, self.rank):
+        if layer not in self.task.moe or self.task.done_by(layer, self.rank):
             run_layer(self.frame, layer, module, batches, states, self._share)
             check_finite(states, self.skeleton, layer, module)
             return
@@ -89,10 +90,6 @@ class LayerwiseShard(Carrier):
                 self._finish(layer, sums, weights)
 
         return store
-
-    def _held(self, layer: int) -> range:
-        """Global ids of the layer's experts that this rank holds."""
-        return self._share.get("experts", range(self._kept[layer].num_experts))
 
     def _begin(self, layer: int, experts: nn.Module) -> Any:
         raise NotImplementedError
@@ -128,5 +125,5 @@ def drive_layerwise(
     done = Summary(0, 0.0, cut.mode, [], 1.0)
     if task.unfinished() < len(nbytes):
         done = drive(pool, worker, task, cut, cluster, progress, ledger)
-    shutil.rmtree(task.folder / "hidden", ignore_errors=True)
+    shutil.rmtree(task.boundaries.folder, ignore_errors=True)
     return done

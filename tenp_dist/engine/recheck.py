@@ -22,7 +22,7 @@ from torch import nn
 from tenp_dist.artifacts import read_json, write_json
 from tenp_dist.checkpoint.compensated import layer_file, open_compensated, read_table
 from tenp_dist.checkpoint.families import DOWN
-from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.checkpoint.kept import layer_name, read_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Progress, run_layer
@@ -39,8 +39,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # share of the gain that comput
 
 @dataclass(frozen=True)
 class RecheckTask(LayerwiseTask):
-    """folder: of the results. compensation: folder of the layer files, made by `ranks` ranks."""
+    """folder: of the results. plan: kept-neurons file. compensation: its layer files, made by `ranks` ranks."""
 
+    plan: Path = Path()
     compensation: Path = Path()
     ridge: float = 0.01
 
@@ -82,6 +83,11 @@ class RecheckShard(LayerwiseShard):
 
     task: RecheckTask
 
+    def open(self) -> None:
+        super().open()
+        kept = read_kept(self.task.plan)
+        self._kept = {layer: kept[layer] for layer in self.layers if layer in kept}
+
     def _begin(self, layer: int, experts: nn.Module) -> Tap:
         table = read_table(layer_file(self.task.compensation, layer, self.rank, self.task.ranks))
         damping = dict(zip(table["experts"], table["damping"], strict=True))
@@ -90,7 +96,7 @@ class RecheckShard(LayerwiseShard):
             expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=experts.down_proj.device)
             for expert in sample(sorted(damping), layer)
         }
-        return Tap(experts, self._held(layer).start, made, damping)
+        return Tap(experts, self._held.start, made, damping)
 
     def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
         tap: Tap = self._sums

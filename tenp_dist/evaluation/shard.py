@@ -99,7 +99,7 @@ class EvaluateShard(Carrier):
             return None
         if self._down[0] != (variant, layer):
             self._down = (None, None)
-            with TensorReader(open_compensated(folder)) as reader:
+            with TensorReader(open_compensated(folder, layer)) as reader:
                 full = full_width_down(
                     reader, self.skeleton.family, layer, kept, experts.down_proj, self._share.get("experts")
                 )

@@ -9,6 +9,10 @@ which is the minimum over W' of sum_t g^2 |W m - W' m_S|^2 + r |W' - W_S|^2: the
 what the expert adds to the residual stream, on the source model's activations. The right-hand form has no
 difference of large terms, and needs only the columns G[:,S]. r is `ridge` times the mean diagonal of G_SS.
 
+Several plans share one pass: the columns G[:,U] of the union U of what they keep hold those of each, S, of whom
+G_SS and G_CS are rows. The products behind a column do not depend on the columns beside it, but the order in which a
+matrix product adds them may, so a plan's sums among others can differ from those alone within the bound below.
+
 A domain's weight multiplies its tokens' terms. Unlike scores, domains are not scaled to length 1 first: G is an
 energy, in the same unit in every domain, and what is minimised is the error over all tokens.
 
@@ -18,14 +22,15 @@ square root of that count: 1.4e-6 of the diagonal for 65 k rows in 256 microbatc
 error, 2 sqrt(width) times as much, is 1e-4 at width 1024, a hundredth of the default r. float64 would double the
 memory for digits that r hides. The solve runs in float64.
 
-Shape letters: S slots, E experts, F neurons, W kept neurons, C dropped ones, D model width, B experts of a batch.
+Shape letters: S slots, E experts, F neurons, U neurons that are summed, W kept ones, C dropped
+ones, D model width, B experts of a batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,34 +67,31 @@ class Solved:
 
 
 class Moments:
-    """Sums G[:,S] of a layer's narrow experts, an `Observer` of `tenp_dist.model.experts`.
+    """Sums G[:,U] of a layer's narrow experts, an `Observer` of `tenp_dist.model.experts`.
 
-    kept: expert as this rank numbers it -> kept neurons; experts that are not named need nothing. weights: of the
-    domains; set `domain` before each microbatch. Memory: 4 F W bytes an expert, and 4 (F + W) bytes per token of
-    one expert in one microbatch.
+    columns: expert as this rank numbers it -> U, the neurons that any plan keeps in it (`union_of`); experts that are
+    not named need nothing. weights: of the domains; set `domain` before each microbatch. Memory: 4 F |U| bytes an
+    expert, at most 4 F^2 however many plans there are, and 4 (F + |U|) bytes per token of one expert in one microbatch.
     """
 
     def __init__(
         self,
-        kept: Mapping[int, np.ndarray],
+        columns: Mapping[int, np.ndarray],
         weights: Sequence[float],
         experts: int,
         neurons: int,
         device: str | torch.device = "cpu",
     ):
         self.domain, self._weights = 0, weights
+        self._neurons, self._device = neurons, torch.device(device)
         self.token_count_E = torch.zeros(experts, dtype=torch.int64)
         self.energy_E = torch.zeros(experts, dtype=torch.float64, device=device)
-        self.kept = {expert: torch.from_numpy(ids.astype(np.int64)).to(device) for expert, ids in kept.items()}
-        self._by_width: dict[int, list[int]] = {}
-        for expert, ids in sorted(kept.items()):
-            self._by_width.setdefault(len(ids), []).append(expert)
-        self._sums = {
-            width: torch.zeros(len(ids), neurons, width, device=device) for width, ids in self._by_width.items()
-        }
-        self._of = {
-            expert: self._sums[width][row] for width, ids in self._by_width.items() for row, expert in enumerate(ids)
-        }
+        self._columns = {expert: self._on_device(ids) for expert, ids in columns.items()}
+        by_width: dict[int, list[int]] = {}
+        for expert, ids in sorted(columns.items()):
+            by_width.setdefault(len(ids), []).append(expert)
+        self._sums = {width: torch.zeros(len(ids), neurons, width, device=device) for width, ids in by_width.items()}
+        self._of = {expert: self._sums[width][row] for width, ids in by_width.items() for row, expert in enumerate(ids)}
 
     @property
     def nbytes(self) -> int:
@@ -105,36 +107,61 @@ class Moments:
         self.energy_E += runs.sum64((norm_S.double() ** 2).unsqueeze(1)).squeeze(1)
         ends = [0, *dispatch.offsets_E.tolist()]
         self.token_count_E += torch.tensor(ends).diff()
-        for expert, total_FW in self._of.items():  # a product each: grouped products over rows give bfloat16 sums
+        for expert, total_FU in self._of.items():  # a product each: grouped products over rows give bfloat16 sums
             rows = slice(ends[expert], ends[expert + 1])
             a_SF = dispatch.m_SF[rows].float() * scale_S[rows].unsqueeze(1)
-            total_FW.addmm_(a_SF.T, a_SF[:, self.kept[expert]])
+            total_FU.addmm_(a_SF.T, a_SF[:, self._columns[expert]])
 
-    def reached(self) -> list[int]:
-        """Experts that a token of a weighted domain reached, by width and id; there is nothing to learn for others."""
-        ordered = itertools.chain.from_iterable(ids for _, ids in sorted(self._by_width.items()))
-        return [expert for expert in ordered if self.token_count_E[expert] > 0]
+    def reached(self, kept: Mapping[int, np.ndarray]) -> list[int]:
+        """Experts of a plan that a token of a weighted domain reached, by kept width and id.
 
-    def solve(self, down: Callable[[Sequence[int]], torch.Tensor], hidden: int, ridge: float) -> Iterator[Solved]:
-        """Compensated W_down of the experts that were reached, in the order of `reached`.
-
-        down: experts -> their W_down, [B, D, F] on the device of the sums. hidden: D.
+        There is nothing to learn for others. kept: as for `solve`.
         """
-        for width, ids in itertools.groupby(self.reached(), lambda expert: len(self.kept[expert])):
-            sums_EFW = self._sums[width]
-            nbytes = _solve_bytes(hidden, sums_EFW.shape[1], width)
-            size = max(1, _WORKSPACE.get(sums_EFW.device.type, 1 << 28) // nbytes)
+        return sorted((e for e in kept if self.token_count_E[e] > 0), key=lambda expert: (len(kept[expert]), expert))
+
+    def solve(
+        self,
+        kept: Mapping[int, np.ndarray],
+        down: Callable[[Sequence[int]], torch.Tensor],
+        hidden: int,
+        ridge: float,
+    ) -> Iterator[Solved]:
+        """A plan's compensated W_down of the experts that were reached, in the order of `reached`.
+
+        kept: narrow expert of the plan -> S, ascending, all of it summed here. down: experts -> their W_down,
+        [B, D, F] on the device of the sums. hidden: D.
+        """
+        for width, ids in itertools.groupby(self.reached(kept), lambda expert: len(kept[expert])):
+            nbytes = _solve_bytes(hidden, self._neurons, width)
+            size = max(1, _WORKSPACE.get(self._device.type, 1 << 28) // nbytes)
             due = list(ids)
             for batch in (due[start : start + size] for start in range(0, len(due), size)):
+                kept_BW = torch.stack([self._on_device(kept[expert]) for expert in batch])
                 yield solve_batch(
                     batch,
                     down(batch).double(),
-                    torch.stack([self._of[expert] for expert in batch]).double(),
-                    torch.stack([self.kept[expert] for expert in batch]),
-                    self.token_count_E[batch].to(sums_EFW.device),
+                    torch.stack([self._summed(e, ids_W) for e, ids_W in zip(batch, kept_BW, strict=True)]).double(),
+                    kept_BW,
+                    self.token_count_E[batch].to(self._device),
                     self.energy_E[batch],
                     ridge,
                 )
+
+    def _summed(self, expert: int, ids_W: torch.Tensor) -> torch.Tensor:
+        """G[:,S], [F, W] float32: the columns of these neurons out of U."""
+        return self._of[expert].index_select(1, torch.searchsorted(self._columns[expert], ids_W))
+
+    def _on_device(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(ids.astype(np.int64)).to(self._device)
+
+
+def union_of(plans: Iterable[Mapping[int, np.ndarray]]) -> dict[int, np.ndarray]:
+    """Expert -> the neurons that any of the plans keeps in it, ascending. plans: narrow expert -> kept neurons."""
+    found: dict[int, np.ndarray] = {}
+    for kept in plans:
+        for expert, ids in kept.items():
+            found[expert] = np.union1d(found[expert], ids) if expert in found else ids
+    return found
 
 
 def _solve_bytes(hidden: int, neurons: int, width: int) -> int:
