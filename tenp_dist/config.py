@@ -44,6 +44,7 @@ def parse_protected(value: object) -> str:
 Protected = Annotated[str, BeforeValidator(parse_protected)]
 
 AUTO = "auto"
+COMPENSATE = "compensate"  # of `output`; of a grid too
 Auto = Literal["auto"]
 
 
@@ -96,18 +97,23 @@ class Evaluation(Text):
     batch_tokens: Size = Field(8192, description="tokens per microbatch")
     checkpoint: bool = Field(True, description="measure the written checkpoint and its random control")
     plans: tuple[Path, ...] = Field((), description="plan files to measure, as masks in the same pass")
-    grid: Mapping[str, tuple[Any, ...]] = Field({}, description="budget key -> values; every combination is measured")
+    grid: Mapping[str, tuple[Any, ...]] = Field(
+        {}, description="budget key, or compensate -> values; every combination is measured"
+    )
 
     @field_validator("grid")
     @classmethod
-    def _budget_keys(cls, grid: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
-        unknown = [key for key in grid if key not in Budget.model_fields]
+    def _known_keys(cls, grid: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
+        known = [*Budget.model_fields, COMPENSATE]
+        unknown = [key for key in grid if key not in known]
         if unknown:
-            close = difflib.get_close_matches(unknown[0], Budget.model_fields, n=1)
+            close = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"grid names {unknown[0]}, which is no key of budget{hint}")
         if any(not values or AUTO in values for values in grid.values()):
             raise ValueError("grid wants at least one value per key, and no `auto`")
+        if any(not isinstance(value, bool) for value in grid.get(COMPENSATE, ())):
+            raise ValueError("grid takes true and false for compensate")
         return grid
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.budget.layouts import layouts_of
 from tenp_dist.cli.inputs import domain_weights, source_index
-from tenp_dist.config import Job, Text
+from tenp_dist.config import COMPENSATE, Job, Text
 from tenp_dist.evaluation.plans import given_plans
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.scoring.statistics import MERGE_RULES
@@ -40,7 +40,8 @@ def _bits(job: Job) -> dict:
 
 def select_fields(job: Job) -> dict:
     tried = [budget.model_dump(mode="json") for budget in candidates(job.budget).values()]
-    return plan_fields(job) | score_fields(job) | {"candidates": digest_of(tried)}
+    solved = {"compensation": {"ridge": str(job.output.ridge)}} if job.output.compensate else {}
+    return plan_fields(job) | score_fields(job) | {"candidates": digest_of(tried)} | solved
 
 
 def plan_fields(job: Job) -> dict:
@@ -63,7 +64,16 @@ def evaluate_fields(job: Job) -> dict:
     fields = _text_fields(job, job.evaluation) | compute | {"tokenizer": _tokenizer_digest(job.model)}
     given = given_plans(job.evaluation.plans, source_index(job.model).fingerprint)
     fields["plans"] = {plan.name: [file_digest(plan.text), file_digest(plan.tensors)] for plan in given}
-    return fields | (plan_fields(job) if job.evaluation.many else {})
+    return fields | (plan_fields(job) if job.evaluation.many else {}) | _solved_fields(job)
+
+
+def _solved_fields(job: Job) -> dict:
+    """What changes the figures of an evaluation in which something is compensated."""
+    own, asked = job.output.compensate, job.evaluation
+    forms = asked.grid.get(COMPENSATE, (own,)) if asked.many else ()
+    if not (any(forms) or (own and asked.checkpoint)):
+        return {}
+    return {"compensation": compensate_fields(job) | {"compensate": own}}
 
 
 def _text_fields(job: Job, text: Text) -> dict:

@@ -145,7 +145,7 @@ def _plans_option(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError(f"Got unexpected extra argument ({more_plans[0]})")
         command(plans=(*plans, *more_plans), **options)
 
-    text = "Measure these plan.json files instead of the written checkpoint, all in one pass."
+    text = "Measure these plan.json files instead of the written checkpoint, all in one pass; as the job compensates."
     path = click.Path(path_type=Path)
     option = click.option("--plans", multiple=True, type=path, metavar="PLAN...", help=text)
     return option(click.argument("more_plans", nargs=-1, type=path, metavar="")(joined))

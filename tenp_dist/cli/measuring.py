@@ -1,16 +1,22 @@
-"""The stages that measure: `select` on calibration text that was set aside, `evaluate` on held-out text."""
+"""The stages that measure: `select` on calibration text that was set aside, `evaluate` on held-out text.
+
+Where the job compensates, both compensate what they measure first, on the text that scores were made from.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, write_json
 from tenp_dist.budget.layouts import layouts_of
 from tenp_dist.budget.plan import control_budget
+from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
+from tenp_dist.cli.compensation import FOLDER, variants_of
 from tenp_dist.cli.inputs import (
     CORPUS,
     HELD_OUT,
@@ -24,7 +30,8 @@ from tenp_dist.cli.inputs import (
     source_index,
     store_plan,
 )
-from tenp_dist.config import Job
+from tenp_dist.config import COMPENSATE, Job
+from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context, Output
 from tenp_dist.engine.scoring import layers_of_facts
@@ -35,6 +42,8 @@ from tenp_dist.evaluation.plans import (
     entry,
     given_plans,
     grid_budgets,
+    in_forms,
+    narrows,
     store_plans,
     with_controls,
 )
@@ -45,16 +54,28 @@ from tenp_dist.evaluation.variants import Variant
 SEEN_LIMIT = 0.01
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A stage that measures: on what corpus, its folder for what is made on the way, tokens per microbatch."""
+
+    stage: str
+    corpus: Path
+    folder: Path
+    batch_tokens: int
+
+
 def select_stage(context: Context) -> Output:
     """Choose the budget's `auto` keys on calibration text that was set aside."""
     job, folder = context.job, context.run_dir / "selection"
     context.replace()
     plans, infeasible = store_plans(candidates(job.budget), folder / "plans", plan_maker(context), plan_writer(context))
-    corpus, passes = context.run_dir / SELECTION, (_masks(job, plans),)
-    figures = _measure(context, "select", passes, corpus, folder, job.score.batch_tokens)
+    plans = [plan.compensate(job.output.compensate) for plan in plans]
+    measured = Measured("select", context.run_dir / SELECTION, folder, job.score.batch_tokens)
+    figures = _measure(context, measured, plans)
     source = figures.pop(SOURCE)
     document = {
         "schema_version": SCHEMA_VERSION,
+        "compensated": any(plan.compensated for plan in plans),
         **selection_document(job.budget, plans, figures, source, domain_weights(job)),
         "infeasible": infeasible,
     }
@@ -72,18 +93,16 @@ def evaluate_stage(context: Context) -> Output:
     write_corpus(run_dir / HELD_OUT, corpus)
     plans, refused = _plans_beside(context, given)
     control = [_control(context)] if job.evaluation.checkpoint else []
-    passes = [_masks(job, [*control, *plans])]
     layouts = layouts_of(job)
     layout = "ragged" if "ragged" in layouts else layouts[0]
-    if job.evaluation.checkpoint:
-        passes.append(Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()}))
-    folder = run_dir / "evaluation"
-    figures = _measure(context, "evaluate", passes, run_dir / HELD_OUT, folder, job.evaluation.batch_tokens)
+    written = [Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()})] if job.evaluation.checkpoint else []
+    measured = Measured("evaluate", run_dir / HELD_OUT, run_dir / "evaluation", job.evaluation.batch_tokens)
+    figures = _measure(context, measured, [*control, *plans], written)
     seen = seen_share(corpus, _calibrated_on(run_dir))
     document = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": job.evaluation.sequence_length,
-        "variants": {name: figures[name] for name in (SOURCE, "pruned", "random") if name in figures},
+        "variants": _variants(context, control, figures),
         "plans": [entry(plan, figures[plan.name]) for plan in plans],
         "pruned_from": f"checkpoint/{layout}" if job.evaluation.checkpoint else None,
         "seen_in_calibration": seen,
@@ -91,7 +110,9 @@ def evaluate_stage(context: Context) -> Output:
     }
     path = run_dir / "evaluation.json"
     write_json(path, document)
-    made = [file for plan in (*control, *plans) if plan not in given for file in (plan.text, plan.tensors)]
+    found = dict.fromkeys(file for plan in (*control, *plans) for file in (plan.text, plan.tensors))
+    theirs = {file for plan in given for file in (plan.text, plan.tensors)}
+    made = [file for file in found if file not in theirs]
     return Output([path, run_dir / HELD_OUT, *made], digest_of(document), document)
 
 
@@ -108,6 +129,10 @@ def _plans_beside(context: Context, given: Sequence[NamedPlan]) -> tuple[list[Na
     folder = context.run_dir / "evaluation" / "plans"
     plans, refused = store_plans({**budgets, **controls}, folder, plan_maker(context), plan_writer(context))
     plans = [*(plan for plan in plans if plan.name in budgets), *given, *(p for p in plans if p.name in controls)]
+    if COMPENSATE in asked.grid:
+        plans = in_forms(plans, asked.grid[COMPENSATE])
+    else:
+        plans = [plan.compensate(context.job.output.compensate) for plan in plans]
     check_distinct(plans)
     return plans, [*out_of_range, *refused]
 
@@ -116,24 +141,41 @@ def _control(context: Context) -> NamedPlan:
     """The random control of the written checkpoint, called `random`."""
     plan = plan_maker(context)(control_budget(settled_budget(context)))
     tensors, text = store_plan(context, context.run_dir / "evaluation" / "random", plan)
-    return NamedPlan("random", text, tensors, {})
+    control = NamedPlan("random", text, tensors, read_plan_pair(text, tensors))
+    return control.compensate(context.job.output.compensate)
 
 
-def _masks(job: Job, plans: Sequence[NamedPlan]) -> Pass:
-    """One pass over the source, as it is and under every plan."""
-    return Pass(job.model, {SOURCE: Variant(), **{plan.name: Variant(plan.tensors) for plan in plans}})
+def _variants(context: Context, control: Sequence[NamedPlan], figures: Mapping[str, Any]) -> dict[str, dict]:
+    """The figures of the source and, if the checkpoint is measured, of it and its control; which are compensated."""
+    compensated = {SOURCE: False}
+    for random in control:
+        own = context.job.output.compensate and narrows(read_plan(context.run_dir))
+        compensated |= {"pruned": own, random.name: random.compensated}
+    return {name: {"compensated": value, **figures[name]} for name, value in compensated.items()}
 
 
 def _measure(
-    context: Context, stage: str, passes: Sequence[Pass], corpus: Path, folder: Path, batch_tokens: int
+    context: Context, measured: Measured, plans: Sequence[NamedPlan], written: Sequence[Pass] = ()
 ) -> dict[str, dict[str, Any]]:
-    """variant -> its figures."""
-    job, run_dir = context.job, context.run_dir
-    compute = settled_compute(context, batch_tokens)
-    task = EvaluateTask(passes, corpus, folder, context.key, compute, waves=job.score.waves)
+    """variant -> its figures: the source, every plan of it, and what was written."""
+    job, stage, parts = context.job, measured.stage, 1 + any(plan.compensated for plan in plans)
+    variants = variants_of(context, stage, plans, measured.folder, _part(context.progress, 0, parts))
+    compute = settled_compute(context, measured.batch_tokens)
+    passes = [Pass(job.model, {SOURCE: Variant(), **variants}), *written]
+    task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
     nbytes = layers_of_facts(facts_of(context), compute.torch_dtype.itemsize).nbytes
-    ledger = Ledger(run_dir / "stages" / f"{stage}.ledger.jsonl")
-    return evaluate_model(context.pool, task, nbytes, job.cluster, context.progress, ledger).summary()
+    ledger = Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")
+    progress = _part(context.progress, parts - 1, parts)
+    figures = evaluate_model(context.pool, task, nbytes, job.cluster, progress, ledger).summary()
+    shutil.rmtree(measured.folder / FOLDER, ignore_errors=True)  # large, and made again from the plans
+    return figures
+
+
+def _part(progress: Callable[[Progress], None], number: int, parts: int) -> Callable[[Progress], None]:
+    """Report the progress of one of `parts` equal parts as that of the whole."""
+    if parts == 1:
+        return progress
+    return lambda step: progress(replace(step, done=number + step.done / step.total, total=parts))
 
 
 def _calibrated_on(run_dir: Path) -> Corpus:

@@ -222,6 +222,9 @@ def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:
     domains = list(source["domains"]) if console.width >= _WIDE else []
     table = Table(title="Plans on held-out text", title_justify="left", title_style="bold")
     table.add_column("plan", overflow="fold", min_width=24)
+    solved = any(plan["compensated"] for plan in evaluation["plans"])
+    if solved:
+        table.add_column("compensated")
     for heading in ("kept", "NLL added", *domains, "KL", "same top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for plan in evaluation["plans"]:
@@ -229,6 +232,7 @@ def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:
         mean = plan["mean"]
         table.add_row(
             plan["name"],
+            *(["yes" if plan["compensated"] else "no"] if solved else []),
             f"{plan['retention']['realised']:.2%}",
             f"{mean['nll'] - source['mean']['nll']:+.4f}",
             *(f"{value:+.4f}" for value in added),

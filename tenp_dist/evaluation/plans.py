@@ -1,6 +1,7 @@
 """The plans of an evaluation besides the written checkpoint: a grid of budgets, plan files, random controls.
 
-All are masks of one pass over the source, so twenty cost the reading of one.
+All are masks of one pass over the source, so twenty cost the reading of one. Compensated ones hold other W_down in
+that pass, solved for all of them in one pass of the calibration tokens before it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from tenp_dist.budget.plan import Plan, control_budget
 from tenp_dist.budget.plan_files import plan_pair, read_plan_pair
-from tenp_dist.config import Budget
+from tenp_dist.config import COMPENSATE, Budget
 from tenp_dist.errors import BudgetError, JobError, StaleError
 from tenp_dist.scoring.methods import registry
 
@@ -29,23 +30,47 @@ _MODEL_WIDE_ONLY = ("minimum_width", "minimum_layer_retention", "protect")  # wh
 
 @dataclass(frozen=True)
 class NamedPlan:
-    """A stored plan. document: what its plan.json says."""
+    """A stored plan. document: what its plan.json says. compensated: whether it is measured so."""
 
     name: str
     text: Path
     tensors: Path
     document: Mapping[str, Any]
+    compensated: bool = False
 
     @property
     def budget(self) -> Budget:
         return budget_of(self.document)
+
+    def compensate(self, wanted: bool) -> NamedPlan:
+        """The same, compensated if that is wanted and there is something to solve."""
+        return replace(self, compensated=wanted and narrows(self.document))
+
+
+def narrows(document: Mapping[str, Any]) -> bool:
+    """Whether a plan.json has experts that keep a part of their neurons: others leave nothing to compensate."""
+    layers = document["layers"].values()
+    return any(0 < int(width) < layer["intermediate_size"] for layer in layers for width in layer["widths"])
+
+
+def in_forms(plans: Iterable[NamedPlan], forms: Sequence[bool]) -> list[NamedPlan]:
+    """Every plan plain (False in `forms`), compensated (True) or both, named so.
+
+    What leaves nothing to compensate is there once, under its own name.
+    """
+    found = []
+    for plan in plans:
+        named = {f"{plan.name} {COMPENSATE}={str(form).lower()}": form for form in forms}
+        many = [replace(plan, name=name, compensated=form) for name, form in named.items()]
+        found += many if narrows(plan.document) else [plan]
+    return found
 
 
 def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Budget], list[str]]:
     """Every combination of the grid's values over `budget`: name -> budget, and those that are out of range.
 
     Keys vary in the order of the budget's own, the last one fastest. Keys that a method does not read are left
-    out of its names, so no budget comes twice.
+    out of its names, so no budget comes twice. `compensate` is no key of budgets: see `in_forms`.
     """
     budgets, refused = {}, []
     keys = [key for key in Budget.model_fields if key in grid]
@@ -157,6 +182,7 @@ def entry(plan: NamedPlan, figures: Mapping[str, Any]) -> dict[str, Any]:
         "control": plan.name.startswith(CONTROL),
         "budget": document["budget"],
         "retention": document["retention"],
+        "compensated": plan.compensated,
         **figures,
     }
 
