@@ -578,6 +578,31 @@ def test_plans_alone_stand_without_the_checkpoint(run_dir):
     assert "No random control was measured" not in page
 
 
+def test_compensated_plans_are_told_from_plain_ones(run_dir):
+    """A column of the table, a line of the chart; a choice among compensated plans says so. Nothing if none are."""
+    job = with_plans(run_dir)
+    page = write_report(run_dir, job=job).page.read_text()
+    assert '<th scope="col">compensated</th>' not in page[page.index("Table of plans") :].split("</table>")[0]
+    assert "are compensated" not in page and "were compensated" not in page
+    document = json.loads((run_dir / "evaluation.json").read_text())
+    for place in (1, 3):
+        document["plans"][place]["compensated"] = True
+    document["variants"]["random"]["compensated"] = True
+    write_json(run_dir / "evaluation.json", document)
+    selection = json.loads((run_dir / "selection.json").read_text())
+    write_json(run_dir / "selection.json", selection | {"compensated": True})
+    page = write_report(run_dir, job=job).page.read_text()
+    table = page[page.index("Table of plans") :].split("</table>")[0]
+    assert '<th scope="col">compensated</th>' in table
+    assert re.findall(r"</th><td>(yes|no)</td>", table) == ["no", "yes", "no", "yes"]
+    spoken = re.search(r'aria-label="(Loss added against size[^"]*)"', page)[1]
+    assert "tenp: 29% kept +0.400; tenp, compensated: 30% kept +0.312; reap" in spoken
+    assert spoken.endswith("random control, compensated: 29% kept +0.750.")
+    assert "Those that say so are compensated" in page and "All were compensated" in page
+    assert "It is compensated too." in page
+    assert "It is compensated too." in (run_dir / "checkpoint" / "ragged" / "README.md").read_text()
+
+
 def test_a_choice_of_other_settings_is_not_shown(run_dir):
     """selection.json of an earlier auto budget lies there; this job's budget is given."""
     with_plans(run_dir)

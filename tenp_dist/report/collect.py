@@ -213,7 +213,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
             for domain, row in variant["domains"].items()
         }
         mean = {**variant["mean"], "nll_increase": variant["mean"]["nll"] - source["mean"]["nll"]}
-        return {"domains": rows, "mean": mean}
+        return {"compensated": variant.get("compensated", False), "domains": rows, "mean": mean}
 
     return {
         "sequence_length": evaluation["sequence_length"],

@@ -13,7 +13,8 @@ from tenp_dist.report.svg import Chart, Legend
 
 COLOURS = ("#2f7fc1", "#d9660a", "#2a9d6f", "#a05fc4", "#c7447c", "#8a7a1f", "#3aa6b9", "#7c5a45")
 MARKERS = "osD^vPX*"
-CONTROL = "#868d98"
+CONTROL, CONTROL_COMPENSATED = "#868d98", "#6b7f99"
+RANDOM, COMPENSATED = "random control", ", compensated"
 WIDTH, HEIGHT = 560, 320
 Point = tuple[float, float, str]
 
@@ -44,19 +45,33 @@ def plans_chart(report: Mapping[str, Any]) -> Chart:
         explanation=(
             "Every point is one plan, measured as a mask on the source with all the others. Further left is smaller, "
             "further down is better. A line joins the best plan that a method has at each size."
+            + _said_of_compensation(report["evaluation"]["plans"])
         ),
     )
 
 
+def _said_of_compensation(plans: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where some are compensated."""
+    if not any(plan["compensated"] for plan in plans):
+        return ""
+    which = "All" if all(plan["compensated"] for plan in plans) else "Those that say so"
+    return f" {which} are compensated: W_down solved on the calibration text for what dropped neurons contributed."
+
+
 def _lines(plans: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Method -> (share kept, NLL added, retention asked) of its plans; controls under one name."""
+    """Method -> (share kept, NLL added, retention asked) of its plans; controls under one name.
+
+    Compensated plans have lines of their own where a method was measured both ways.
+    """
     lines: dict[str, list[Point]] = {}
+    both = len({plan["compensated"] for plan in plans}) > 1
     for plan in plans:
-        line = "random control" if plan["control"] or plan["method"].startswith("random") else plan["method"]
+        line = RANDOM if plan["control"] or plan["method"].startswith("random") else plan["method"]
+        line += COMPENSATED if both and plan["compensated"] else ""
         lines.setdefault(line, []).append(
             (plan["retention"]["realised"], plan["mean"]["nll_increase"], plan["retention"]["asked"])
         )
-    return dict(sorted(lines.items(), key=lambda item: item[0] == "random control"))
+    return dict(sorted(lines.items(), key=lambda item: item[0].startswith(RANDOM)))
 
 
 def _best(points: Sequence[Point]) -> list[Point]:
@@ -76,7 +91,8 @@ def _columns(points: Sequence[tuple]) -> tuple[list[float], list[float]]:
 def _styles(lines: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Colour and marker of every line."""
     cycle = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(lines))]
-    return [(CONTROL, "x") if line == "random control" else style for line, style in zip(lines, cycle, strict=True)]
+    controls = {RANDOM: (CONTROL, "x"), f"{RANDOM}{COMPENSATED}": (CONTROL_COMPENSATED, "+")}
+    return [controls.get(line, style) for line, style in zip(lines, cycle, strict=True)]
 
 
 def _axes(axes: Axes, across: str, up: str) -> None:
@@ -118,6 +134,7 @@ def selection_chart(report: Mapping[str, Any]) -> Chart:
             "Every point is a plan of the same size with another share of whole experts and another slope, measured on "
             "calibration text that was set aside: no score was made from it, and the evaluation text played no part. "
             "Lower is closer to the source; the ring is what was chosen."
+            + (" All were compensated, as the checkpoint is." if selection.get("compensated") else "")
         ),
     )
 
