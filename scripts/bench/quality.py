@@ -91,7 +91,7 @@ def by_method(study, domains: Mapping[str, Path], *, methods, retentions, seeds,
 
     text = _sources(domains.values(), samples)
     sets = {"all": CalibrationSet("all", text), "split": CalibrationSet("split", text, Fraction(1, 4))}
-    cases = []
+    cases, choices = [], []
     for name in methods:
         for retention in retentions:
             for seed in seeds if name.startswith("random") else [0]:
@@ -100,8 +100,10 @@ def by_method(study, domains: Mapping[str, Path], *, methods, retentions, seeds,
                     cases.append(Case("methods", line, budget, "all"))
     if "tenp" in methods:
         auto = [Budget(retention=retention, important="auto", slope="auto") for retention in retentions]
-        cases += [Case("methods", "tenp auto", budget, "split") for budget in study.choose(auto, sets["split"])]
-    return sets, cases + _compensated(cases, compensate)
+        for solved in (False, True) if compensate else (False,):  # each chosen as it is measured
+            chosen = study.choose(auto, sets["split"], compensated=solved)
+            choices += [Case("methods", "tenp auto", budget, "split", solved) for budget in chosen]
+    return sets, cases + _compensated(cases, compensate) + choices
 
 
 def settings(method: str) -> list[tuple[str, dict]]:

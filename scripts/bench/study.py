@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.config import Budget, Cluster, Source, Text
-from tenp_dist.engine.compensate import CompensateTask, compensate_model
+from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.local import InProcessPool
@@ -122,16 +122,23 @@ class Study:
         limits = (family.groups(config), family.least_experts(config))
         return [MoeLayer(layer, experts, width, *limits) for layer in self.layers.moe]
 
-    def compensated(self, plan: NamedPlan, corpus: Path) -> Path:
-        """Folder of the plan's compensated W_down, solved on the corpus that it was planned on."""
-        folder = plan.text.parent / "compensation"
-        key = digest_of([plan.name, corpus.stem])
+    def compensated(self, plans: Iterable[NamedPlan], corpus: Path) -> dict[str, Path]:
+        """Name of each plan -> folder of its compensated W_down, solved on the corpus that it was planned on.
+
+        One pass for all that are not there yet.
+        """
+        found = {plan.name: Target(plan.tensors, plan.text.parent / "compensation") for plan in plans}
         task = CompensateTask(
-            self.model, corpus, folder, key, self.compute, plan=plan.tensors, moe=tuple(self.layers.moe)
-        )
-        ledger = Ledger(self.folder / "compensate.ledger.jsonl")
-        compensate_model(self.pool, task, self.layers.nbytes, CLUSTER, lambda step: None, ledger)
-        return folder
+            self.model, corpus, self.folder / "compensate" / corpus.stem, corpus.stem, self.compute,
+            moe=tuple(self.layers.moe),
+        )  # fmt: skip
+        due = tuple(one for one in found.values() if not all(task.stored(one, layer, 0) for layer in task.moe))
+        if due:
+            click.echo(f"compensating {len(due)} plans")
+            ledger = Ledger(self.folder / "compensate.ledger.jsonl")
+            one_pass = replace(task, targets=due)
+            compensate_model(self.pool, one_pass, self.layers.nbytes, CLUSTER, lambda step: None, ledger)
+        return {name: target.folder for name, target in found.items()}
 
     def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
         """variant -> figures, `source` among them; one pass over the model, none where they are stored."""
@@ -146,12 +153,13 @@ class Study:
         write_json(stored, figures)
         return figures
 
-    def choose(self, budgets: Sequence[Budget], text: CalibrationSet) -> list[Budget]:
+    def choose(self, budgets: Sequence[Budget], text: CalibrationSet, *, compensated: bool = False) -> list[Budget]:
         """`auto` budgets as chosen on what the set sets aside; all of them in one pass."""
         corpus, aside = self.corpora(text)
         tried = [(budget, [self.plan(one, corpus) for one in candidates(budget).values()]) for budget in budgets]
         plans = {plan.name: plan for _, found in tried for plan in found if plan}
-        figures = self.measure({name: Variant(plan.tensors) for name, plan in plans.items()}, aside)
+        solved = self.compensated(plans.values(), corpus) if compensated else {}
+        figures = self.measure({name: Variant(plan.tensors, solved.get(name)) for name, plan in plans.items()}, aside)
         source = figures.pop(SOURCE)
         chosen = []
         for budget, found in tried:
@@ -161,15 +169,18 @@ class Study:
 
     def rows(self, cases: Iterable[Case], sets: Mapping[str, CalibrationSet], held_out: Path) -> list[dict]:
         """Plan, compensate and measure all cases in one pass; one flat row each."""
+        corpora = {name: self.corpora(text)[0] for name, text in sets.items()}
+        planned = {case: self.plan(case.budget, corpora[case.calibration]) for case in cases}
+        planned = {case: plan for case, plan in planned.items() if plan}
+        solved = {}
+        for name, corpus in corpora.items():
+            wanted = [plan for case, plan in planned.items() if case.compensated and case.calibration == name]
+            solved |= self.compensated(wanted, corpus)
         variants, made = {}, {}
-        for case in cases:
-            corpus, _ = self.corpora(sets[case.calibration])
-            plan = self.plan(case.budget, corpus)
-            if plan is None:
-                continue
-            solved = self.compensated(plan, corpus) if case.compensated else None
+        for case, plan in planned.items():
             name = f"{plan.name}{'+' if case.compensated else ''}"
-            variants[name], made[case] = Variant(plan.tensors, solved), (name, plan)
+            variants[name] = Variant(plan.tensors, solved[plan.name] if case.compensated else None)
+            made[case] = name, plan
         click.echo(f"measuring {len(variants)} variants on {read_corpus(held_out).tokens_NS.size:,} tokens")
         figures = self.measure(variants, held_out)
         return [_row(case, plan, figures[name], figures[SOURCE]) for case, (name, plan) in made.items()]
