@@ -16,9 +16,13 @@ from test_selection import AUTO
 
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint import compensated as compensated_module
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import read_kept
-from tenp_dist.engine import boundaries
+from tenp_dist.cli.room import columns_held
+from tenp_dist.engine import boundaries, places
 from tenp_dist.evaluation.plans import NamedPlan, in_forms
+from tenp_dist.job_file import load_job
 
 SOLVED = ("--set", "output.compensate=true")
 
@@ -236,3 +240,31 @@ def test_a_grid_that_compensates_by_other_words_is_refused(value, says, job_file
     assert result.exit_code == 2 and says in result.stderr
     result = tenp("inspect", job_file(evaluation=evaluation(text_files) | {"grid": {"compensated": [True]}}))
     assert result.exit_code == 2 and "did you mean compensate?" in result.stderr
+
+
+def test_room_for_compensated_columns_by_hand(job_file, text_files, tiny_model):
+    """W_down is a third of the routed parameters; the run's own plan at 0.6, and what a stage measures with it."""
+    facts = checkpoint_facts(open_index(tiny_model()))
+    third, part = facts["bytes"]["routed"] / 3, evaluation(text_files)
+
+    def held(**parts) -> float:
+        return columns_held(load_job(job_file(**parts)), facts) / third
+
+    solved = {"output": {"compensate": True}}
+    assert held(evaluation=part) == 0
+    assert held(**solved) == pytest.approx(0.6, abs=1e-4)
+    assert held(**solved, evaluation=part) == pytest.approx(0.6 + 0.6, abs=1e-4), "the control of the checkpoint"
+    assert held(**solved, budget=AUTO) == pytest.approx(0.6 + 21 * 0.6, abs=1e-4)
+    alone = part | {"checkpoint": False}
+    grid = {"retention": [0.6, 0.3], "method": ["tenp", "reap"]}  # tenp and random, twice; reap leaves nothing
+    assert held(**solved, evaluation=alone | {"grid": grid}) == pytest.approx(0.6 + 2 * 0.9, abs=1e-4)
+    assert held(evaluation=alone | {"grid": grid}) == 0
+    assert held(evaluation=alone | {"grid": grid | {"compensate": [False, True]}}) == pytest.approx(1.8, abs=1e-4)
+    assert held(**solved, budget={"method": "reap", "retention": 0.5}) == 0
+
+
+def test_room_for_them_is_asked_for_before_any_work(job_file, tenp, tiny_model, monkeypatch):
+    job, facts, needed = job_file(budget=AUTO), checkpoint_facts(open_index(tiny_model())), []
+    monkeypatch.setattr(places, "_check_room", lambda node, run_dir, sight, room: needed.append(room))
+    assert tenp("score", job).exit_code == tenp("score", job, *SOLVED).exit_code == 12, "nothing is there yet"
+    assert needed[1] - needed[0] == columns_held(load_job(job, ("output.compensate=true",)), facts) > 0

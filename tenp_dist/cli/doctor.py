@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tenp_dist.cli.room import columns_held
 from tenp_dist.cli.stages import preflight
 from tenp_dist.config import Job
 from tenp_dist.engine.local import InProcessPool, Pool
@@ -63,7 +64,8 @@ def _places(pool: Pool, job: Job | None, of_job: list[Finding]) -> dict[str, lis
         return {"job": of_job} if of_job else {}
     there = job.run_dir.exists()
     try:
-        check_places(pool, job, preflight(job))
+        facts = preflight(job)
+        check_places(pool, job, facts, columns_held(job, facts))
         seen = Finding("Paths", "ok", "every node sees model, run directory and enough space")
     except TenpError as error:
         seen = _failed("Paths", error)

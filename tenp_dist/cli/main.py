@@ -96,6 +96,7 @@ def _execute_stages(
 
     loaded = load_job(job, overrides, run_dir, plans)
 
+    from tenp_dist.cli.room import columns_held
     from tenp_dist.cli.stages import preflight, stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
     from tenp_dist.engine.coordinator import Coordinator
@@ -110,7 +111,8 @@ def _execute_stages(
     for name in set(chosen) - {stage.name for stage in stages}:
         raise _not_asked_for(name, job)
     with View(total=len(chosen)) as view:
-        make_pool = checked(InProcessPool if debug else functools.partial(RayPool, address), loaded, facts)
+        make_pool = InProcessPool if debug else functools.partial(RayPool, address)
+        make_pool = checked(make_pool, loaded, facts, columns_held(loaded, facts))
         coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
         records = coordinator.run(chosen)
     result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}

@@ -38,13 +38,13 @@ class Sight:
     free: int
 
 
-def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any]) -> Callable[[], Pool]:
+def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], columns: int = 0) -> Callable[[], Pool]:
     """The same factory; the pool that it makes has passed `check_places`."""
 
     def make() -> Pool:
         pool = make_pool()
         try:
-            check_places(pool, job, facts)
+            check_places(pool, job, facts, columns)
         except BaseException:
             pool.close()
             raise
@@ -53,8 +53,8 @@ def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any]) -
     return make
 
 
-def check_places(pool: Pool, job: Job, facts: Mapping[str, Any]) -> None:
-    """Ask every node. facts: of the source, as the driver sees it.
+def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], columns: int = 0) -> None:
+    """Ask every node. facts: of the source, as the driver sees it. columns: bytes of compensated W_down held at a time.
 
     Raises:
         ClusterError: a node does not see the model or the run directory, or sees another one.
@@ -65,7 +65,7 @@ def check_places(pool: Pool, job: Job, facts: Mapping[str, Any]) -> None:
         pass
     try:
         seen = pool.each_node(look, job.model, job.run_dir, probe)
-        needed = max(0, room_needed(job, facts) - _written(job.run_dir))
+        needed = max(0, room_needed(job, facts) + columns - _written(job.run_dir))
         for node, sight in seen.items():
             _check_model(node, job.model, sight, facts["fingerprint"])
             _check_run_dir(node, job.run_dir, sight)
@@ -145,7 +145,7 @@ def _check_room(node: str, run_dir: Path, sight: Sight, needed: int) -> None:
             "Not enough space for the run",
             where=f"node {node}: {run_dir}",
             found=f"{sight.free / 1e6:,.1f} MB free",
-            wanted=f"about {needed / 1e6:,.1f} MB for scores and checkpoints",
+            wanted=f"about {needed / 1e6:,.1f} MB for scores, checkpoints and compensated weights",
             next_step="free space or point run_dir at a larger file system; nothing was written yet",
         )
 
@@ -164,7 +164,8 @@ def room_needed(job: Job, facts: Mapping[str, Any]) -> int:
 
 def _written(run_dir: Path) -> int:
     """Bytes of it that are there already."""
-    folders = (run_dir / name for name in ("checkpoint", "scores"))
+    names = ("checkpoint", "scores", *(f"{stage}compensation" for stage in ("", "selection/", "evaluation/")))
+    folders = (run_dir / name for name in names)
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
