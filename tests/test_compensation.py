@@ -53,9 +53,9 @@ def compensate(
     return task
 
 
-def task_of(model, folder, kept, dtype="float32", ridge=RIDGE, **options) -> CompensateTask:
+def task_of(model, folder, kept, dtype="float32", **options) -> CompensateTask:
     compute, home = Compute("cpu", dtype, 64, 1), folder / "compensation"
-    targets = (Target(folder / "plan.safetensors", home, ridge),)
+    targets = (Target(folder / "plan.safetensors", home),)
     return CompensateTask(
         model, folder / "corpus.arrow", home, "key", compute, waves=3, moe=tuple(kept), targets=targets, **options
     )
@@ -284,7 +284,7 @@ def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path
 def recheck(task, folder, pool=None, **changes):
     shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerwiseTask)} | {"folder": folder, **changes}
     (target,) = task.targets
-    again = RecheckTask(**shared, plan=target.plan, ridge=target.ridge, compensation=target.folder)
+    again = RecheckTask(**shared, plan=target.plan, ridge=task.ridge, compensation=target.folder)
     layers = layers_of_facts(checkpoint_facts(open_index(task.model)), 4)
     cluster, pool = Cluster(tensor_parallel=task.ranks), pool or InProcessPool(cores=1)
     return recheck_model(pool, again, layers.nbytes, cluster, lambda step: None, Ledger(folder / "ledger"))
@@ -299,7 +299,7 @@ def test_recheck_passes_what_was_solved(dtype, tiny_model, tmp_path):
 
 
 FAULTS = {
-    "another ridge": lambda task: dataclasses.replace(task, targets=[dataclasses.replace(task.targets[0], ridge=0.02)]),
+    "another ridge": lambda task: dataclasses.replace(task, ridge=0.02),
     "another domain weight": lambda task: dataclasses.replace(task, weights={"first": 4.0}),
     "an expert not compensated": lambda task: _edit(task, lambda found, plain: plain),
     "half of the change": lambda task: _edit(task, lambda found, plain: (found + plain) / 2),

@@ -28,14 +28,14 @@ from tenp_dist.scoring import compensation
 from tenp_dist.scoring.compensation import Moments, union_of
 
 
-def compensate_all(model, folder, plans, *, corpus, ridges=None, weights=None, pool=None, **cluster) -> CompensateTask:
+def compensate_all(model, folder, plans, *, corpus, weights=None, pool=None, **cluster) -> CompensateTask:
     """All plans (name -> kept) in one pass; the layer files of each in `folder/<name>`."""
     folder.mkdir(exist_ok=True)
     write_corpus(folder / "corpus.arrow", corpus)
     targets = []
     for name, kept in plans.items():
         write_kept(folder / f"{name}.safetensors", kept, {"plan": name})
-        targets.append(Target(folder / f"{name}.safetensors", folder / name, (ridges or {}).get(name, 0.01)))
+        targets.append(Target(folder / f"{name}.safetensors", folder / name))
     options = Cluster(**{"commit_seconds": 0, **cluster})
     task = task_of(model, folder, next(iter(plans.values())), weights=weights or {}, ranks=options.tensor_parallel)
     task = dataclasses.replace(task, targets=tuple(targets))
@@ -138,18 +138,6 @@ def test_plans_that_do_the_same_to_a_layer_are_solved_once_there(tiny_model, tmp
     assert [files["late"][name] == data for name, data in files["one"].items()] == [True, True, False]
     apart = compensate_all(model, tmp_path / "apart", {"two": late, "one": one}, corpus=corpus)
     assert bytes_of(of_plan(apart, "two")) == files["late"] and bytes_of(of_plan(apart, "one")) == files["one"]
-
-
-def test_every_plan_has_its_own_ridge(tiny_model, tmp_path):
-    model, corpus = tiny_model("qwen2_moe"), random_corpus(256, sequences=12)
-    kept = random_kept(model)
-    task = compensate_all(
-        model, tmp_path / "all", {"some": kept, "more": kept}, corpus=corpus, ridges={"some": 0.01, "more": 1.0}
-    )
-    for name, ridge in (("some", 0.01), ("more", 1.0)):
-        (tmp_path / name).mkdir()
-        alone = compensate(model, tmp_path / name, kept, corpus=corpus, ridge=ridge)
-        assert bytes_of(of_plan(task, name)) == bytes_of(alone)
 
 
 def test_plans_that_remove_experts_have_nothing_to_solve_and_change_nothing(tiny_model, tmp_path):

@@ -7,6 +7,7 @@ the scoring pass of the same tokens, in one process. Give one calibration and on
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
@@ -99,29 +100,32 @@ class Bench:
         return self.folder / f"{name}.plan.safetensors"
 
     def compensate(self, plans: list[str], ridges: list[float]) -> None:
-        """Time the pass of the first plan as the stage makes it; then the pass of all plans and ridges."""
-        from tenp_dist.checkpoint.kept import read_kept
-        from tenp_dist.engine.compensate import CompensateTask, Target, outcome
+        """Time the pass of the first plan as the stage makes it, and that of all plans; then the other ridges."""
+        from tenp_dist.engine.compensate import outcome
 
-        targets = {
-            (name, ridge): Target(self.plan_file(name), self.folder / name / str(ridge), ridge)
-            for name in plans
-            for ridge in ridges
-        }
-        every = CompensateTask(
-            self.model, self.folder / "corpus.arrow", self.folder / "all", "bench", self.compute,
-            moe=tuple(read_kept(self.plan_file(plans[0]))), targets=tuple(targets.values()),
-        )  # fmt: skip
-        timed = replace(every.targets[0], folder=self.folder / "timed")
-        first = replace(every, folder=timed.folder, targets=(timed,))
-        self.report("compensation", lambda: self.drive(first))
-        self.report(f"of {len(targets)} forms", lambda: self.drive(every))
-        for (name, ridge), target in targets.items():
-            found = outcome(every, target, 1 << 30)
+        every = {ridge: self.task(plans, ridge) for ridge in ridges}
+        first = self.task(plans[:1], ridges[0])
+        self.report("compensation", lambda: self.drive(replace(first, key="timed")))
+        self.report(f"of {len(plans)} plans", lambda: self.drive(every[ridges[0]]))
+        for task in every.values():
+            self.drive(task)
+        for name, ridge in itertools.product(plans, ridges):
+            found = outcome(every[ridge], every[ridge].targets[plans.index(name)], 1 << 30)
             click.echo(
                 f"{name:<16} ridge {ridge:<6g} calibration error {found['before']:.3%} -> {found['after']:.3%},"
                 f" {found['damped']} of {found['compensated']} experts damped"
             )
+
+    def task(self, plans: list[str], ridge: float):
+        """All plans with one ridge, in one pass."""
+        from tenp_dist.checkpoint.kept import read_kept
+        from tenp_dist.engine.compensate import CompensateTask, Target
+
+        targets = tuple(Target(self.plan_file(name), self.folder / name / str(ridge)) for name in plans)
+        return CompensateTask(
+            self.model, self.folder / "corpus.arrow", self.folder / f"ridge-{ridge}", f"ridge {ridge}", self.compute,
+            moe=tuple(read_kept(self.plan_file(plans[0]))), targets=targets, ridge=ridge,
+        )  # fmt: skip
 
     def report(self, name: str, function) -> None:
         """Wall clock, and the process's own time, which other work on the machine changes less."""

@@ -28,7 +28,7 @@ FOLDER, DOCUMENT = "compensation", "compensation.json"
 def compensate(context: Context) -> Output:
     """The stage: the run's own plan."""
     run_dir = context.run_dir
-    target = Target(run_dir / "plan.safetensors", run_dir / FOLDER, float(context.job.output.ridge))
+    target = Target(run_dir / "plan.safetensors", run_dir / FOLDER)
     task = CompensateTask(**_shared(context), folder=run_dir / FOLDER, targets=(target,))
     context.replace()
     done = _solve(context, "compensate", task, context.progress)
@@ -50,8 +50,7 @@ def variants_of(
     the kept W_down of all their narrow experts; the stage removes it when it has its figures.
     """
     home = {plan.name: folder / FOLDER / file_digest(plan.tensors)[:16] for plan in plans if plan.compensated}
-    ridge = float(context.job.output.ridge)
-    targets = {home[plan.name]: Target(plan.tensors, home[plan.name], ridge) for plan in plans if plan.compensated}
+    targets = {home[plan.name]: Target(plan.tensors, home[plan.name]) for plan in plans if plan.compensated}
     if targets:
         hidden = f"hidden/{FOLDER}"  # beside those of the evaluation, which come after it
         task = CompensateTask(**_shared(context), folder=folder, hidden=hidden, targets=tuple(targets.values()))
@@ -73,7 +72,6 @@ def recheck(context: Context) -> dict[str, Any]:
         folder=run_dir / "verify",
         plan=run_dir / "plan.safetensors",
         compensation=run_dir / FOLDER,
-        ridge=float(context.job.output.ridge),
     )
     nbytes, ledger = _nbytes(context, task.compute), _ledger(context, "verify")
     found = recheck_model(context.pool, task, nbytes, context.job.cluster, context.progress, ledger)
@@ -96,6 +94,7 @@ def _shared(context: Context) -> dict[str, Any]:
         "compute": settled_compute(context, job.score.batch_tokens),
         "waves": job.score.waves,
         "ranks": job.cluster.tensor_parallel,
+        "ridge": float(job.output.ridge),
         "moe": tuple(facts_of(context)["moe_layers"]),
         "weights": {domain: float(weight) for domain, weight in domain_weights(job).items()},
     }

@@ -48,18 +48,21 @@ FEW = 0.1  # share of narrow experts with few tokens above which there is a warn
 
 @dataclass(frozen=True)
 class Target:
-    """plan: kept-neurons file. folder: that receives its layer files. ridge: see `scoring/compensation.py`."""
+    """plan: kept-neurons file. folder: that receives its layer files."""
 
     plan: Path
     folder: Path
-    ridge: float = 0.01
 
 
 @dataclass(frozen=True)
 class CompensateTask(LayerwiseTask):
-    """targets: all of one model, each in a folder of its own; the same ones when the pass goes on from a kill."""
+    """targets: plans of one model, each in a folder of its own; the same ones when the pass goes on from a kill.
+
+    ridge: see `scoring/compensation.py`; the key names it, for the files are told apart by their key alone.
+    """
 
     targets: Sequence[Target] = ()
+    ridge: float = 0.01
 
     def file(self, target: Target, layer: int, rank: int) -> Path:
         return layer_file(target.folder, layer, rank, self.ranks)
@@ -91,7 +94,7 @@ class CompensateShard(LayerwiseShard):
         alike: dict[tuple, Path] = {}
         for target in self.task.targets:
             kept, path = read_kept_layer(target.plan, layer), self.task.file(target, layer, self.rank)
-            same = alike.setdefault((target.ridge, kept.offsets.tobytes(), kept.indices.tobytes()), path)
+            same = alike.setdefault((kept.offsets.tobytes(), kept.indices.tobytes()), path)
             if self.task.stored(target, layer, self.rank):
                 continue
             if same != path:
@@ -104,14 +107,15 @@ class CompensateShard(LayerwiseShard):
         skeleton, narrow = self.skeleton, self._narrow(kept, down_EDF.shape[2])
         experts = [self._held.start + expert for expert in sums.reached(narrow)]
         tensors = compensated_tensors(skeleton.index, skeleton.family, layer, experts, kept)
-        solved = self._solve(layer, narrow, target.ridge, sums, down_EDF)
+        solved = self._solve(layer, narrow, sums, down_EDF)
         path = self.task.file(target, layer, self.rank)
         write_layer(path, tensors, solved, layer=layer, key=self.task.file_key)
 
     def _solve(
-        self, layer: int, narrow: Mapping[int, np.ndarray], ridge: float, sums: Moments, down_EDF: torch.Tensor
+        self, layer: int, narrow: Mapping[int, np.ndarray], sums: Moments, down_EDF: torch.Tensor
     ) -> Iterator[CompensatedExpert]:
-        for batch in sums.solve(narrow, lambda ids: self._down(layer, down_EDF, ids), down_EDF.shape[1], ridge):
+        hidden, ridge = down_EDF.shape[1], self.task.ridge
+        for batch in sums.solve(narrow, lambda ids: self._down(layer, down_EDF, ids), hidden, ridge):
             columns = (batch.token_count_B, batch.damping_B, batch.energy_B, batch.before_B, batch.after_B)
             rows = zip(*(column.tolist() for column in columns), strict=True)
             for expert, down_DW, row in zip(batch.experts, batch.down_BDW, rows, strict=True):
@@ -168,7 +172,7 @@ def outcome(task: CompensateTask, target: Target, neurons: int) -> dict[str, Any
         table = {name: [value for one in tables for value in one[name]] for name in tables[0]}
         energy = sum(table["energy"]) or 1.0
         error = {name: sum(map(float.__mul__, table[name], table["energy"])) / energy for name in ("before", "after")}
-        damped = [e for e, damping in zip(table["experts"], table["damping"], strict=True) if damping > target.ridge]
+        damped = [e for e, damping in zip(table["experts"], table["damping"], strict=True) if damping > task.ridge]
         alone = sorted(set(narrow_experts(kept[layer], neurons)) - set(table["experts"]))
         layers[str(layer)] = {"compensated": len(table["experts"]), **error, "damped": sorted(damped)}
         layers[str(layer)]["left_alone"] = alone
@@ -178,7 +182,7 @@ def outcome(task: CompensateTask, target: Target, neurons: int) -> dict[str, Any
         **{name: sum(len(one[name]) for one in layers.values()) for name in ("damped", "left_alone")},
         **{name: sum(one[name] for one in solved) / max(1, len(solved)) for name in ("before", "after")},
     }
-    document = {"schema_version": SCHEMA_VERSION, "ridge": target.ridge, **totals, "warnings": _warnings(totals)}
+    document = {"schema_version": SCHEMA_VERSION, "ridge": task.ridge, **totals, "warnings": _warnings(totals)}
     return document | {"layers": layers}
 
 
