@@ -193,7 +193,7 @@ def _row(case: Case, plan: NamedPlan, figures: Mapping, source: Mapping) -> dict
         **{key: value for key, value in asdict(replace(case, budget=None)).items() if key != "budget"},
         "method": case.budget.method,
         "retention": str(case.budget.retention),
-        "important": case.budget.important and str(case.budget.important),
+        "important": None if case.budget.important is None else str(case.budget.important),
         "slope": str(case.budget.slope),
         "seed": case.budget.seed,
         "realised": plan.document["retention"]["realised"],
