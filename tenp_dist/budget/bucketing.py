@@ -9,15 +9,21 @@ concavity the steps H_e(c_{i+1}) - H_e(c_i) are positive first and negative afte
 the worth of a set is that of a path, sum_e H_e(c_1) + sum_i M(c_i, c_{i+1}) with M(i, j) = sum_e max(0, H_e(j) -
 H_e(i)), and the best path of at most W widths is found by dynamic programming. No order of the experts is
 assumed: two experts of nearly equal free width may well go to different buckets. M satisfies
-M(i, j) + M(i', j') >= M(i, j') + M(i', j) for i < i' < j < j', so the best predecessor never moves back as j grows,
-and a step looks at O(C log C) pairs instead of C^2.
+M(i, j) + M(i', j') >= M(i, j') + M(i', j) for i < i' < j < j', so the best predecessor never moves back as j grows:
+of N widths that may be the next (narrowing.py: those that bounds leave, about sqrt(C) times a small number where C is
+large) a step looks at O(N log N) pairs instead of N^2.
 
-Shapes: C legal widths in ascending order, E experts. Memory: a few times C x E and 2^17 float64.
+Shapes: C legal widths in ascending order, E experts. Time: C E + K^2 E for K cells of the bounds, then W - 1 steps of
+N log N E, N <= C. Memory: a few times C x E and 2^17 float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from tenp_dist.budget.narrowing import cells, near_widths, peaks
 
 _CHUNK_ELEMENTS = 1 << 17  # float64 differences at once: a core's cache
 
@@ -49,61 +55,76 @@ def best_widths(
         with_full: the full width is one of the distinct ones, for experts that are not listed here.
     """
     worth_CE = kept_CE - price * widths_C[:, None]
-    free_E = worth_CE.argmax(axis=0)
+    size, most_KE = cells(worth_CE, max_widths)
+    free_E = peaks(worth_CE, size, most_KE)
     places = set(free_E.tolist()) | ({len(widths_C) - 1} if with_full else set())
     if len(places) <= max_widths:
         return free_E
-    path = _best_path(worth_CE, max_widths, with_full)
+    path = _best_path(worth_CE, near_widths(worth_CE, size, most_KE, max_widths, with_full), with_full)
     return path[worth_CE[path].argmax(axis=0)]
 
 
-def _best_path(worth_CE: np.ndarray, max_widths: int, with_full: bool) -> np.ndarray:
-    """Ascending places of the best set of widths; of equal ones the shortest."""
-    value_C, steps = worth_CE.sum(axis=1), []
-    ends = slice(-1, None) if with_full else slice(None)
+def _best_path(worth_CE: np.ndarray, near: Sequence[np.ndarray], with_full: bool) -> np.ndarray:
+    """Ascending places of the best set of widths, the s-th one of `near[s]`; of equal ones the shortest."""
+    value_N, steps = np.asfortranarray(worth_CE[near[0]]).sum(axis=1), []  # expert after expert, for any memory layout
     best, end, length = -np.inf, 0, 0
-    for step in range(min(max_widths, len(worth_CE))):
+    for step, place_N in enumerate(near):
         if step:
-            value_C, before_C = _extend(value_C, worth_CE)
-            steps.append(before_C)
-        reached = value_C[ends].max()
-        if reached > best:
-            best, length = reached, step
-            end = int(value_C[ends].argmax()) + (len(worth_CE) - 1 if with_full else 0)
-    path = [end]
-    for before_C in reversed(steps[:length]):
-        path.append(int(before_C[path[-1]]))
+            value_N, before_N = _extend(near[step - 1], value_N, place_N, worth_CE)
+            steps.append(before_N)
+        ends = np.flatnonzero(place_N == len(worth_CE) - 1) if with_full else np.arange(len(place_N))
+        if len(ends) and value_N[ends].max() > best:
+            best, length = value_N[ends].max(), step
+            end = int(ends[value_N[ends].argmax()])
+    path = [near[length][end]]
+    for step in range(length, 0, -1):
+        end = int(steps[step - 1][end])
+        path.append(near[step - 1][end])
     return np.array(path[::-1])
 
 
-def _extend(value_C: np.ndarray, worth_CE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Paths with one width more: max over i < j of value[i] + M(i, j), and the lowest such i, both [C].
+def _extend(
+    low_N: np.ndarray, value_N: np.ndarray, high_J: np.ndarray, worth_CE: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paths with one width more: max over i < j of value[i] + M(i, j), and the lowest such i, both [J].
 
     Rows are solved from coarse to fine; each looks between the predecessors of its solved neighbours.
+
+    Args:
+        low_N: places that the paths so far may end at, ascending. value_N: their worth.
+        high_J: places that they may go on to, ascending.
+
+    Returns:
+        Worth, minus infinity where there is no predecessor, and the predecessor as an index of `low_N`.
     """
-    size = len(value_C)
-    best_C, before_C = np.full(size, -np.inf), np.zeros(size, dtype=np.int64)
-    stride = 1 << (size - 1).bit_length()
-    while stride:
-        rows = np.arange(stride, size, 2 * stride)
-        if len(rows):
-            above = rows + stride
-            low = before_C[rows - stride]
-            high = np.where(above < size, before_C[np.minimum(above, size - 1)], size)
-            best_C[rows], before_C[rows] = _best_before(rows, low, np.minimum(high, rows - 1), value_C, worth_CE)
-        stride //= 2
-    return best_C, before_C
+    reach_J = np.searchsorted(low_N, high_J)  # so many places are below
+    first, size = int(np.searchsorted(reach_J, 1)), len(high_J)
+    best_J, before_J = np.full(size, -np.inf), np.zeros(size + 1, dtype=np.int64)  # the last: below the first row
+    stride = 1 << (size - first).bit_length()
+    while stride := stride // 2:
+        rows = np.arange(first + stride - 1, size, 2 * stride)
+        below, above = rows - stride, rows + stride
+        low = np.where(below >= first, before_J[below], 0)
+        high = np.where(above < size, before_J[np.minimum(above, size)], len(low_N))
+        best_J[rows], before_J[rows] = _best_before(
+            (low, np.minimum(high, reach_J[rows] - 1)), high_J[rows], low_N, value_N, worth_CE
+        )
+    return best_J, before_J[:size]
 
 
 def _best_before(
-    rows: np.ndarray, low: np.ndarray, high: np.ndarray, value_C: np.ndarray, worth_CE: np.ndarray
+    between: tuple[np.ndarray, np.ndarray],
+    row_R: np.ndarray,
+    low_N: np.ndarray,
+    value_N: np.ndarray,
+    worth_CE: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For every row j the best of value[i] + M(i, j) over low <= i <= high, and the lowest i that reaches it."""
-    counts = high - low + 1
+    """For every place j of `row_R` the best value[n] + M(low[n], j), n `between` two, and the lowest n that has it."""
+    first_R, last_R = between
+    counts = last_R - first_R + 1
     starts = np.cumsum(counts) - counts
-    row_P = np.repeat(rows, counts)
-    before_P = np.arange(len(row_P)) + np.repeat(low - starts, counts)
-    total_P = value_C[before_P] + _climbs(before_P, row_P, worth_CE)
+    before_P = np.arange(int(counts.sum())) + np.repeat(first_R - starts, counts)
+    total_P = value_N[before_P] + _climbs(low_N[before_P], np.repeat(row_R, counts), worth_CE)
     best = np.maximum.reduceat(total_P, starts)
     hits = np.flatnonzero(total_P == np.repeat(best, counts))
     return best, before_P[hits[np.searchsorted(hits, starts)]]
