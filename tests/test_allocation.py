@@ -9,6 +9,7 @@ import pytest
 
 from tenp_dist.budget.allocation import Curves, allocate, energy_bound, total_neurons
 from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
+from tenp_dist.budget.floors import floor_places
 from tenp_dist.budget.leftover import spend
 from tenp_dist.errors import BudgetError
 
@@ -27,7 +28,7 @@ def curves_of(energy_EF: np.ndarray, align: int = 1, minimum_width: int = 0, who
 
 
 def planned(layers, allowed: int, max_widths: int) -> list[list[int]]:
-    places, _ = allocate(layers, allowed, max_widths)
+    places, _ = allocate(layers, allowed, max_widths, floor_places(layers, allowed, max_widths))
     places = spend(layers, places, allowed, max_widths)
     return [curves.widths_C[place_E].tolist() for curves, place_E in zip(layers, places, strict=True)]
 
@@ -117,7 +118,8 @@ def test_allocation_against_every_combination(max_widths):
         allowed = int(rng.integers(6, 72))
         widths = planned(layers, allowed, max_widths)
         found, best = energy_of(energies, widths), exhaustive(energies, layers, allowed, max_widths)
-        bound = energy_bound(layers, allowed, max_widths, allocate(layers, allowed, max_widths)[1])
+        price = allocate(layers, allowed, max_widths, floor_places(layers, allowed, max_widths))[1]
+        bound = energy_bound(layers, allowed, max_widths, price)
         assert sum(map(sum, widths)) <= allowed
         assert all(len(set(layer)) <= max_widths and set(layer) <= set(range(0, 7, align)) for layer in widths)
         assert found <= best * (1 + 1e-12) and best <= bound * (1 + 1e-12)
@@ -178,11 +180,11 @@ def test_a_layer_minimum_costs_as_little_as_it_can():
 
 def test_over_the_budget_before_it_starts():
     energy_EF = np.ones((4, 8))
-    with pytest.raises(BudgetError) as caught:
-        allocate([curves_of(energy_EF, minimum_width=3, whole=[1])], 16, 2)
-    assert caught.value.found == "17 neurons that must stay" and caught.value.exit_code == 7
+    with pytest.raises(BudgetError, match="17 of 32 neurons must stay") as caught:
+        planned([curves_of(energy_EF, minimum_width=3, whole=[1])], 16, 2)
+    assert caught.value.exit_code == 7
     with pytest.raises(BudgetError, match="no second width"):
-        allocate([curves_of(energy_EF, whole=[1])], 16, 1)
+        planned([curves_of(energy_EF, whole=[1])], 16, 1)
     # of one width there is nothing to decide
     assert planned([curves_of(energy_EF, whole=[0, 1, 2, 3]), curves_of(energy_EF)], 40, 1) == [[8] * 4, [2] * 4]
 
@@ -206,7 +208,7 @@ def test_spend_never_loses():
         energies = [drawn_energies(rng, 8, 24) for _ in range(4)]
         layers = [curves_of(e, 4) for e in energies]
         allowed = int(rng.integers(20, 700))
-        before, _ = allocate(layers, allowed, 2)
+        before, _ = allocate(layers, allowed, 2, floor_places(layers, allowed, 2))
         after = spend(layers, before, allowed, 2)
         kept = [sum(c.energy(p) for c, p in zip(layers, places, strict=True)) for places in (before, after)]
         assert kept[0] <= kept[1] and total_neurons(layers, after) <= allowed

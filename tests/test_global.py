@@ -134,9 +134,22 @@ def test_protected_and_minima():
 @pytest.mark.parametrize(
     ("keys", "message", "found"),
     [
-        ({"protect": ["1", "2"], "retention": "0.4"}, "alone are over the target", "640 neurons that must stay"),
-        ({"minimum_width": 29, "retention": "0.9"}, "alone are over the target", "1280 neurons that must stay"),
-        ({"minimum_layer_retention": "0.6"}, "alone are over the target", "768 neurons that must stay"),
+        (
+            {"protect": ["1", "2"], "retention": "0.4"},
+            "alone are over the target",
+            "640 of 1280 neurons must stay: 640 of experts kept whole (protect, never_routed)",
+        ),
+        (
+            {"minimum_width": 29, "retention": "0.9"},  # of multiples of 4 only 32
+            "alone are over the target",
+            "1280 of 1280 neurons must stay: 1280 of the others at their least width (minimum_width, align)",
+        ),
+        (
+            {"minimum_layer_retention": "0.6"},
+            "alone are over the target",
+            "768 of 1280 neurons must stay: 768 more in layers of too few (minimum_layer_retention)",
+        ),
+        ({"protect": ["2/3"], "max_widths": 1}, "no second width", "1 experts kept whole, max_widths 1"),
         ({"minimum_width": 33}, "fewer neurons than each must keep", "33"),
         ({"protect": ["5"]}, "is not there", "5"),
         ({"protect": ["2/10"]}, "is not there", "2/10"),
@@ -146,7 +159,30 @@ def test_infeasible_before_any_score_is_read(keys, message, found):
     layers, _ = drawn_model()
     with pytest.raises(BudgetError, match=message) as caught:
         plan_shape(budget_of_global(**keys), layers)
-    assert str(caught.value.found) == found and caught.value.next_step
+    assert str(caught.value.found) == found
+    assert caught.value.where and caught.value.wanted and caught.value.next_step
+
+
+def test_never_routed_experts_kept_whole_may_be_over_the_target():
+    layers, scores = drawn_model(unrouted=[(2, expert) for expert in range(10)])
+    budget = budget_of_global(never_routed="whole", retention="0.2")
+    with pytest.raises(BudgetError, match=r"320 of 1280 neurons must stay: 320 of experts kept whole") as caught:
+        make_plan(budget, layers, scores.__getitem__)
+    assert caught.value.next_step.startswith("set budget.retention to 0.25 or more")
+
+
+@pytest.mark.parametrize("max_widths", [1, 2, 3])
+def test_every_layer_may_be_held_to_the_retention_itself(max_widths):
+    layers, scores = drawn_model()
+    keys = {"minimum_layer_retention": "0.5", "max_widths": max_widths, "align": 1}
+    plan = make_plan(budget_of_global(**keys), layers, scores.__getitem__)
+    assert [int(widths.sum()) for widths in plan.widths.values()] == [160] * 4
+    # and they are better than all experts 16 wide, but for one width, where that is all there is
+    for layer, found in plan.kept.items():
+        energy_EF = GLOBAL.neuron_worth(scores[layer], registry.Context(layer=layer)).numpy()
+        flat = np.sort(energy_EF, axis=1)[:, 16:].sum()
+        kept = energy_EF[found.mask(32)].sum()
+        assert kept > flat if max_widths > 1 else kept == pytest.approx(flat)
 
 
 def test_protect_is_checked_when_the_job_is_read():

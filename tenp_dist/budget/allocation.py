@@ -18,9 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tenp_dist.budget.bucketing import best_widths
-from tenp_dist.errors import BudgetError
 
-_TOLERANCE = 1e-13  # relative width of a bracket of prices that is not halved again
 _COARSE = 128  # widths of a coarse layer, from twice as many on
 _FURTHEST = 1e30  # a first price is not corrected by more
 
@@ -59,29 +57,23 @@ class Curves:
         free_E = ~self.whole_E
         if free_E.any():
             with_full = bool(self.whole_E.any())
-            kept_CE = self.kept_CE[:, free_E]
+            # compress keeps rows together in memory, [:, free_E] would not
+            kept_CE = self.kept_CE if free_E.all() else self.kept_CE.compress(free_E, axis=1)
             place_E[free_E] = best_widths(kept_CE, self.widths_C, price, max_widths, with_full=with_full)
         return place_E
 
 
-def allocate(layers: Sequence[Curves], allowed: int, max_widths: int) -> tuple[Places, float]:
+def allocate(layers: Sequence[Curves], allowed: int, max_widths: int, floors: Places) -> tuple[Places, float]:
     """Places of every layer, before what is left over is spent, and the price that leads to them.
 
     Args:
-        allowed: neurons that the model may keep.
+        allowed: neurons that the model may keep, those of `floors` or more.
         max_widths: distinct widths of a layer.
-
-    Raises:
-        BudgetError: the minima and the experts kept whole are over the budget, or do not fit `max_widths`.
+        floors: places that each layer gets where its price leaves less than its minimum (floors.py).
     """
-    _check_widths(layers, max_widths)
     large = [curves.full_E for curves in layers]
     if total_neurons(layers, large) <= allowed:
         return large, 0.0
-    beyond = 2 * _steepest(layers)
-    floors = [_smallest(curves, beyond, max_widths) for curves in layers]
-    if total_neurons(layers, floors) > allowed:
-        raise over_budget(total_neurons(layers, floors), allowed)
     bracket = _Bracket(layers, allowed, max_widths, floors, large)
     bracket.surround(_first_price(layers, allowed, max_widths))
     price = bracket.close()
@@ -145,20 +137,30 @@ def _priced(curves: Curves, price: float, max_widths: int, floor_E: np.ndarray) 
     return place_E if curves.neurons(place_E) >= curves.minimum else floor_E
 
 
-def _smallest(curves: Curves, high: float, max_widths: int) -> np.ndarray:
-    """The solution of fewest neurons that keeps the layer's minimum. high: a price at which no step is worth taking."""
-    small_E = curves.at_price(high, max_widths)
-    if curves.neurons(small_E) >= curves.minimum:
-        return small_E
-    low, best_E = 0.0, curves.full_E
-    while high - low > _TOLERANCE * high:
-        price = _between(low, high)
+def smallest(curves: Curves, high: float, max_widths: int) -> np.ndarray:
+    """The priced solution of fewest neurons that keeps the layer's minimum.
+
+    high: a price at which no step is worth taking, 2 * `steepest`.
+    """
+    few_E, many_E = curves.at_price(high, max_widths), curves.full_E
+    if curves.neurons(few_E) >= curves.minimum:
+        return few_E
+    while True:
+        few, many = curves.neurons(few_E), curves.neurons(many_E)
+        price = max(curves.energy(many_E) - curves.energy(few_E), 0.0) / (many - few)
         place_E = curves.at_price(price, max_widths)
-        if curves.neurons(place_E) >= curves.minimum:
-            low, best_E = price, place_E
+        found = curves.neurons(place_E)
+        if few < found < curves.minimum:
+            few_E = place_E
+        elif curves.minimum <= found < many:
+            many_E = place_E
         else:
-            high = price
-    return best_E
+            return many_E
+
+
+def steepest(layers: Sequence[Curves]) -> float:
+    """The most energy per neuron of any step."""
+    return max(float(_steps(curves).max(initial=np.finfo(float).tiny)) for curves in layers)
 
 
 def _energy(layers: Sequence[Curves], places: Places) -> float:
@@ -169,7 +171,11 @@ def _first_price(layers: Sequence[Curves], allowed: int, max_widths: int) -> flo
     """A price near the one sought: that of the same layers at every n-th width, or of free widths."""
     stride = max(len(curves.widths_C) for curves in layers) // _COARSE
     if stride > 1:
-        return allocate([_coarse(curves, stride) for curves in layers], allowed, max_widths)[1]
+        coarse = [_coarse(curves, stride) for curves in layers]
+        beyond = 2 * steepest(coarse)
+        floors = [smallest(curves, beyond, max_widths) for curves in coarse]
+        if total_neurons(coarse, floors) <= allowed:
+            return allocate(coarse, allowed, max_widths, floors)[1]
     steps = np.concatenate([_steps(curves).ravel() for curves in layers])
     share = allowed / sum(int(curves.widths_C[-1]) * curves.whole_E.size for curves in layers)
     return float(np.quantile(steps, max(0.0, 1 - share))) if steps.size else 0.0
@@ -199,37 +205,3 @@ def _merge(layers: Sequence[Curves], small: Places, large: Places, allowed: int)
 def _steps(curves: Curves) -> np.ndarray:
     """Energy per neuron of every step from one legal width to the next, [C - 1, E]."""
     return np.diff(curves.kept_CE, axis=0) / np.diff(curves.widths_C)[:, None]
-
-
-def _steepest(layers: Sequence[Curves]) -> float:
-    return max(float(_steps(curves).max(initial=np.finfo(float).tiny)) for curves in layers)
-
-
-def _between(low: float, high: float) -> float:
-    """Halfway in the order of all floating-point numbers: about the geometric mean, and defined for 0 too."""
-    bits = np.array([low, high]).view(np.int64)
-    return float((bits[:1] + (bits[1] - bits[0]) // 2).view(np.float64)[0])
-
-
-def _check_widths(layers: Sequence[Curves], max_widths: int) -> None:
-    for curves in layers:
-        mixed = curves.whole_E.any() and not curves.whole_E.all()
-        if mixed and max_widths < 2 and len(curves.widths_C) > 1 and curves.minimum < curves.neurons(curves.full_E):
-            raise BudgetError(
-                "Experts kept whole leave no second width for the others of their layer",
-                where=f"budget.max_widths, layer {curves.layer}",
-                found=f"{int(curves.whole_E.sum())} experts kept whole, max_widths 1",
-                wanted="max_widths 2 or more",
-                next_step="raise budget.max_widths, or protect whole layers instead of experts",
-            )
-
-
-def over_budget(needed: int, allowed: int) -> BudgetError:
-    """The error where what must stay is more than what may."""
-    return BudgetError(
-        "Minima and protected experts alone are over the target",
-        where="budget.retention",
-        found=f"{needed} neurons that must stay",
-        wanted=f"at most {allowed}",
-        next_step="raise budget.retention, or lower minimum_width, minimum_layer_retention or protect",
-    )

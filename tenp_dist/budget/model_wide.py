@@ -13,8 +13,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.allocation import Curves, allocate, over_budget
+from tenp_dist.budget.allocation import Curves, allocate
 from tenp_dist.budget.bucketing import kept_energy, legal_widths
+from tenp_dist.budget.floors import Floor, check_floors, floor_places
 from tenp_dist.budget.leftover import spend
 from tenp_dist.budget.removal import unused_keys
 from tenp_dist.budget.sizes import MoeLayer, Shape
@@ -32,18 +33,20 @@ def open_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
     """What is known before any score: that the minima and the protected experts fit the budget.
 
     Raises:
-        BudgetError: they do not, or a protected layer or expert is not there.
+        BudgetError: they do not, also by `max_widths`, or a protected layer or expert is not there.
     """
     protected = _protected(budget, layers)
-    needed = 0
-    for facts in layers:
-        widths_C, minimum = _legal(budget, facts), _minimum(budget, facts)
-        whole = int(protected[facts.layer].sum())
-        width = whole * facts.intermediate_size + (facts.experts - whole) * int(widths_C[0])
-        needed += max(width, minimum)
-    total = sum(facts.experts * facts.intermediate_size for facts in layers)
-    if needed > budget.retention_exact * total:
-        raise over_budget(needed, math.floor(budget.retention_exact * total))
+    floors = [
+        Floor(
+            layer=facts.layer,
+            widths_C=_legal(budget, facts),
+            experts=facts.experts,
+            whole=int(protected[facts.layer].sum()),
+            minimum=_minimum(budget, facts),
+        )
+        for facts in layers
+    ]
+    check_floors(floors, _allowed(budget, layers), budget.max_widths)
     return Shape(layers=tuple(layers), whole=(0,) * len(layers), narrow=(None,) * len(layers))
 
 
@@ -76,8 +79,9 @@ def model_widths(
                 minimum=_minimum(budget, facts),
             )
         )
-    allowed = math.floor(budget.retention_exact * sum(facts.experts * facts.intermediate_size for facts in layers))
-    places, _ = allocate(curves, allowed, budget.max_widths)
+    allowed = _allowed(budget, layers)
+    floors = floor_places(curves, allowed, budget.max_widths)
+    places, _ = allocate(curves, allowed, budget.max_widths, floors)
     places = spend(curves, places, allowed, budget.max_widths)
     return {one.layer: one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True)}
 
@@ -118,6 +122,11 @@ def _legal(budget: Budget, facts: MoeLayer) -> np.ndarray:
             next_step="lower budget.minimum_width",
         )
     return legal_widths(facts.intermediate_size, budget.align, budget.minimum_width)
+
+
+def _allowed(budget: Budget, layers: Sequence[MoeLayer]) -> int:
+    """Neurons that the model may keep."""
+    return math.floor(budget.retention_exact * sum(facts.experts * facts.intermediate_size for facts in layers))
 
 
 def _minimum(budget: Budget, facts: MoeLayer) -> int:
