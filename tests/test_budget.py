@@ -306,7 +306,10 @@ def test_alpha_equal_to_rho_empties_the_others_and_says_so():
     budget = Budget(retention="0.5", important="0.5", slope=0)
     shape = plan_shape(budget, layers_of(2, 4, 8))
     assert (shape.whole, shape.narrow_width) == ((2, 2), 0)
-    assert "keep no neuron" in shape_warnings(budget, shape)[0]
+    assert shape_warnings(budget, shape)[0].startswith("4 of 8 experts keep no neuron and return zero: the whole")
+    steep = Budget(retention="0.5", important="0.5")  # 0, 2 and 4 whole experts
+    (warning,) = shape_warnings(steep, plan_shape(steep, layers_of(3, 4, 8)))
+    assert warning.startswith("6 of 12 experts keep no neuron and return zero, and layer 1 has no other routed expert:")
     # 0.5 * 9 = 4.5 experts: half an expert is left for 5, less than one neuron each
     assert plan_shape(Budget(retention="0.5", important="0.5"), layers_of(3, 3, 8)).narrow_width == 0
 

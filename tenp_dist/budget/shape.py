@@ -76,16 +76,27 @@ def shape_warnings(budget: Budget, shape: Shape) -> list[str]:
     if budget.important and not method.whole_experts:
         warnings.append(f"important {budget.important} is not used: method {budget.method} keeps no expert whole.")
     if 0 in shape.narrow:
-        warnings.append(
-            "Narrow experts keep no neuron: the whole experts take the budget, every other expert returns zero. "
-            "Lower important."
-        )
+        warnings.append(_empty_warning(shape))
     if wasted > WASTE_LIMIT:
         warnings.append(
             f"Rounding to widths that are multiples of {budget.align} leaves {float(wasted):.1%} of the allowed "
             f"neurons unspent; {_remedy(budget, shape)}."
         )
     return warnings
+
+
+def _empty_warning(shape: Shape) -> str:
+    """How many experts return zero, and the layers that have no other."""
+    layers = list(zip(shape.layers, shape.whole, shape.narrow, strict=True))
+    empty = sum(layer.experts - m for layer, m, width in layers if width == 0)
+    experts = sum(layer.experts for layer in shape.layers)
+    bare = [str(layer.layer) for layer, m, width in layers if width == 0 and m == 0]
+    nothing = f", and layer {', '.join(bare)} has no other routed expert" if bare else ""
+    return (
+        f"{empty} of {experts} experts keep no neuron and return zero{nothing}: the whole experts take the budget, and "
+        "tokens are routed to the others still. Lower important, or take experts out of routing with a method that "
+        "removes them."
+    )
 
 
 def _remedy(budget: Budget, shape: Shape) -> str:
