@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tenp_dist.budget.allocation import Curves, allocate, energy_bound, total_neurons
+from tenp_dist.budget.allocation import Curves, allocate, energy_bound, smallest, steepest, total_neurons
 from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
 from tenp_dist.budget.floors import floor_places
 from tenp_dist.budget.leftover import spend
@@ -170,6 +170,18 @@ def test_minima_and_protected_experts_hold():
     assert sum(widths[0]) >= 40 and sum(planned([curves_of(e, 2, 4) for e in energies], 150, 2)[0]) < 40
     assert widths[1][0] == widths[1][5] == 16 and len(set(widths[1])) <= 2
     assert min(map(min, widths)) >= 4
+
+
+@pytest.mark.parametrize("max_widths", [1, 2, 3])
+def test_no_price_keeps_the_minimum_with_fewer_neurons(max_widths):
+    rng = np.random.default_rng(max_widths)
+    for _ in range(10):
+        curves = curves_of(drawn_energies(rng, 6, 40) + 1e-3, minimum=int(rng.integers(1, 240)))
+        beyond = 2 * steepest([curves])
+        prices = beyond * np.geomspace(1e-7, 1, 800)
+        kept = [curves.neurons(curves.at_price(price, max_widths)) for price in prices]
+        found = curves.neurons(smallest(curves, beyond, max_widths))
+        assert curves.minimum <= found <= min((n for n in kept if n >= curves.minimum), default=240)
 
 
 def test_a_layer_minimum_costs_as_little_as_it_can():

@@ -60,6 +60,15 @@ def test_no_width_of_any_best_set_is_left_out(seed, small_cells):
     assert left < 0.9 * most  # and something is
 
 
+def test_the_set_at_hand_has_the_full_width_where_it_must(small_cells):
+    # One expert wants 18 of 0 to 19 and not 19 at any price, one wants 0, half as much. With 19 in the set 18 is best,
+    # worth 18 - 9; the middles of cells, 2 and 18 without the 19, would be worth 18 - 1 and leave no 18.
+    worth_CE = np.stack([np.arange(20.0), -np.arange(20) / 2], axis=1)
+    worth_CE[19, 0] = -1000
+    near = near_widths(worth_CE, *cells(worth_CE, 2), 2, True)
+    assert cells(worth_CE, 2)[0] == 4 and 18 in near[0] and near[1].tolist() == [16, 17, 18, 19]
+
+
 @pytest.mark.parametrize("max_widths", [2, 3, 4, 7])
 def test_the_search_finds_the_same_with_and_without_bounds(max_widths, monkeypatch):
     rng = np.random.default_rng(max_widths)

@@ -7,16 +7,21 @@ The planning runs in a fresh process.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import print_machine, process_memory
+
+if TYPE_CHECKING:
+    from tenp_dist.config import Budget
 
 
 @click.command(help=__doc__)
@@ -27,13 +32,17 @@ from machine import print_machine, process_memory
 @click.option("--method", default="tenp", show_default=True, help="tenp, enp, random or global")
 @click.option("--align", default=1, show_default=True, help="narrow widths are multiples of this")
 @click.option("--max-widths", default=2, show_default=True, help="distinct widths of a layer")
+@click.option("--minimum-layer-retention", "layer_minimum", default="0", show_default=True, help="of method global")
 @click.option("--repeat", default=3, show_default=True, help="runs; every one is printed")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 @click.option("--measure", type=click.Path(path_type=Path), hidden=True, help="internal: plan this folder of scores")
-def main(layers, experts, neurons, domains, method, align, max_widths, repeat, folder, measure):
+def main(layers, experts, neurons, domains, method, align, max_widths, layer_minimum, repeat, folder, measure):
     sizes = (layers, experts, neurons)
     if measure:
-        click.echo(json.dumps(plan_once(measure, sizes, method, align, max_widths)))
+        from tenp_dist.config import Budget
+
+        budget = Budget(method=method, align=align, max_widths=max_widths, minimum_layer_retention=layer_minimum)
+        click.echo(json.dumps(plan_once(measure, sizes, budget)))
         return
     print_machine("torch", "numpy", "safetensors")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -41,11 +50,14 @@ def main(layers, experts, neurons, domains, method, align, max_widths, repeat, f
         started = time.perf_counter()
         size = synthesise(scores, sizes, domains, method)
         click.echo(f"model       {layers} layers x {experts} experts x {neurons} neurons, {domains} domains")
-        click.echo(f"budget      align {align}, at most {max_widths} widths in a layer")
+        least = f", at least {layer_minimum} of each" if float(layer_minimum) else ""
+        click.echo(f"budget      align {align}, at most {max_widths} widths in a layer{least}")
         click.echo(
             f"scores      {size / 1e9:.2f} GB, made in {time.perf_counter() - started:.0f} s (not counted below)"
         )
-        click.echo("run  method  planning s  whole process s  peak RSS GB  anonymous at end GB  plan files MB")
+        click.echo(
+            "run  method  planning s  CPU s  whole process s  peak RSS GB  anonymous at end GB  plan files MB  load"
+        )
         for run in range(1, repeat + 1):
             report(run, method, scores)
 
@@ -56,10 +68,9 @@ def report(run: int, method: str, scores: Path) -> None:
     child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     whole = time.perf_counter() - started
     found = json.loads(child.stdout)
-    click.echo(
-        f"{run:<3}  {method:<6}  {found['seconds']:>10.2f}  {whole:>15.2f}  {found['peak'] / 1e9:>11.2f}  "
-        f"{found['anonymous'] / 1e9:>19.2f}  {found['plan_bytes'] / 1e6:>13.1f}"
-    )
+    times = f"{found['seconds']:>10.2f}  {found['cpu']:>5.2f}  {whole:>15.2f}"
+    sizes = f"{found['peak'] / 1e9:>11.2f}  {found['anonymous'] / 1e9:>19.2f}  {found['plan_bytes'] / 1e6:>13.1f}"
+    click.echo(f"{run:<3}  {method:<6}  {times}  {sizes}  {os.getloadavg()[0]:>4.1f}")
 
 
 def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int, method: str) -> int:
@@ -93,17 +104,15 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int, method: 
     return total
 
 
-def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int, max_widths: int) -> dict[str, float]:
+def plan_once(folder: Path, sizes: tuple[int, int, int], budget: Budget) -> dict[str, float]:
     """Plan the scores in `folder`; seconds include imports of the planner, reading and writing."""
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
     from tenp_dist.budget.plan_files import read_plan, write_plan
     from tenp_dist.checkpoint.kept import layer_name
-    from tenp_dist.config import Budget
     from tenp_dist.scoring.statistics import read_statistics
 
     layers, experts, neurons = sizes
-    budget = Budget(method=method, align=align, max_widths=max_widths)
     names = planning_statistics(budget)
     plan = make_plan(
         budget,
@@ -111,11 +120,12 @@ def plan_once(folder: Path, sizes: tuple[int, int, int], method: str, align: int
         lambda layer: read_statistics(folder / f"{layer_name(layer)}.safetensors", names),
     )
     paths = write_plan(folder / "plan", plan, source_fingerprint="bench", scores_digest="bench")
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     assert read_plan(folder / "plan")["experts"]["total"] == layers * experts
     memory = process_memory()
     return {
         "seconds": seconds,
+        "cpu": cpu,
         "peak": memory["VmHWM"],
         "anonymous": memory["RssAnon"],
         "plan_bytes": sum(path.stat().st_size for path in paths),
