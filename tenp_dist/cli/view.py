@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tenp_dist.artifacts import StageRecord
-from tenp_dist.config import Job
+from tenp_dist.config import COMPENSATE, Job
 from tenp_dist.engine.compute import Progress as Step
 from tenp_dist.engine.coordinator import Listener, Stage
 from tenp_dist.engine.local import Pool
@@ -222,9 +222,6 @@ def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:
     domains = list(source["domains"]) if console.width >= _WIDE else []
     table = Table(title="Plans on held-out text", title_justify="left", title_style="bold")
     table.add_column("plan", overflow="fold", min_width=24)
-    solved = any(plan["compensated"] for plan in evaluation["plans"])
-    if solved:
-        table.add_column("compensated")
     for heading in ("kept", "NLL added", *domains, "KL", "same top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for plan in evaluation["plans"]:
@@ -232,7 +229,6 @@ def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:
         mean = plan["mean"]
         table.add_row(
             plan["name"],
-            *(["yes" if plan["compensated"] else "no"] if solved else []),
             f"{plan['retention']['realised']:.2%}",
             f"{mean['nll'] - source['mean']['nll']:+.4f}",
             *(f"{value:+.4f}" for value in added),
@@ -241,8 +237,17 @@ def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:
             style="dim" if plan["control"] else None,
         )
     console.print(table)
-    console.print(f"[dim]NLL of the source: {source['mean']['nll']:.4f} nats per token.[/dim]")
+    said = f"NLL of the source: {source['mean']['nll']:.4f} nats per token.{_compensated(evaluation['plans'])}"
+    console.print(f"[dim]{said}[/dim]")
     console.print()
+
+
+def _compensated(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Which plans are compensated, where their names do not say it."""
+    if not any(plan["compensated"] and f"{COMPENSATE}=" not in plan["name"] for plan in plans):
+        return ""
+    plain = ", ".join(plan["name"] for plan in plans if not plan["compensated"])
+    return f" All are compensated but {plain}." if plain else " All are compensated."
 
 
 def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
