@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from deaths import Death, cuts, lives, only_the_units_in_flight_were_lost
 from hypothesis import given
 from hypothesis import strategies as st
 from test_scoring import random_corpus
@@ -17,6 +16,7 @@ from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
+from tenp_dist.engine.boundaries import Boundaries, GuardedBoundaries
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Controller, Ledger, Retries
 from tenp_dist.engine.drive import choose_mode, cores_per_rank
@@ -249,10 +249,6 @@ def test_the_number_of_waves_changes_no_sum(tiny_model, tmp_path):
             assert one[name].equal(tensor), (path.name, name)
 
 
-class Dies(Exception):
-    """Stands for a power cut: no handler of ours sees it."""
-
-
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 @pytest.mark.parametrize("where", ["part", "boundary"])
 def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, where, tiny_model, tmp_path, monkeypatch):
@@ -262,28 +258,31 @@ def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, where, t
     model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
     reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference", corpus=corpus)
     module, name = {"part": (parts, "write_statistics"), "boundary": (boundaries, "atomic_write")}[where]
-    real, count, cut = getattr(module, name), 0, 0
 
-    def dying(*arguments, **options):
-        nonlocal count
-        count += 1
-        if count == cut:
-            raise Dies
-        return real(*arguments, **options)
+    def begin(folder: Path) -> None:
+        run_scores(InProcessPool(cores=1), model, folder, corpus=corpus, shards=2, mode=mode, commit_seconds=0)
 
-    for cut in range(1, 40):
-        count, folder = 0, tmp_path / str(cut)
-        monkeypatch.setattr(module, name, dying)
-        try:
-            run_scores(InProcessPool(cores=1), model, folder, corpus=corpus, shards=2, mode=mode, commit_seconds=0)
-        except Dies:
-            monkeypatch.setattr(module, name, real)
-            resumed = run_scores(InProcessPool(cores=1), model, folder, corpus=corpus, shards=1 + cut % 3, mode=mode)
-            assert resumed == reference, cut
-        else:
-            assert cut > 3
-            return
-    raise AssertionError("more writes than thought of")
+    for cut, folder in enumerate(cuts(monkeypatch, module, name, begin, tmp_path), start=1):
+        resumed = run_scores(InProcessPool(cores=1), model, folder, corpus=corpus, shards=1 + cut % 3, mode=mode)
+        assert resumed == reference, cut
+    assert cut >= 3
+
+
+def test_a_position_is_read_while_its_wave_goes_on(tmp_path):
+    """Between the listing and the look the next boundary is stored and the one that was listed dropped."""
+
+    class Busy(Boundaries):
+        def _layers(self, wave):
+            listed = super()._layers(wave)
+            if listed == [2]:
+                Boundaries(self.folder, self.key).write(wave, 4, {})
+            return listed
+
+    for kind in (Busy, type("Guarded", (Busy, GuardedBoundaries), {})):
+        folder = tmp_path / kind.__name__
+        Boundaries(folder, "key").write(0, 2, {})
+        guard = [lambda: 9] if issubclass(kind, GuardedBoundaries) else []
+        assert kind(folder, "key", *guard).position(0) == 4
 
 
 def test_another_number_of_ranks_is_refused_in_a_run_that_was_begun(tiny_model, tmp_path):
@@ -307,34 +306,17 @@ def ray_pool():
     pool.close()
 
 
-def kill_one(monkeypatch, group=0, rank=0):
-    """Let the first unit pass, then `kill -9` a worker; returns the list that will hold its pid."""
-    real, killed = RayPool.wait, []
-
-    def wait(self, groups):
-        ended = real(self, groups)
-        if not killed and ended._error is None:
-            import ray
-
-            killed.append(ray.get(groups[min(group, len(groups) - 1)]._actors[rank].process_id.remote()))
-            os.kill(killed[0], signal.SIGKILL)
-        return ended
-
-    monkeypatch.setattr(RayPool, "wait", wait)
-    return killed
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_two_shards_on_ray_survive_a_killed_worker(mode, ray_pool, tiny_model, tmp_path, monkeypatch):
     """The same bytes as an undisturbed run in this process."""
     model = tiny_model("deepseek_v3")
     reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
-    killed = kill_one(monkeypatch)
+    died = lives(monkeypatch, ray_pool, tmp_path / "deaths", Death("pass", 1, wave=1))
     found = run_scores(ray_pool, model, tmp_path / "ray", shards=2, mode=mode, commit_seconds=0)
-    assert killed and found == reference
-    ledger = (tmp_path / "ray" / "stages" / "score.ledger.jsonl").read_text()
-    assert ledger.count('"lost"') == 1
+    assert died() == 1 and found == reference
+    ledger = tmp_path / "ray" / "stages" / "score.ledger.jsonl"
+    only_the_units_in_flight_were_lost(ledger, layers=4, waves=4, deaths=1)
 
 
 def close_to(found: Path, reference: Path) -> None:
@@ -353,9 +335,9 @@ def test_two_ranks_on_ray_give_the_same_scores_and_survive_a_killed_rank(ray_poo
     run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
     alone = run_scores(ray_pool, model, tmp_path / "1x2", tensor_parallel=2)
     close_to(tmp_path / "1x2", tmp_path / "reference")
-    killed = kill_one(monkeypatch, rank=1)
+    died = lives(monkeypatch, ray_pool, tmp_path / "deaths", Death("pass", 1, wave=1, ranks=(1,)))
     disturbed = run_scores(ray_pool, model, tmp_path / "2x2", shards=2, tensor_parallel=2, mode="resident")
-    assert killed and disturbed == alone
+    assert died() == 1 and disturbed == alone
 
 
 @pytest.mark.slow

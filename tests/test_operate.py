@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_engine import kill_one
+from deaths import Death, lives
 from test_scoring import random_corpus
 
 from tenp_dist.artifacts import exclusive
@@ -107,6 +107,26 @@ def test_a_worker_that_was_given_up_writes_nothing_more(tiny_model, tmp_path):
     new.fence.check()  # another shard's mark is not its own
 
 
+def test_what_a_given_up_worker_still_stored_is_found_when_its_successor_starts_again(tiny_model, tmp_path):
+    """It had looked for its mark just before the successor came; the file that the successor was to read is gone."""
+    task = task_of(tmp_path, tiny_model("deepseek_v3"))
+    old, new = ScoreShard(task), ScoreShard(task)
+    waves = tuple(range(4))
+    old.open()
+    old.run(Unit(0, 1, waves))
+    old._commit(waves, 1, force=True)
+    new.open()
+    old.fence.check = lambda: None
+    old.run(Unit(1, 2, waves))
+    old._commit(waves, 2, force=True)
+    with pytest.raises(WorkerLost, match="has stored more meanwhile"):
+        new.run(Unit(1, 2, waves))
+    assert {task.boundaries.position(wave) for wave in waves} == {2}
+    again = ScoreShard(task)
+    again.open()
+    again.run(Unit(2, 3, waves))
+
+
 def test_a_begun_run_keeps_its_threads(tiny_model, tmp_path, monkeypatch):
     """Begun with one thread, gone on with where there are three: workers still get one."""
     task = task_of(tmp_path, tiny_model("deepseek_v3"))
@@ -143,10 +163,14 @@ def test_logs_metrics_and_last_words_on_ray(tiny_model, tmp_path, monkeypatch):
     pool = RayPool()
     try:
         task = task_of(tmp_path, tiny_model("deepseek_v3"))
-        killed = kill_one(monkeypatch)
+        died = lives(monkeypatch, pool, tmp_path / "deaths", Death("pass", 0, wave=1))
         told = score(pool, task, shards=2, mode="resident")
         logs = tmp_path / "run" / "logs" / "scores"
-        assert killed and {path.name for path in logs.glob("*.log")} == {"shard_0.rank_000.log", "shard_1.rank_000.log"}
+        assert died() == 1
+        assert {path.name for path in logs.glob("*.log")} == {
+            "shard_0.rank_000.log",
+            "shard_1.rank_000.log",
+        }
         assert "wave" in (logs / "shard_0.rank_000.log").read_text() and "MB resident" in last_words(
             logs / "shard_1.rank_000.log"
         )

@@ -31,7 +31,16 @@ class Boundaries:
 
     def position(self, wave: int) -> int:
         """The layer that a wave enters next, 0 if nothing of it is stored."""
-        return max((layer for layer in self._layers(wave) if self._ours(wave, layer)), default=0)
+        return self._furthest(wave, float("inf"))
+
+    def _furthest(self, wave: int, limit: float) -> int:
+        """The wave's furthest file up to layer `limit`. Its worker may go on meanwhile, and drop what was listed."""
+        while True:
+            try:
+                found = (layer for layer in self._layers(wave) if layer <= limit)
+                return max((layer for layer in found if self._ours(wave, layer)), default=0)
+            except FileNotFoundError:
+                continue
 
     def write(self, wave: int, layer: int, hidden: Mapping[str, torch.Tensor]) -> None:
         """Store what enters `layer`, then drop the wave's earlier files."""
@@ -88,8 +97,7 @@ class GuardedBoundaries(Boundaries):
         self._unfinished = unfinished
 
     def position(self, wave: int) -> int:
-        limit = self._unfinished()
-        return max((layer for layer in self._layers(wave) if layer <= limit and self._ours(wave, layer)), default=0)
+        return self._furthest(wave, self._unfinished())
 
     def _needed_from(self, layer: int) -> int:
         return int(min(layer, self._unfinished()))

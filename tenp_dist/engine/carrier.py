@@ -254,7 +254,15 @@ class Carrier:
             embedded = embed_all(self.frame, self._batches(wave))
             return {stream: list(embedded) for stream in self.streams(0)}
         names = self.streams(layer)
-        return read_hidden(self.boundaries, wave, layer, names, self.waves[wave], self.task.compute.device)
+        try:
+            return read_hidden(self.boundaries, wave, layer, names, self.waves[wave], self.task.compute.device)
+        except FileNotFoundError as error:
+            raise WorkerLost(
+                "A worker that was given up has stored more meanwhile",
+                where=f"wave {wave}, layer {layer}",
+                found=first_line(error),
+                next_step="nothing: the work goes on from there",
+            ) from error
 
     def _commit(self, waves: Sequence[int], layer: int, *, force: bool) -> None:
         """Store boundaries, at least at a shard's end, once the results that they vouch for are stored."""
@@ -263,9 +271,9 @@ class Carrier:
         self._settle(list(self._stores))
         if self.ranks.parallel:
             barrier()  # the boundary vouches for every rank's results; ranks' clocks differ, so they always commit
-        self.fence.check()
         dropped = layer == self.skeleton.num_layers and not self.keeps_final
         for wave in waves:
+            self.fence.check()
             _, hidden = self._hidden[wave]
             if self.rank == 0:
                 self.boundaries.write(wave, layer, {} if dropped else named(hidden, self.waves[wave]))
