@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_bad_input import edit_tensors
 from test_checkpoint import random_kept
 from test_compensation import compensate
 from test_evaluation import COMPUTE, evaluate, expected_figures, load, logits_of, masked
 from test_scoring import random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
-from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
-from tenp_dist.checkpoint.families import FAMILIES
+from tenp_dist.checkpoint.compensated import full_width_down, layer_file, open_compensated
+from tenp_dist.checkpoint.families import DOWN, FAMILIES
 from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.config import Cluster
 from tenp_dist.engine.carrier import Carrier
+from tenp_dist.engine.compute import of_variants
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.local import InProcessPool
+from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation import metrics as metrics_module
 from tenp_dist.evaluation.metrics import boxes
 from tenp_dist.evaluation.shard import EvaluateShard
@@ -245,3 +249,54 @@ def test_compensation_is_part_of_what_a_variant_is(tiny_model, tmp_path):
     assert here.digest == moved.digest != plain.digest
     assert here.changes() == moved.changes()
     assert all(plain.changes()[layer] != here.changes()[layer] for layer in (1, 2, 3))
+
+
+def spoilt(variant: Variant, layer: int, value: float) -> int:
+    """Fill the compensated columns of an expert that tokens reached; its id."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = layer_file(variant.compensation, layer)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    expert = int(tensors["experts"][tensors["tokens"].argmax()])
+    tensors[FAMILIES["deepseek_v3"].tensor(layer, expert, DOWN)].fill_(value)
+    save_file(tensors, path, metadata)
+    return expert
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "a compensated weight"), (3e38, "the activations")])
+def test_numbers_that_only_some_variants_lose_are_told_with_their_names(value, what, tiny_model, tmp_path):
+    """The source and the plain plan are fine in the same pass; the two that share the bad columns are named."""
+    source, kept = tiny_model("deepseek_v3"), random_kept(tiny_model("deepseek_v3"))
+    solved = compensate(source, tmp_path, kept)
+    variant = Variant(solved.plan, solved.folder)
+    expert = spoilt(variant, 2, value)
+    variants = {"source": Variant(), "plain": Variant(solved.plan), "bad": variant, "bad again": variant}
+    with pytest.raises(NumericalError, match=f"NaN or Inf in {what}") as caught:
+        evaluate([Pass(source, variants)], random_corpus(256), tmp_path)
+    named = f"layer 2, expert {expert}" if np.isnan(value) else "layer 2"
+    assert caught.value.where.endswith(f"{named}, variants bad, bad again")
+
+
+def test_a_message_names_no_more_variants_than_can_be_read():
+    assert of_variants([]) == "" and of_variants(["a"]) == ", variant a"
+    assert of_variants(list("abcde")) == ", variants a, b, c and 2 more"
+
+
+def test_logits_that_are_not_finite_end_the_tail_at_once(tiny_model, tmp_path):
+    """A bad final norm is found with the first wave of three, not behind the last."""
+    source, corpus, broken = tiny_model("deepseek_v3"), random_corpus(256), tmp_path / "broken"
+    shutil.copytree(source, broken)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_corpus(folder / "held-out.arrow", corpus)
+    compute = replace(COMPUTE, batch_tokens=24)
+    task = EvaluateTask([Pass(broken, {"source": Variant()})], folder / "held-out.arrow", folder, "k", compute, waves=3)
+    edit_tensors(broken, "model.norm.weight", lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    steps = []
+    with pytest.raises(NumericalError, match="in the logits") as caught:
+        evaluate_model(*arguments(task, broken, folder)[:4], steps.append, Ledger(folder / "ledger"))
+    assert caught.value.where == "variant source, domain first"
+    assert "norm and head" not in [step.note for step in steps]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from deaths import cuts
 from test_checkpoint import random_kept, write
-from test_engine import Dies, kill_one, ray_pool  # noqa: F401  a fixture
-from test_interrupt import bytes_of, start, stop
 from test_scoring import random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.config import Cluster
-from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.compute import Compute, check_finite
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.local import InProcessPool
-from tenp_dist.errors import ClusterError, WorkerLost
+from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
 from tenp_dist.evaluation.shard import EvaluateShard
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model, evaluate_shard
 from tenp_dist.evaluation.variants import Variant
@@ -99,27 +97,13 @@ def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, passes, 
 
     two, small = passes("qwen3_moe"), {"sequences": 2, "waves": 2}
     reference = run(InProcessPool(cores=1), two, tmp_path / "reference", **small)
-    real, count, cut = boundaries.atomic_write, 0, 0
 
-    def dying(*arguments, **options):
-        nonlocal count
-        count += 1
-        if count == cut:
-            raise Dies
-        return real(*arguments, **options)
+    def begin(folder: Path) -> None:
+        run(InProcessPool(cores=1), two, folder, shards=2, mode=mode, commit_seconds=0, **small)
 
-    for cut in range(1, 40):
-        count, folder = 0, tmp_path / str(cut)
-        monkeypatch.setattr(boundaries, "atomic_write", dying)
-        try:
-            run(InProcessPool(cores=1), two, folder, shards=2, mode=mode, commit_seconds=0, **small)
-        except Dies:
-            monkeypatch.setattr(boundaries, "atomic_write", real)
-            assert run(InProcessPool(cores=1), two, folder, shards=1 + cut % 3, mode=mode, **small) == reference, cut
-        else:
-            assert cut > 8, "two passes, two waves, two shards"
-            return
-    raise AssertionError("more writes than thought of")
+    for cut, folder in enumerate(cuts(monkeypatch, boundaries, "atomic_write", begin, tmp_path), start=1):
+        assert run(InProcessPool(cores=1), two, folder, shards=1 + cut % 3, mode=mode, **small) == reference, cut
+    assert cut >= 8, "two passes, two waves, two shards"
 
 
 class TailDies(InProcessPool):
@@ -145,8 +129,9 @@ def test_a_lost_tail_is_started_again_and_repeats_no_pass(passes, here, tmp_path
     waits = []
     monkeypatch.setattr("tenp_dist.evaluation.streams.time.sleep", waits.append)
     pool = TailDies(losses=2)
-    assert run(pool, passes("deepseek_v3"), tmp_path) == here
-    assert waits == [1, 2] and pool.started == 2
+    steps = []
+    assert run(pool, passes("deepseek_v3"), tmp_path, steps=steps) == here
+    assert waits == [1, 2] and pool.started == 2 and steps[-1].retries == 2
     assert (tmp_path / "evaluate.ledger.jsonl").read_text().count('"lost"') == 2
 
 
@@ -198,13 +183,15 @@ def test_a_rank_masks_its_own_experts(passes, tmp_path):
     assert torch.equal(torch.cat(masks[1:]), masks[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_two_shards_on_ray_survive_a_killed_worker(mode, ray_pool, passes, here, tmp_path, monkeypatch):  # noqa: F811
-    killed = kill_one(monkeypatch)
-    found = run(ray_pool, passes("deepseek_v3"), tmp_path, shards=2, mode=mode, commit_seconds=0)
-    assert killed and found == here
-    assert (tmp_path / "evaluate.ledger.jsonl").read_text().count('"lost"') == 1
+def test_a_bad_weight_is_named_by_its_expert_on_any_rank(passes, tmp_path):
+    shard = EvaluateShard(task_of(passes("deepseek_v3"), tmp_path, sequences=1, waves=1).pass_tasks()[0])
+    shard.open()
+    module = shard.source.get(1)
+    shard.skeleton.experts_of(module).down_proj.data[2] = float("inf")
+    for share, expert in (({}, 2), ({"experts": range(3, 8)}, 5)):
+        with pytest.raises(NumericalError, match="in a weight") as caught:
+            check_finite([torch.tensor(float("nan"))], shard.skeleton, 1, module, share, ["plan"])
+        assert f"layer 1, expert {expert}: " in caught.value.where
 
 
 def close_to(found: dict, reference: dict, tolerance: float) -> None:
@@ -213,41 +200,3 @@ def close_to(found: dict, reference: dict, tolerance: float) -> None:
             for name, figure in figures.items():
                 other = found[variant]["domains"][domain][name]
                 assert other == pytest.approx(figure, rel=tolerance, abs=tolerance), (variant, domain, name)
-
-
-@pytest.mark.slow
-def test_two_ranks_on_ray_give_the_same_figures_and_survive_a_killed_rank(
-    ray_pool,  # noqa: F811
-    passes,
-    here,
-    tmp_path,
-    monkeypatch,
-):
-    """1x2 equals 1x1 within 1e-6; killed or not, one or two shards: the same figures among themselves."""
-    alone = run(ray_pool, passes("deepseek_v3"), tmp_path / "1x2", tensor_parallel=2)
-    close_to(alone, here, 1e-6)
-    killed = kill_one(monkeypatch, rank=1)
-    options = {"shards": 2, "tensor_parallel": 2, "mode": "resident"}
-    assert run(ray_pool, passes("deepseek_v3"), tmp_path / "2x2", **options) == alone
-    assert killed
-
-
-def finish(process):
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_killed_driver_goes_on_from_the_stored_hidden_states(job_file, text_files, tmp_path):
-    """`kill -9` of a real run in the first pass; the same command ends with the bytes of an undisturbed one."""
-    sources = [{"path": str(path), "domain": name, "samples": 8} for name, path in text_files.items()]
-    options = {"evaluation": {"sources": sources, "sequence_length": 16, "batch_tokens": 16}}
-    job, hidden = job_file(**options, cluster={"mode": "resident"}), tmp_path / "run" / "evaluation" / "hidden"
-    finish(start(job, tmp_path / "whole", "--debug"))  # in one process, without Ray
-    code, _ = stop(start(job, tmp_path / "run"), hidden / "0", lambda process: process.kill())
-    assert code == -signal.SIGKILL and not (tmp_path / "run" / "evaluation.json").exists()
-    finish(start(job, tmp_path / "run"))
-    assert not hidden.exists()
-    parts = ("evaluation.json", "evaluation")
-    assert bytes_of(tmp_path / "run", *parts) == bytes_of(tmp_path / "whole", *parts)

@@ -19,6 +19,8 @@ from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.scoring.accumulate import LayerAccumulator
 from tenp_dist.scoring.compensation import Moments
 
+_NAMED = 3  # variants that a message names
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -151,15 +153,30 @@ def run_layer(
         experts.tenp_state = None
 
 
-def check_finite(hidden: Sequence[torch.Tensor], skeleton: Skeleton, layer: int, module: nn.Module) -> None:
-    """Raise NumericalError where NaN or Inf left a layer, naming a bad weight if there is one."""
-    if all(bool(torch.isfinite(tensor).all()) for tensor in hidden):
+def all_finite(hidden: Sequence[torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in hidden)
+
+
+def check_finite(
+    hidden: Sequence[torch.Tensor],
+    skeleton: Skeleton,
+    layer: int,
+    module: nn.Module,
+    share: Mapping[str, Any],
+    variants: Sequence[str] = (),
+) -> None:
+    """Raise NumericalError where NaN or Inf left a layer, naming a bad weight if there is one.
+
+    share: `Ranks.share`. variants: whose hidden states these are, where there are several.
+    """
+    if all_finite(hidden):
         return
     for name, weight in module.state_dict().items():
         bad = ~torch.isfinite(weight)
         if bool(bad.any()):
             fused = name.startswith(skeleton.family.experts)
-            expert = f", expert {int(bad.nonzero()[0][0])}" if fused else ""
+            first = share.get("experts", range(1)).start
+            expert = f", expert {first + int(bad.nonzero()[0][0])}" if fused else ""
             raise NumericalError(
                 "NaN or Inf in a weight",
                 where=f"{skeleton.index.folder}, layer {layer}{expert}: {name}",
@@ -167,6 +184,12 @@ def check_finite(hidden: Sequence[torch.Tensor], skeleton: Skeleton, layer: int,
             )
     raise NumericalError(
         "NaN or Inf in the activations",
-        where=f"{skeleton.index.folder}, layer {layer}",
+        where=f"{skeleton.index.folder}, layer {layer}{of_variants(variants)}",
         next_step="score in float32 (score.dtype: float32); if that is on, check the embedding's weights",
     )
+
+
+def of_variants(names: Sequence[str]) -> str:
+    """`, variants a, b, c and 2 more`; nothing where there are none."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f", variant{'s' * (len(names) > 1)} {', '.join(names[:_NAMED])}{more}" if names else ""

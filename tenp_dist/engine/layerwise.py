@@ -68,13 +68,13 @@ class LayerwiseShard(Carrier):
         batches, states = self._batches(wave), hidden[PLAIN]
         if layer not in self.task.moe or self.task.done_by(layer, self.rank):
             run_layer(self.frame, layer, module, batches, states, self._share)
-            check_finite(states, self.skeleton, layer, module)
+            check_finite(states, self.skeleton, layer, module, self._share)
             return
         if wave == 0:
             self._settle(list(self._stores))  # the sums of one layer at a time
             self._sums = self._begin(layer, self.skeleton.experts_of(module))
         self._sum(layer, module, batches, states)
-        check_finite(states, self.skeleton, layer, module)
+        check_finite(states, self.skeleton, layer, module, self._share)
         if wave == len(self.waves) - 1:
             self._complete = layer
 

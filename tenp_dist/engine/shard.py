@@ -90,7 +90,7 @@ class ScoreShard(Carrier):
             norms, sums = self.norms_of(layer, experts), self.sums_of(layer, experts)
             score_layer(self.frame, layer, module, batches, states, self._share, norms, sums.statistics)
             sums.waves = wave + 1
-        check_finite(states, self.skeleton, layer, module)
+        check_finite(states, self.skeleton, layer, module, self._share)
 
     def _storing(self, layer: int) -> Callable[[], None] | None:
         sums, norms = self._sums.get(layer), self._norms.get(layer)

@@ -57,19 +57,19 @@ class Metrics:
         return {variant: self._variant(variant) for variant in dict.fromkeys(name for name, _ in self.sums)}
 
     def _variant(self, variant: str) -> dict:
-        self._check_finite(variant)
         figures = {name: _figures(self.sums[variant, i]) for i, name in enumerate(self.domains)}
         keys = ("nll", "kl", "top1_agreement", "top1_accuracy")
         mean = {key: sum(figure[key] for figure in figures.values()) / len(figures) for key in keys}
         tokens = sum(figure["tokens"] for figure in figures.values())
         return {"domains": figures, "mean": {"tokens": tokens, "perplexity": math.exp(mean["nll"]), **mean}}
 
-    def _check_finite(self, variant: str) -> None:
-        for i, name in enumerate(self.domains):
-            if not math.isfinite(self.sums[variant, i].nll + self.sums[variant, i].kl):
+    def check_finite(self) -> None:
+        """Raise NumericalError, naming variant and domain, where a sum is NaN or Inf."""
+        for (variant, i), sums in self.sums.items():
+            if not math.isfinite(sums.nll + sums.kl):
                 raise NumericalError(
                     "NaN or Inf in the logits",
-                    where=f"variant {variant}, domain {name}",
+                    where=f"variant {variant}, domain {self.domains[i]}",
                     next_step="check the final norm's and the head's weights",
                 )
 

@@ -18,7 +18,8 @@ from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.engine.boundaries import Boundaries
 from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden
-from tenp_dist.engine.compute import check_finite, run_layer
+from tenp_dist.engine.compute import all_finite, check_finite, of_variants, run_layer
+from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.routing import restricted_router
 
@@ -70,12 +71,27 @@ class EvaluateShard(Carrier):
     def _run_variant(self, name: str, layer: int, module: nn.Module, wave: int, states: list[torch.Tensor]) -> None:
         kept, experts = self._kept_of(name, layer), self.skeleton.experts_of(module)
         state = {**self._share, "mask_EF": self._mask(kept, experts)}
+        down_EDF = self._down_of(name, layer, kept, experts)
         with (
             restricted_router(self.skeleton, module, None if kept is None else kept.experts),
-            _replaced(experts, self._down_of(name, layer, kept, experts)),
+            _replaced(experts, down_EDF),
         ):
             run_layer(self.frame, layer, module, self._batches(wave), states, state)
-        check_finite(states, self.skeleton, layer, module)
+        variants = self._streams.within(name, layer + 1)
+        if down_EDF is not None and not all_finite(states):
+            self._check_compensated(down_EDF, layer, variants)
+        check_finite(states, self.skeleton, layer, module, self._share, variants)
+
+    def _check_compensated(self, down_EDF: torch.Tensor, layer: int, variants: Sequence[str]) -> None:
+        bad = ~torch.isfinite(down_EDF)
+        if bool(bad.any()):
+            expert = self._share.get("experts", range(1)).start + int(bad.nonzero()[0][0])
+            folder = self.task.variants[variants[0]].compensation
+            raise NumericalError(
+                "NaN or Inf in a compensated weight",
+                where=f"{folder}, layer {layer}, expert {expert}{of_variants(variants)}",
+                next_step="compensate this plan again; if that does not help, raise output.ridge",
+            )
 
     def _kept_of(self, variant: str, layer: int) -> KeptNeurons | None:
         """What a variant keeps of a layer, None for all; held for the layer in hand only."""

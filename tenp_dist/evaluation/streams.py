@@ -109,7 +109,7 @@ def evaluate_model(
 
     Raises:
         ClusterError: more shards than layers, the cluster is smaller than asked, or a worker was lost too often.
-        NumericalError: NaN or Inf left a layer.
+        NumericalError: NaN or Inf left a layer or the head.
     """
     waves = task.waves_within(cluster.host_memory)
     passes = replace(task, ranks=cluster.tensor_parallel, waves=waves).pass_tasks()
@@ -137,7 +137,7 @@ def _tail_on(pool: Pool, passes: Sequence[PassTask], progress: Callable[[Progres
             for event in pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
                 if isinstance(event, Metrics):
                     return event
-                progress(event)
+                progress(replace(event, retries=losses))
             raise AssertionError("the tail yields its metrics last")
         except WorkerLost as error:
             losses += 1
@@ -162,6 +162,7 @@ def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
                 stored = files.enter_context(one.boundaries.open(wave, one.layers))
                 final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
             compare(metrics, frame, {i: batches[i] for i in numbers}, final)
+        metrics.check_finite()
         tokens = sum(batches[i].tokens_BS.numel() for i in numbers) * len(final)
         yield Progress(wave + 1, len(waves), tokens, time.monotonic() - started, "norm and head")
     yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})

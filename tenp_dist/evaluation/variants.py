@@ -60,6 +60,10 @@ class Streams:
         """The stream that a variant is in where it enters `layer`."""
         return self._leaders[layer][variant]
 
+    def within(self, stream: str, layer: int) -> list[str]:
+        """The variants that a stream stands for where it enters `layer`."""
+        return [name for name, leader in self._leaders[layer].items() if leader == stream]
+
     def split(self, layer: int) -> dict[str, list[str]]:
         """Stream that enters `layer` -> streams that it leaves the layer as, at least one."""
         after: dict[str, list[str]] = {name: [] for name in self.entering(layer)}
