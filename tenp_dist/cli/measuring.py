@@ -97,8 +97,8 @@ def evaluate_stage(context: Context) -> Output:
     layout = "ragged" if "ragged" in layouts else layouts[0]
     written = [Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()})] if job.evaluation.checkpoint else []
     measured = Measured("evaluate", run_dir / HELD_OUT, run_dir / "evaluation", job.evaluation.batch_tokens)
-    figures = _measure(context, measured, [*control, *plans], written)
     seen = seen_share(corpus, _calibrated_on(run_dir))
+    figures = _measure(context, measured, [*control, *plans], written)
     document = {
         "schema_version": SCHEMA_VERSION,
         "sequence_length": job.evaluation.sequence_length,

@@ -83,10 +83,11 @@ class RayGroup:
         self._begin([actor.open.remote() for actor in self._actors])
 
     def finish_open(self) -> None:
-        for reference in self.pending:
+        """In the order in which ranks are ready, or dead: the others of a dead one would wait for it for minutes."""
+        while self.pending:
+            reference, self.pending = self._pool._first(self.pending)
             with self._quoted(self._ranks[reference]):
                 self._pool._get(reference)
-        self.pending = []
 
     def _log(self, rank: int) -> Path:
         return self._request.logs / f"{self._name}.rank_{rank:03d}.log"
