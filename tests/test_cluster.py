@@ -64,6 +64,14 @@ class Nodes:
         """Nodes that the head believes in, itself included."""
         return len(self._cluster.global_state._live_node_ids())
 
+    def lose(self, cores: int) -> None:
+        """One worker node with so many cores, until the head knows."""
+        before = self.alive()
+        node = next(one for one in self._cluster.worker_nodes if one._ray_params.num_cpus == cores)
+        psutil.Process(node.all_processes["raylet"][0].process.pid).kill()
+        while self.alive() == before:
+            time.sleep(0.1)
+
     def close(self) -> None:
         self._cluster.shutdown()
 

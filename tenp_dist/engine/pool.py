@@ -70,7 +70,7 @@ class RayPool:
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
         self._check_gpus(gpus)
         remote = self._ray.remote(function).options(
-            num_returns="streaming", num_cpus=self.threads, num_gpus=gpus, max_retries=0
+            num_returns="streaming", num_cpus=self._threads_left(), num_gpus=gpus, max_retries=0
         )
         references = remote.remote(*arguments)
         while True:
@@ -80,6 +80,11 @@ class RayPool:
             except StopIteration:
                 return
             yield self._get(reference)
+
+    def _threads_left(self) -> int:
+        """`threads`, or the cores of the largest node where larger ones were lost: none would take the task."""
+        alive = [int(node["Resources"].get("CPU", 0)) for node in self.call(self._ray.nodes) if node["Alive"]]
+        return max(1, min(self.threads, max(alive, default=1)))
 
     def _check_gpus(self, gpus: int) -> None:
         if gpus > self.gpus:
