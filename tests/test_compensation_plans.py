@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from deaths import Death, cuts, lives
 from test_checkpoint import all_tensors, random_kept
-from test_compensation import Dies, bytes_of, compensate, hooked, least_squares, stored_columns, task_of
-from test_engine import kill_one
+from test_compensation import bytes_of, compensate, hooked, least_squares, stored_columns, task_of
 from test_scoring import random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
@@ -160,35 +161,19 @@ def test_a_pass_of_several_plans_cut_anywhere_ends_with_the_same_bytes(where, ti
     model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
     plans = three_plans(model)
     module = {"result": compensated, "boundary": boundaries}[where]
-    real, count = module.atomic_write, 0
 
     def made(folder, **cluster):
         task = compensate_all(model, folder, plans, corpus=corpus, **cluster)
         assert not (task.folder / "hidden").exists()
         return {name: bytes_of(of_plan(task, name)) for name in plans}
 
-    def dying(path):
-        nonlocal count
-        count += 1
-        if count == cut:
-            raise Dies
-        return real(path)
-
     reference = made(tmp_path / "reference")
-    for cut in range(1, 40):
-        count = 0
-        monkeypatch.setattr(module, "atomic_write", dying)
-        try:
-            made(tmp_path / str(cut), shards=2)
-        except Dies:
-            monkeypatch.setattr(module, "atomic_write", real)
-            stored = [path.name for path in (tmp_path / str(cut)).glob("*/layer_*")]
-            assert where == "boundary" or len(stored) == cut - 1
-            assert made(tmp_path / str(cut), shards=1 + cut % 2) == reference, cut
-        else:
-            assert cut > 3
-            return
-    raise AssertionError("more writes than thought of")
+    begin = partial(made, shards=2)
+    for cut, folder in enumerate(cuts(monkeypatch, module, "atomic_write", begin, tmp_path), start=1):
+        stored = [path.name for path in folder.glob("*/layer_*")]
+        assert where == "boundary" or len(stored) == cut - 1
+        assert made(folder, shards=1 + cut % 2) == reference, cut
+    assert cut >= 3
 
 
 @pytest.mark.slow
@@ -201,11 +186,11 @@ def test_ranks_of_a_killed_shard_give_every_plan_the_same_weights(tiny_model, tm
     pool = RayPool()
     try:
         two = compensate_all(model, tmp_path / "two", plans, corpus=corpus, pool=pool, tensor_parallel=2)
-        killed = kill_one(monkeypatch, rank=1)
+        died = lives(monkeypatch, pool, tmp_path / "deaths", Death("pass", 1, wave=2, ranks=(1,)))
         again = compensate_all(model, tmp_path / "killed", plans, corpus=corpus, pool=pool, shards=2, tensor_parallel=2)
     finally:
         pool.close()
-    assert killed
+    assert died() == 1
     for name, kept in plans.items():
         assert bytes_of(of_plan(again, name)) == bytes_of(of_plan(two, name))
         assert len(bytes_of(of_plan(two, name))) == 2 * len(kept)

@@ -56,13 +56,14 @@ def write_layer(
     with atomic_write(path) as stream:
         stream.write(shard_header(OutputShard(path.name, (*tensors, *table)), metadata))
         for tensor, expert in zip(tensors, experts, strict=True):
-            if not bool(torch.isfinite(expert.down_DW).all()):
+            down_DW = expert.down_DW.to(TORCH_DTYPES[tensor.dtype])  # may overflow in a small dtype
+            if not bool(torch.isfinite(down_DW).all()):
                 raise NumericalError(
                     "NaN or Inf in a compensated weight",
                     where=f"layer {layer}: {tensor.name}",
                     next_step="calibrate in float32 (score.dtype: float32), or raise output.ridge",
                 )
-            stream.write(_bytes(expert.down_DW.to(TORCH_DTYPES[tensor.dtype])))
+            stream.write(_bytes(down_DW))
             rows.append(expert.row)
         for column, tensor in zip(zip(*rows, strict=True) if rows else [()] * len(table), table, strict=True):
             stream.write(_bytes(torch.tensor(column, dtype=TORCH_DTYPES[tensor.dtype])))
