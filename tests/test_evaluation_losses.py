@@ -43,7 +43,7 @@ def many(tiny_model, tmp_path_factory) -> Pass:
         write_kept(folder / f"{name}.safetensors", kept, {"plan": name})
     solved = compensate(source, folder, first)
     variants = {name: Variant(folder / f"{name}.safetensors") for name in plans}
-    variants["compensated"] = Variant(solved.plan, solved.folder)
+    variants["compensated"] = Variant(folder / "plan.safetensors", solved.folder)
     return Pass(source, {"source": Variant(), **variants})
 
 
@@ -141,8 +141,8 @@ def killed_after(units: int, process: subprocess.Popen, ledger: Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-COMPENSATED = {"output": {"compensate": True}}  # and written: a second pass
-PLANS_ONLY = {"evaluation": {"checkpoint": False}}
+COMPENSATED = {"output": {"compensate": True}}  # and written: a pass to compensate the plans, two that measure
+PLANS_ONLY = {"evaluation": {"checkpoint": False}}  # one pass
 
 
 @pytest.fixture
@@ -166,9 +166,12 @@ def prepared(job_file, tiny_model, text_files, tenp, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("mode", "units", "parts"), [("resident", 5, COMPENSATED), ("streaming", 2, PLANS_ONLY)])
-def test_the_driver_and_the_same_command_again(mode, units, parts, prepared, tenp, tmp_path):
-    """The bytes of an undisturbed run, and no unit that the first run had ended."""
+@pytest.mark.parametrize(
+    ("mode", "units", "parts", "passes"),
+    [("resident", LAYERS + 5, COMPENSATED, 3), ("streaming", 2, PLANS_ONLY, 1)],
+)
+def test_the_driver_and_the_same_command_again(mode, units, parts, passes, prepared, tenp, tmp_path):
+    """Killed in the pass over the source. The bytes of an undisturbed run; no unit that had ended is done again."""
     job, killed, whole = prepared(mode, parts), tmp_path / "run", tmp_path / "whole"
     shutil.copytree(killed, whole)
     undisturbed = tenp("evaluate", job, "--run-dir", whole, "--debug")  # in one process, with as many threads
@@ -176,13 +179,14 @@ def test_the_driver_and_the_same_command_again(mode, units, parts, prepared, ten
 
     ledger = killed / "stages" / "evaluate.ledger.jsonl"
     killed_after(units, evaluate(job, killed), ledger)
-    done = work(ledger, "unit")
-    assert done and not (killed / "evaluation.json").exists()
+    begun = work(ledger, "unit")[-1][0]
+    assert begun == min(1, passes - 1) and not (killed / "evaluation.json").exists()
     again = evaluate(job, killed)
     _, stderr = again.communicate(timeout=120)
     assert again.returncode == 0, stderr
-    first_pass = [(layer, wave) for number, layer, wave in work(ledger, "unit") if number < 2]
-    assert len(first_pass) == len(set(first_pass)) and not work(ledger, "lost")
+    done = work(ledger, "unit")
+    twice = [(layer, wave) for number, layer, wave in done if number in (begun, begun + 1)]  # of the killed pass
+    assert len(twice) == len(set(twice)) and done[-1][0] == passes and not work(ledger, "lost")
     assert not (killed / "evaluation" / "hidden").exists()
     files = ("evaluation.json", "evaluation")
     assert bytes_of(killed, *files) == bytes_of(whole, *files)

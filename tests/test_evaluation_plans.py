@@ -271,9 +271,9 @@ def test_numbers_that_only_some_variants_lose_are_told_with_their_names(value, w
     """The source and the plain plan are fine in the same pass; the two that share the bad columns are named."""
     source, kept = tiny_model("deepseek_v3"), random_kept(tiny_model("deepseek_v3"))
     solved = compensate(source, tmp_path, kept)
-    variant = Variant(solved.plan, solved.folder)
+    variant = Variant(tmp_path / "plan.safetensors", solved.folder)
     expert = spoilt(variant, 2, value)
-    variants = {"source": Variant(), "plain": Variant(solved.plan), "bad": variant, "bad again": variant}
+    variants = {"source": Variant(), "plain": Variant(variant.plan), "bad": variant, "bad again": variant}
     with pytest.raises(NumericalError, match=f"NaN or Inf in {what}") as caught:
         evaluate([Pass(source, variants)], random_corpus(256), tmp_path)
     named = f"layer 2, expert {expert}" if np.isnan(value) else "layer 2"
