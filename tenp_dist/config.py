@@ -151,6 +151,10 @@ class Budget(_Part):
     protect: tuple[Protected, ...] = Field(
         (), description="decoder layers, or layer/expert, kept whole (method global)"
     )
+    neuron_domains: Literal["scaled", "mean"] = Field(
+        "scaled",
+        description="adding an expert's neuron scores over domains: each scaled to length 1, or means over its tokens",
+    )
     never_routed: Literal["narrow", "whole"] = Field("narrow", description="experts that no token reached")
     seed: int = Field(0, description="seed of `random` and of the random control")
 

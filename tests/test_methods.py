@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_domain_weights_by_hand():
     context = Context(layer=0, domain_weights={"math": Fraction(1, 2)})
     wanted = torch.tensor([1.0, 1.1], dtype=torch.float64)
     torch.testing.assert_close(TENP.expert_scores(stats, context), wanted)
+
+
+def test_neuron_scores_of_two_domains_by_hand():
+    stats = statistics([[9, 1], [1, 3]], [[1, 1]] * 2, [[[3.0, 4], [6, 8]], [[8, 6], [1, 0]]])
+    # scaled: (3, 4)/5 + (8, 6)/10; (6, 8)/10 + (1, 0)
+    wanted = torch.tensor([[1.4, 1.4], [1.6, 0.8]], dtype=torch.float64)
+    torch.testing.assert_close(TENP.neuron_scores(stats, LAYER), wanted)
+    # mean: a domain's experts saw 5 and 2 tokens in the mean: (3, 4)/5 + (8, 6)/2; (6, 8)/5 + (1, 0)/2
+    wanted = torch.tensor([[4.6, 3.8], [1.7, 1.6]], dtype=torch.float64)
+    torch.testing.assert_close(TENP.neuron_scores(stats, replace(LAYER, neuron_domains="mean")), wanted)
 
 
 def test_importance_is_a_sum_not_a_mean_over_the_experts_tokens():

@@ -120,6 +120,7 @@ def test_small_plan_json(tmp_path):
             "minimum_width": 0,
             "minimum_layer_retention": "0",
             "protect": [],
+            "neuron_domains": "scaled",
             "never_routed": "narrow",
             "seed": 0,
         },

@@ -26,7 +26,7 @@ from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LayerStatistics
 
-UNUSED_KEYS = ("important", "slope", "minimum_important")
+UNUSED_KEYS = ("important", "slope", "minimum_important", "neuron_domains")
 
 
 def open_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:

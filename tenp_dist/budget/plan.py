@@ -154,10 +154,8 @@ def make_plan(
         JobError: unknown method or domain.
     """
     shape, method = plan_shape(budget, layers), registry.of_budget(budget)
-    contexts = {
-        facts.layer: registry.Context(layer=facts.layer, seed=budget.seed, domain_weights=domain_weights or {})
-        for facts in shape.layers
-    }
+    common = {"seed": budget.seed, "domain_weights": domain_weights or {}, "neuron_domains": budget.neuron_domains}
+    contexts = {facts.layer: registry.Context(layer=facts.layer, **common) for facts in shape.layers}
 
     def read(facts: MoeLayer) -> LayerStatistics:
         found = statistics(facts.layer)

@@ -17,7 +17,7 @@ from tenp_dist.errors import BudgetError
 
 UNUSED_KEYS = (
     "important", "slope", "align", "max_widths", "minimum_important", "minimum_width", "minimum_layer_retention",
-    "protect", "never_routed",
+    "protect", "neuron_domains", "never_routed",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ MakePlan = Callable[[Budget], Plan]
 WritePlan = Callable[[Path, Plan], Sequence[Path]]
 CONTROL = "control: "
 _WHOLE_ONLY = ("important", "slope", "minimum_important")  # keys that say which experts stay whole
+_RANKED_ONLY = ("neuron_domains",)  # of methods that rank the neurons of an expert among themselves
 _MODEL_WIDE_ONLY = ("minimum_width", "minimum_layer_retention", "protect")  # where scores decide the widths
 
 
@@ -78,7 +79,7 @@ def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dic
         changes = dict(zip(keys, values, strict=True))
         method = str(changes.get("method", budget.method))
         unread = () if registry.get(method).whole_experts else _WHOLE_ONLY
-        unread += () if registry.get(method).model_wide else _MODEL_WIDE_ONLY
+        unread += _RANKED_ONLY if registry.get(method).model_wide else _MODEL_WIDE_ONLY
         changes = {key: value for key, value in changes.items() if key not in unread}
         name = grid_name(method, changes)
         try:

@@ -20,6 +20,7 @@ from tenp_dist.scoring.statistics import WEIGHT_NORM, LayerStatistics
 
 DomainWeights = Mapping[str, Fraction | float]
 Length = Literal["l1", "l2"]
+NeuronDomains = Literal["scaled", "mean"]
 
 
 def mix_experts(
@@ -51,13 +52,19 @@ def routed_mean(statistics: LayerStatistics, name: str) -> torch.Tensor:
 
 
 def mix_neurons(
-    statistics: LayerStatistics, scores: str | np.ndarray, weights: DomainWeights, layer: int
+    statistics: LayerStatistics,
+    scores: str | np.ndarray,
+    weights: DomainWeights,
+    layer: int,
+    rule: NeuronDomains = "scaled",
 ) -> torch.Tensor:
-    """The same for neurons, per expert: its mean vector of F scores scaled to length 1, weighted, added.
+    """Neuron scores of all domains as one; the paper says nothing about neurons and domains, both rules are ours.
 
-    The paper says nothing about neurons and domains; this rule is ours. Mean and sum over tokens point the
-    same way, so the token count cancels in the scaling and is only asked for "did a token come". An expert
-    that no token of a weighted domain reached takes its row of `neuron_weight_norm`.
+    `scaled`: per domain and expert its vector of F scores scaled to length 1, weighted, added. Mean and sum over
+    tokens point the same way, so the token count cancels and is only asked for "did a token come": a domain that
+    sent an expert ten tokens counts there as much as one that sent it a thousand. `mean`: sums over the mean number
+    of tokens that the domain's experts saw, weighted, added: a domain counts in an expert by the tokens that it sent.
+    An expert that no token of a weighted domain reached takes its row of `neuron_weight_norm`.
 
     Args:
         scores: float64 [N, E, F], or the name of a neuron statistic; summed over tokens.
@@ -77,7 +84,10 @@ def mix_neurons(
     seen_E = np.zeros(sums_NEF.shape[1], dtype=bool)
     for row, weight in _rows(statistics, weights):
         routed_E = count_NE[row] > 0
-        norm_E = np.sqrt(np.einsum("ef,ef->e", sums_NEF[row], sums_NEF[row]))
+        if rule == "scaled":
+            norm_E = np.sqrt(np.einsum("ef,ef->e", sums_NEF[row], sums_NEF[row]))
+        else:
+            norm_E = np.full(len(routed_E), count_NE[row].mean())
         scale_E = np.divide(weight, norm_E, out=np.zeros_like(norm_E), where=routed_E & (norm_E > 0))
         mixed_EF += sums_NEF[row] * scale_E[:, None]
         seen_E |= routed_E

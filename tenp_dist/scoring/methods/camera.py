@@ -18,10 +18,10 @@ PEAK_SHARE = 0.9  # `--reduce_ratio` of https://github.com/xuyuzhuang11/CAMERA, 
 
 
 def neuron_energy(statistics: LayerStatistics, context: Context) -> torch.Tensor:
-    """The energy above, scaled to length 1 inside each domain and added, float64 [E, F]."""
+    """The energy above, mixed over domains, float64 [E, F]."""
     peak_NEF = statistics["neuron_contribution_max"].numpy() ** 2
     energy_NEF = (1 - PEAK_SHARE) * statistics["neuron_energy_sum"].numpy() + PEAK_SHARE * peak_NEF
-    return mix_neurons(statistics, energy_NEF, context.domain_weights, context.layer)
+    return mix_neurons(statistics, energy_NEF, context.domain_weights, context.layer, context.neuron_domains)
 
 
 METHOD = Method(

@@ -13,8 +13,8 @@ from tenp_dist.scoring.statistics import LayerStatistics
 
 
 def neuron_magnitude(statistics: LayerStatistics, context: Context) -> torch.Tensor:
-    """mean_t |m_j| |w_j|, scaled to length 1 inside each domain and added, float64 [E, F]."""
-    return mix_neurons(statistics, "neuron_l2_sum", context.domain_weights, context.layer)
+    """mean_t |m_j| |w_j|, mixed over domains, float64 [E, F]."""
+    return mix_neurons(statistics, "neuron_l2_sum", context.domain_weights, context.layer, context.neuron_domains)
 
 
 METHOD = Method(

@@ -26,6 +26,7 @@ import torch
 
 from tenp_dist.config import Budget
 from tenp_dist.errors import JobError, NumericalError
+from tenp_dist.scoring.domains import NeuronDomains
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
@@ -36,11 +37,13 @@ class Context:
     layer: decoder index.
     seed: of the methods that draw numbers.
     domain_weights: domain -> weight; a domain that is not named weighs 1.
+    neuron_domains: how neuron scores of several domains become one, see `mix_neurons`.
     """
 
     layer: int
     seed: int = 0
     domain_weights: Mapping[str, Fraction | float] = field(default_factory=dict)
+    neuron_domains: NeuronDomains = "scaled"
 
 
 Ranking = Callable[[LayerStatistics, Context], torch.Tensor]

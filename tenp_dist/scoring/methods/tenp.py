@@ -15,8 +15,10 @@ def expert_importance(statistics: LayerStatistics, context: Context) -> torch.Te
 
 
 def neuron_projection(statistics: LayerStatistics, context: Context) -> torch.Tensor:
-    """mean_t <m_j w_j, y> / |y|, signed, normalised inside each domain and added, float64 [E, F]."""
-    return mix_neurons(statistics, "neuron_projection_sum", context.domain_weights, context.layer)
+    """mean_t <m_j w_j, y> / |y|, signed, mixed over domains, float64 [E, F]."""
+    return mix_neurons(
+        statistics, "neuron_projection_sum", context.domain_weights, context.layer, context.neuron_domains
+    )
 
 
 METHOD = Method(
