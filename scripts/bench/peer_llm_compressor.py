@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,17 @@ def main(model, texts, tokens, lengths, retention, batch_tokens, threads, repeat
             report(rounds, job, length)
 
 
-def make_environment(folder: Path) -> Path:
-    """The Python of a virtual environment that holds exactly PINS and what they need."""
+def make_environment(folder: Path, pins: Sequence[str] = PINS, unwanted: Sequence[str] = ()) -> Path:
+    """The Python of a virtual environment that holds exactly pins and what they need, but for what is unwanted."""
     python, done = folder / "bin" / "python", folder / "pins.json"
-    if not done.is_file() or json.loads(done.read_text()) != list(PINS):
-        click.echo(f"making the peer's environment in {folder}", err=True)
+    if not done.is_file() or json.loads(done.read_text()) != list(pins):
+        click.echo(f"making an environment of its own in {folder}", err=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS], check=True)
-        done.write_text(json.dumps(PINS))
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *pins], check=True)
+        if unwanted:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted], check=True)
+        done.write_text(json.dumps(pins))
     return python
 
 

