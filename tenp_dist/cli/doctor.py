@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tenp_dist.cli.preflight import preflight
 from tenp_dist.cli.room import columns_held
-from tenp_dist.cli.stages import preflight
 from tenp_dist.config import Job
 from tenp_dist.engine.local import InProcessPool, Pool
 from tenp_dist.engine.places import check_places

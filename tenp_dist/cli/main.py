@@ -96,8 +96,9 @@ def _execute_stages(
 
     loaded = load_job(job, overrides, run_dir, plans)
 
+    from tenp_dist.cli.preflight import preflight
     from tenp_dist.cli.room import columns_held
-    from tenp_dist.cli.stages import preflight, stages_for
+    from tenp_dist.cli.stages import stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
     from tenp_dist.engine.coordinator import Coordinator
     from tenp_dist.engine.local import InProcessPool

@@ -6,17 +6,14 @@ arrow is a file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
-from tenp_dist.budget.layouts import check_buckets, check_layouts, layout_warnings, layouts_of
+from tenp_dist.budget.layouts import layout_warnings, layouts_of
 from tenp_dist.budget.plan_files import read_plan
-from tenp_dist.budget.shape import MoeLayer, Shape, plan_shape
 from tenp_dist.calibration.corpus import build_split, write_corpus
-from tenp_dist.calibration.documents import check_sources
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -38,7 +35,6 @@ from tenp_dist.cli.inputs import (
     CORPUS,
     SELECTION,
     facts_of,
-    layers_of_job,
     plan_maker,
     settled_budget,
     settled_compute,
@@ -46,18 +42,12 @@ from tenp_dist.cli.inputs import (
     store_plan,
 )
 from tenp_dist.cli.measuring import evaluate_needs, evaluate_stage, select_stage
-from tenp_dist.config import Budget, Job
+from tenp_dist.config import Job
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
 from tenp_dist.engine.coordinator import Context, Output, Stage
-from tenp_dist.engine.parallel import check_parallel
-from tenp_dist.engine.places import check_not_uploaded
 from tenp_dist.engine.scoring import layers_of_facts, score_model
 from tenp_dist.engine.shard import ScoreTask
-from tenp_dist.errors import BudgetError
-from tenp_dist.evaluation.plans import given_plans
-from tenp_dist.evaluation.selection import candidates
 from tenp_dist.report.page import write_report
-from tenp_dist.runtime.ragged import MAX_BUCKETS, bucket_width
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 from tenp_dist.runtime.transformers import modeling_source
 
@@ -206,40 +196,6 @@ def _report(context: Context) -> Output:
     files = write_report(context.run_dir, job=context.job.model_dump(mode="json"))
     written = [files.page, files.data]  # cards lie in the checkpoint folders, which the write stage owns
     return Output(written, digest_of([file_digest(path) for path in written]), {"page": "report/index.html"})
-
-
-def preflight(job: Job) -> dict[str, Any]:
-    """Everything that can be refused from headers and the job alone, before anything is computed; the facts.
-
-    Raises:
-        SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError.
-    """
-    check_not_uploaded(job.run_dir)
-    facts = checkpoint_facts(source_index(job.model))
-    layers = layers_of_job(job, facts)
-    check_layouts(job, _shapes(job.budget, layers))
-    if "ragged" in layouts_of(job):
-        check_buckets(job.budget, layers, bucket_width, MAX_BUCKETS)
-    config = source_index(job.model).config
-    check_parallel(family_of(config), config, job.cluster.tensor_parallel)
-    for text in filter(None, (job.calibration, job.evaluation)):
-        check_sources(text)
-    if job.evaluation:
-        given_plans(job.evaluation.plans, source_index(job.model).fingerprint)
-    return facts
-
-
-def _shapes(budget: Budget, layers: Sequence[MoeLayer]) -> list[Shape]:
-    """Sizes of the plan, or of all that an `auto` budget may become. Raises what planning would, if none can be met."""
-    budgets, shapes, errors = list(candidates(budget).values()) if budget.auto else [budget], [], []
-    for one in budgets:
-        try:
-            shapes.append(plan_shape(one, layers))
-        except BudgetError as error:
-            errors.append(error)
-    if not shapes:
-        raise errors[0]
-    return shapes
 
 
 def stages_for(job: Job) -> list[Stage]:

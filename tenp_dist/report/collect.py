@@ -32,6 +32,7 @@ from typing import Any
 from tenp_dist.artifacts import read_json
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.errors import StaleError
+from tenp_dist.report.described import described_job, domain_weights, is_auto, plain
 from tenp_dist.report.method import importance_of, map_ranking, method_facts
 from tenp_dist.scoring.methods.registry import Method
 from tenp_dist.scoring.statistics import read_statistics
@@ -83,7 +84,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     compensation = _compensation(run_dir, job, verify)
     evaluation = _evaluation(_optional(run_dir / "evaluation.json"))
     checkpoints = _checkpoints(run_dir)
-    weights = _domain_weights(job)
+    weights = domain_weights(job)
     ranking = map_ranking(plan)
     layers = [_layer(run_dir, int(layer), entry, ranking, weights) for layer, entry in _in_depth(plan["layers"])]
     return {
@@ -102,8 +103,8 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "verify": verify and verify["layouts"],
         "compensation": compensation,
         "evaluation": evaluation,
-        "selection": _optional(run_dir / "selection.json") if _is_auto(job) else None,
-        "job": _job(job),
+        "selection": _optional(run_dir / "selection.json") if is_auto(job) else None,
+        "job": described_job(job),
         "provenance": _provenance(run_dir, facts, plan),
     }
 
@@ -257,7 +258,7 @@ def _provenance(run_dir: Path, facts: Mapping[str, Any], plan: Mapping[str, Any]
         "source_fingerprint": facts["fingerprint"],
         "scores_digest": plan.get("scores_digest"),
         "stages": {
-            stage: {"digest": record["digest"], "summary": _plain(record.get("summary", {}))}
+            stage: {"digest": record["digest"], "summary": plain(record.get("summary", {}))}
             for stage, record in records.items()
             if record
         },
@@ -270,58 +271,6 @@ def _version(library: str) -> str:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _is_auto(job: Mapping[str, Any]) -> bool:
-    return "auto" in ((job.get("budget") or {}).get(key) for key in ("important", "slope"))
-
-
-def _domain_weights(job: Mapping[str, Any]) -> dict[str, float]:
-    sources = (job.get("calibration") or {}).get("sources") or []
-    return {source["domain"]: float(source.get("weight", 1)) for source in sources}
-
-
-def _job(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for, without folders of the machine that asked."""
-    return {
-        "calibration": _text(job.get("calibration")),
-        "evaluation": _text(job.get("evaluation")),
-        "score": _plain(job.get("score")),
-        "budget": _plain(job.get("budget")),
-        "output": _plain(job.get("output")),
-    }
-
-
-def _text(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if part is None:
-        return None
-    sources = [
-        {
-            "domain": source.get("domain"),
-            "origin": _origin(source),
-            "samples": source.get("samples"),
-            "weight": None if source.get("weight") is None else str(source["weight"]),
-        }
-        for source in part.get("sources") or []
-    ]
-    return {"sources": sources, **{key: part.get(key) for key in ("sequence_length", "packing", "seed")}}
-
-
-def _origin(source: Mapping[str, Any]) -> str:
-    if source.get("path"):
-        return PurePath(str(source["path"])).name
-    return " / ".join(str(source[key]) for key in ("name", "subset", "split") if source.get(key))
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only; an absolute path becomes its last part, anything else its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return PurePath(str(value)).name if PurePath(str(value)).is_absolute() else str(value)
 
 
 def _in_depth(layers: Mapping[str, Any]) -> list[tuple[str, Any]]:
