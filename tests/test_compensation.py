@@ -13,7 +13,7 @@ from brute_force import Tap
 from deaths import Death, cuts, lives, only_the_units_in_flight_were_lost
 from test_checkpoint import all_tensors, random_kept
 from test_pipeline import evaluation, files_of
-from test_scoring import FAMILIES, batches_of, random_corpus
+from test_scoring import FAMILIES, batches_of, random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import (
@@ -24,21 +24,16 @@ from tenp_dist.checkpoint.compensated import (
     read_table,
     write_layer,
 )
-from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import DOWN, family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.checkpoint.writer import OutputTensor
-from tenp_dist.config import Cluster
 from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model, outcome
 from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.layerwise import LayerwiseTask
-from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
-from tenp_dist.engine.scoring import layers_of_facts
 from tenp_dist.errors import NumericalError, VerifyError
 from tenp_dist.scoring.compensation import ENOUGH
 
@@ -52,12 +47,10 @@ def compensate(
     write_corpus(folder / "corpus.arrow", corpus if corpus is not None else random_corpus(256))
     kept = random_kept(model) if kept is None else kept
     write_kept(folder / "plan.safetensors", kept, {})
-    options = Cluster(**{"commit_seconds": 0, **cluster})
-    task = task_of(model, folder, kept, ridge=ridge, weights=weights or {}, ranks=options.tensor_parallel, dtype=dtype)
-    layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
-    compensate_model(
-        pool or InProcessPool(cores=1), task, layers.nbytes, options, lambda step: None, Ledger(folder / "ledger")
-    )
+    site = site_of(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
+    ranks = site.cluster.tensor_parallel
+    task = task_of(model, folder, kept, ridge=ridge, weights=weights or {}, ranks=ranks, dtype=dtype)
+    compensate_model(site, task)
     assert not (task.folder / "hidden").exists()
     return task
 
@@ -286,10 +279,8 @@ def recheck(task, folder, pool=None, shards=1):
     shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerwiseTask)} | {"folder": folder}
     (target,) = task.targets
     again = RecheckTask(**shared, plan=target.plan, ridge=task.ridge, compensation=target.folder)
-    layers = layers_of_facts(checkpoint_facts(open_index(task.model)), 4)
-    cluster = Cluster(shards=shards, tensor_parallel=task.ranks, commit_seconds=0)
-    pool = pool or InProcessPool(cores=1)
-    return recheck_model(pool, again, layers.nbytes, cluster, lambda step: None, Ledger(folder / "ledger"))
+    cluster = {"shards": shards, "tensor_parallel": task.ranks, "commit_seconds": 0}
+    return recheck_model(site_of(task.model, folder / "ledger", pool, **cluster), again)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

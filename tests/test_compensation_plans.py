@@ -11,20 +11,15 @@ import torch
 from deaths import Death, cuts, lives
 from test_checkpoint import all_tensors, random_kept
 from test_compensation import bytes_of, compensate, hooked, least_squares, stored_columns, task_of
-from test_scoring import random_corpus
+from test_scoring import random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import layer_file, read_table
-from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import DOWN, family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
-from tenp_dist.config import Cluster
 from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pool import RayPool
-from tenp_dist.engine.scoring import layers_of_facts
 from tenp_dist.scoring import compensation
 from tenp_dist.scoring.compensation import Moments, union_of
 
@@ -37,13 +32,11 @@ def compensate_all(model, folder, plans, *, corpus, weights=None, pool=None, **c
     for name, kept in plans.items():
         write_kept(folder / f"{name}.safetensors", kept, {"plan": name})
         targets.append(Target(folder / f"{name}.safetensors", folder / name))
-    options = Cluster(**{"commit_seconds": 0, **cluster})
-    task = task_of(model, folder, next(iter(plans.values())), weights=weights or {}, ranks=options.tensor_parallel)
+    site = site_of(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
+    ranks = site.cluster.tensor_parallel
+    task = task_of(model, folder, next(iter(plans.values())), weights=weights or {}, ranks=ranks)
     task = dataclasses.replace(task, targets=tuple(targets))
-    layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
-    compensate_model(
-        pool or InProcessPool(cores=1), task, layers.nbytes, options, lambda step: None, Ledger(folder / "ledger")
-    )
+    compensate_model(site, task)
     return task
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from deaths import Death, cuts, lives, only_the_units_in_flight_were_lost
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scoring import random_corpus
+from test_scoring import moe_layers, random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
@@ -22,8 +22,8 @@ from tenp_dist.engine.controller import Controller, Ledger, Retries
 from tenp_dist.engine.drive import choose_mode, cores_per_rank
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pool import RayPool
-from tenp_dist.engine.schedule import Unit, next_unit, progress_share, split_layers, split_waves
-from tenp_dist.engine.scoring import layers_of_facts, score_model
+from tenp_dist.engine.schedule import Unit, next_unit, split_layers, split_waves
+from tenp_dist.engine.scoring import layer_bytes, score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
 from tenp_dist.scoring.statistics import read_statistics
@@ -75,7 +75,6 @@ def test_any_order_of_completion_takes_every_wave_through_every_layer_in_order(l
     assert len(seen) == len(set(seen)) == layers * waves
     for layer in range(layers):
         assert [wave for at, wave in seen if at == layer] == list(range(waves))
-    assert progress_share(positions, layers) == Fraction(1)
 
 
 def test_resident_shards_work_at_the_same_time():
@@ -210,12 +209,11 @@ def run_scores(pool, model, folder: Path, *, corpus=None, waves=4, **cluster) ->
     """Score with microbatches of one sequence; the bytes of the score files."""
     corpus = corpus or random_corpus(256, sequences=10)
     write_corpus(folder / "corpus.arrow", corpus)
-    options = Cluster(**cluster)
     task = ScoreTask(
         model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=waves
     )
-    layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
-    score_model(pool, task, layers, options, waves, lambda progress: None)
+    site = site_of(model, folder / "stages" / "score.ledger.jsonl", pool, **cluster)
+    score_model(replace(site, nbytes=layer_bytes(checkpoint_facts(open_index(model)), 4)), task, moe_layers(model))
     assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
     return {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}
 

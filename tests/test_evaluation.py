@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import random_kept, write
-from test_scoring import FAMILIES, random_corpus
+from test_scoring import FAMILIES, random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.engine.compute import Compute
-from tenp_dist.evaluation.metrics import Metrics
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_shard
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.runtime.ragged_config import modeling_module
 from tenp_dist.runtime.transformers import modeling_source
@@ -24,10 +23,10 @@ COMPUTE = Compute("cpu", "float32", batch_tokens=64, threads=1)
 
 def evaluate(passes, corpus, folder, compute=COMPUTE) -> dict:
     write_corpus(folder / "held-out.arrow", corpus)
-    events = list(evaluate_shard(EvaluateTask(passes, folder / "held-out.arrow", folder, "key", compute)))
-    assert isinstance(events[-1], Metrics)
+    task = EvaluateTask(passes, folder / "held-out.arrow", folder, "key", compute)
+    metrics = evaluate_model(site_of(passes[0].checkpoint, folder / "ledger"), task)
     assert not (folder / "hidden").exists()
-    return events[-1].summary()
+    return metrics.summary()
 
 
 def load(folder, dtype=torch.float32):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +13,15 @@ from test_bad_input import edit_tensors
 from test_checkpoint import random_kept
 from test_compensation import compensate
 from test_evaluation import COMPUTE, evaluate, expected_figures, load, logits_of, masked
-from test_scoring import random_corpus
+from test_scoring import random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import full_width_down, layer_file, open_compensated
 from tenp_dist.checkpoint.families import DOWN, FAMILIES
 from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.config import Cluster
 from tenp_dist.engine.carrier import Carrier
 from tenp_dist.engine.compute import of_variants
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation import metrics as metrics_module
 from tenp_dist.evaluation.metrics import boxes
@@ -72,16 +68,10 @@ def test_reading_costs_the_same_for_one_plan_and_for_seven(waves, tiny_model, tm
         task = EvaluateTask(
             [Pass(source, {"source": Variant(), **files})], folder / "held-out.arrow", folder, "k", COMPUTE
         )
-        evaluate_model(*arguments(replace(task, waves=waves), source, folder))
+        evaluate_model(site_of(source, folder / "ledger"), replace(task, waves=waves))
         costs.append(sorted(reads))
     assert costs[0] == costs[1] == costs[2]
     assert [layer for layer, _ in costs[0]] == [0, 1, 2, 3], "each layer once"
-
-
-def arguments(task: EvaluateTask, source: Path, folder: Path, **cluster):
-    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-    ledger = Ledger(folder / "ledger.jsonl")
-    return InProcessPool(cores=1), task, [1] * layers, Cluster(**cluster), lambda step: None, ledger
 
 
 def test_a_plan_among_many_has_the_figures_that_it_has_alone(tiny_model, tmp_path):
@@ -194,7 +184,7 @@ def test_many_streams_spill_and_are_cut_into_more_waves(tiny_model, tmp_path, mo
     variants = {"source": Variant(), **plan_files(tmp_path, source, 5)}
     compute = replace(COMPUTE, batch_tokens=24)
     task = EvaluateTask([Pass(source, variants)], folder / "held-out.arrow", folder, "k", compute, waves=1)
-    roomy = evaluate_model(*arguments(task, source, folder)).summary()
+    roomy = evaluate_model(site_of(source, folder / "ledger"), task).summary()
     one_wave = corpus.tokens_NS.size * 32 * 4 * len(variants)
     limit = one_wave // 2
     assert task.waves_within(limit) == 4 and task.waves_within(None) == task.waves_within(10 * one_wave) == 1
@@ -205,7 +195,7 @@ def test_many_streams_spill_and_are_cut_into_more_waves(tiny_model, tmp_path, mo
         real(self, waves, layer, force=force)
 
     monkeypatch.setattr(Carrier, "_commit", watched)
-    tight = evaluate_model(*arguments(task, source, folder, host_memory=limit)).summary()
+    tight = evaluate_model(site_of(source, folder / "ledger", host_memory=limit), task).summary()
     assert tight == roomy
     assert 0 < max(held) <= limit
 
@@ -297,6 +287,6 @@ def test_logits_that_are_not_finite_end_the_tail_at_once(tiny_model, tmp_path):
     edit_tensors(broken, "model.norm.weight", lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
     steps = []
     with pytest.raises(NumericalError, match="in the logits") as caught:
-        evaluate_model(*arguments(task, broken, folder)[:4], steps.append, Ledger(folder / "ledger"))
+        evaluate_model(site_of(broken, folder / "ledger", progress=steps.append), task)
     assert caught.value.where == "variant source, domain first"
     assert "norm and head" not in [step.note for step in steps]

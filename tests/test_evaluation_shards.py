@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +9,15 @@ import pytest
 import torch
 from deaths import cuts
 from test_checkpoint import random_kept, write
-from test_scoring import random_corpus
+from test_scoring import random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
-from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Compute, check_finite
-from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
 from tenp_dist.evaluation.shard import EvaluateShard
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model, evaluate_shard
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 
 
@@ -52,11 +49,9 @@ def task_of(passes, folder: Path, *, sequences: int, waves: int) -> EvaluateTask
 def run(pool, passes, folder: Path, *, sequences=6, waves=3, steps=None, **cluster) -> dict:
     """The summary of an evaluation on `pool`."""
     task = task_of(passes, folder, sequences=sequences, waves=waves)
-    config = json.loads((passes[0].checkpoint / "config.json").read_text())
-    nbytes = [1] * config["num_hidden_layers"]
-    report = (lambda step: None) if steps is None else steps.append
-    ledger = Ledger(folder / "evaluate.ledger.jsonl")
-    metrics = evaluate_model(pool, task, nbytes, Cluster(**cluster), report, ledger)
+    told = [] if steps is None else steps
+    site = site_of(passes[0].checkpoint, folder / "evaluate.ledger.jsonl", pool, told.append, **cluster)
+    metrics = evaluate_model(site, task)
     assert not (folder / "hidden").exists()
     return metrics.summary()
 
@@ -73,10 +68,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def here(passes, tmp_path_factory):
-    """The figures of the one-process form."""
-    task = task_of(passes("deepseek_v3"), tmp_path_factory.mktemp("here"), sequences=6, waves=3)
-    *_, metrics = evaluate_shard(task)
-    return metrics.summary()
+    """The figures of one shard in this process."""
+    return run(InProcessPool(cores=1), passes("deepseek_v3"), tmp_path_factory.mktemp("here"))
 
 
 @pytest.mark.parametrize("cluster", CASES, ids=str)

@@ -21,9 +21,9 @@ import json, sys, threading, time
 from pathlib import Path
 import numpy as np
 from tenp_dist.calibration.corpus import Corpus, write_corpus
-from tenp_dist.engine.carrier import run_here
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.pulse import resident_memory
+from tenp_dist.engine.schedule import next_unit
 from tenp_dist.engine.shard import ScoreShard, ScoreTask
 
 model, folder, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -39,8 +39,11 @@ def watch():
         seen.append(resident_memory())
         time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
-for _ in run_here(shard, [0] * len(shard.waves)):
-    pass
+positions = [0] * len(shard.waves)
+while unit := next_unit(shard.layers, positions, mode):
+    shard.run(unit)
+    for wave in unit.waves:
+        positions[wave] = unit.stop
 print(json.dumps([max(seen) - begun, shard.pulse().memory - begun]))
 """
 

@@ -10,14 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from deaths import Death, lives
-from test_scoring import random_corpus
+from test_scoring import moe_layers, random_corpus, site_of
 
 from tenp_dist.artifacts import exclusive
 from tenp_dist.calibration.corpus import write_corpus
-from tenp_dist.checkpoint.facts import checkpoint_facts
-from tenp_dist.checkpoint.index import open_index
 from tenp_dist.cli.view import describe
-from tenp_dist.config import Cluster
 from tenp_dist.engine.compute import Compute, Progress, side_thread
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.journal import Journal
@@ -26,7 +23,7 @@ from tenp_dist.engine.logs import last_words
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.pulse import Pulse
 from tenp_dist.engine.schedule import Unit
-from tenp_dist.engine.scoring import layers_of_facts, score_model
+from tenp_dist.engine.scoring import score_model
 from tenp_dist.engine.shard import ScoreShard, ScoreTask
 from tenp_dist.engine.watch import WorkWatch
 from tenp_dist.errors import OutputError, WorkerLost
@@ -82,9 +79,9 @@ def task_of(tmp_path, model, **compute):
 
 
 def score(pool, task, **cluster):
-    layers = layers_of_facts(checkpoint_facts(open_index(task.model)), 4)
     told = []
-    score_model(pool, task, layers, Cluster(**cluster), 4, told.append)
+    ledger = task.folder.parent / "stages" / "score.ledger.jsonl"
+    score_model(site_of(task.model, ledger, pool, told.append, **cluster), task, moe_layers(task.model))
     return told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,15 @@ from brute_force import brute_force_plan, brute_force_statistics
 
 from tenp_dist.budget.plan import MoeLayer, make_plan
 from tenp_dist.calibration.corpus import Corpus, write_corpus
-from tenp_dist.config import Budget
+from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.index import open_index, read_config
+from tenp_dist.config import Budget, Cluster
 from tenp_dist.engine.compute import Compute, microbatches
-from tenp_dist.engine.shard import ScoreTask, score_shard
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.drive import Site
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.engine.scoring import score_model
+from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.scoring.accumulate import BLOCK, Runs
 from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, merge, read_statistics
 
@@ -32,10 +39,20 @@ def random_corpus(vocab_size: int, *, sequences=6, length=24, padded=False, seed
     return Corpus(tokens, mask, np.arange(sequences, dtype=np.int32) % 2, ("first", "second"))
 
 
+def site_of(model: Path, ledger: Path, pool=None, progress=lambda step: None, **cluster) -> Site:
+    """A place for the model's shards, this process if no pool is given; layers of equal size."""
+    layers = read_config(model)["num_hidden_layers"]
+    return Site(pool or InProcessPool(cores=1), Cluster(**cluster), [1] * layers, Ledger(ledger), progress)
+
+
+def moe_layers(model: Path) -> list[int]:
+    return checkpoint_facts(open_index(model))["moe_layers"]
+
+
 def score(model, corpus, folder, compute=COMPUTE) -> dict[int, LayerStatistics]:
     write_corpus(folder / "corpus.arrow", corpus)
-    for _ in score_shard(ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", compute)):
-        pass
+    task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", compute)
+    score_model(site_of(model, folder / "ledger"), task, moe_layers(model))
     return read_scores(folder)
 
 
@@ -199,12 +216,14 @@ def test_bfloat16_scores_stay_close(tiny_model, tmp_path):
 MEMORY_SCRIPT = """
 import sys
 from pathlib import Path
+sys.path.append(sys.argv[2])
+from test_scoring import moe_layers, site_of
 from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.shard import ScoreTask, score_shard
+from tenp_dist.engine.scoring import score_model
+from tenp_dist.engine.shard import ScoreTask
 folder = Path(sys.argv[1])
 task = ScoreTask(folder / "model", folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 512, 1))
-for _ in score_shard(task):
-    pass
+score_model(site_of(task.model, folder / "ledger"), task, moe_layers(task.model))
 status = Path("/proc/self/status").read_text().split()  # ru_maxrss would inherit the parent's peak
 print(int(status[status.index("VmHWM:") + 1]) * 1024)
 """
@@ -225,7 +244,10 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path):
         Qwen3MoeForCausalLM(config).save_pretrained(folder / "model", max_shard_size="40MB")
         write_corpus(folder / "corpus.arrow", random_corpus(256, sequences=8, length=128))
         out = subprocess.run(
-            [sys.executable, "-c", MEMORY_SCRIPT, str(folder)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(Path(__file__).parent)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks[layers] = int(out.stdout)
     layer_bytes = 16 * 3 * 256 * 512 * 4

@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import PeakMemory, print_machine
+from machine import PeakMemory, print_machine, score_here, site_here
 from scoring import ROOT, make_corpus
 
 FILES = {"type": click.Path(path_type=Path), "multiple": True}
@@ -68,18 +68,17 @@ class Bench:
     def score(self, corpus) -> None:
         from tenp_dist.calibration.corpus import write_corpus
         from tenp_dist.engine.compute import Compute
-        from tenp_dist.engine.shard import ScoreTask, score_shard
 
         write_corpus(self.folder / "corpus.arrow", corpus)
         self.tokens = int(corpus.mask_NS.sum())
         click.echo(f"model     {self.model.name}, float32, {self.threads} threads; {self.tokens:,} calibration tokens")
         self.compute = Compute("cpu", "float32", 8192, self.threads)
-        task = ScoreTask(self.model, self.folder / "corpus.arrow", self.folder / "scores", "bench", self.compute)
-        self.report("scoring", lambda: list(score_shard(task)))
+        paths = self.folder / "corpus.arrow", self.folder / "scores"
+        self.report("scoring", lambda: score_here(self.model, *paths, self.compute))
 
     def plan(self, method: str, retention: str) -> str:
         from tenp_dist.budget.plan import make_plan
-        from tenp_dist.budget.shape import MoeLayer
+        from tenp_dist.budget.sizes import MoeLayer
         from tenp_dist.checkpoint.facts import checkpoint_facts
         from tenp_dist.checkpoint.index import open_index
         from tenp_dist.checkpoint.kept import layer_name, write_kept
@@ -137,19 +136,14 @@ class Bench:
         click.echo(f"{name:<13} {seconds:8.1f} s, {own:.1f} s of CPU, {rate:,.0f} tokens/s, {peak:,.0f} MB")
 
     def drive(self, task) -> None:
-        from tenp_dist.config import Cluster
         from tenp_dist.engine.compensate import compensate_model
-        from tenp_dist.engine.controller import Ledger
-        from tenp_dist.engine.local import InProcessPool
 
-        layers, ledger = max(task.moe) + 1, Ledger(self.folder / "ledger")
-        compensate_model(InProcessPool(self.threads), task, [1] * layers, Cluster(), lambda step: None, ledger)
+        compensate_model(site_here(self.model, self.folder, self.threads), task)
 
     def evaluate(self, plans: list[str], ridges: list[str], corpus) -> dict[str, float]:
         """Variant -> mean NLL over domains, all in one pass."""
         from tenp_dist.calibration.corpus import write_corpus
-        from tenp_dist.evaluation.metrics import Metrics
-        from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_shard
+        from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
         from tenp_dist.evaluation.variants import Variant
 
         write_corpus(self.folder / "held-out.arrow", corpus)
@@ -162,9 +156,8 @@ class Bench:
             (Pass(self.model, variants),), self.folder / "held-out.arrow", self.folder / "evaluation", "bench",
             self.compute,
         )  # fmt: skip
-        events = list(evaluate_shard(task))
+        metrics = evaluate_model(site_here(self.model, self.folder, self.threads), task)
         click.echo(f"held-out text  {int(corpus.mask_NS.sum()):,} tokens")
-        (metrics,) = (event for event in events if isinstance(event, Metrics))
         return {name: figures["mean"]["nll"] for name, figures in metrics.summary().items()}
 
 

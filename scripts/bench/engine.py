@@ -117,18 +117,19 @@ def describe(task, corpus) -> dict[str, Any]:
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
     from tenp_dist.engine.compute import microbatches
-    from tenp_dist.engine.scoring import layers_of_facts
+    from tenp_dist.engine.scoring import layer_bytes
 
     write_corpus(task.corpus, corpus)
     index = open_index(task.model)
     itemsize = task.compute.torch_dtype.itemsize
-    layers = layers_of_facts(checkpoint_facts(index), itemsize)
+    facts = checkpoint_facts(index)
     tokens, batches = corpus.tokens_NS.size, len(microbatches(corpus, task.compute.batch_tokens))
     waves = min(task.waves, batches)
     click.echo(f"model     {task.model.name}, {index.nbytes / MEGABYTE:,.0f} MB, {task.compute.dtype}")
     click.echo(f"tokens    {tokens:,} in {batches} microbatches of at most {task.compute.batch_tokens}, {waves} waves")
     hidden = tokens * index.config["hidden_size"] * itemsize
-    return {"tokens": tokens, "waves": waves, "layers": layers, "hidden": hidden, "batches": batches}
+    layers = {"nbytes": layer_bytes(facts, itemsize), "moe": facts["moe_layers"]}
+    return {"tokens": tokens, "hidden": hidden, "batches": batches, **layers}
 
 
 def measure_round(task, facts, own: list) -> dict[Any, Any]:
@@ -157,6 +158,8 @@ def measure_child(name: str, task, own: list) -> dict[str, float]:
 
 
 def measure_case(case: Case, task, facts) -> Measured:
+    from tenp_dist.engine.controller import Ledger
+    from tenp_dist.engine.drive import Site
     from tenp_dist.engine.scoring import score_model
 
     options = Cluster(
@@ -165,7 +168,8 @@ def measure_case(case: Case, task, facts) -> Measured:
     pool = WatchedPool()
     with tempfile.TemporaryDirectory(dir=task.corpus.parent) as folder:
         task = replace(task, folder=Path(folder) / "scores")
-        score_model(pool, task, facts["layers"], options, facts["waves"], lambda progress: None)
+        site = Site(pool, options, facts["nbytes"], Ledger(Path(folder) / "ledger.jsonl"))
+        score_model(site, task, facts["moe"])
         seconds = time.perf_counter() - pool.started
     pool.memory.__exit__()
     pool.close()
@@ -265,7 +269,7 @@ def report(rounds: list[dict], facts: dict) -> None:
 
 def report_bounds(rounds: list[dict], facts: dict) -> None:
     streaming, two, _, one = [key for key in rounds[0] if isinstance(key, Case)]
-    largest = max(facts["layers"].nbytes)
+    largest = max(facts["nbytes"])
     memory = [
         (r[streaming].peak - r[streaming].opened - facts["hidden"] - r["alone"]["workspace"]) / largest for r in rounds
     ]

@@ -13,12 +13,13 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import print_machine
+from machine import print_machine, site_here
 from scoring import ROOT, make_corpus
 
 
@@ -88,18 +89,17 @@ def score(pool, model: Path, corpus, cluster, folder: Path) -> tuple[float, dict
     from tenp_dist.calibration.corpus import write_corpus
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
-    from tenp_dist.engine.compute import Compute, microbatches
-    from tenp_dist.engine.schedule import split_waves
-    from tenp_dist.engine.scoring import layers_of_facts, score_model
+    from tenp_dist.engine.compute import Compute
+    from tenp_dist.engine.scoring import score_model
     from tenp_dist.engine.shard import ScoreTask
 
     write_corpus(folder / "corpus.arrow", corpus)
     compute = Compute("cpu", "float32", 2048, 1)
-    waves = len(split_waves(len(microbatches(corpus, compute.batch_tokens)), 16))
     task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "bench", compute, waves=16)
-    layers = layers_of_facts(checkpoint_facts(open_index(model)), 4)
+    moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
+    site = replace(site_here(model, folder, 1), pool=pool, cluster=cluster)
     started = time.perf_counter()
-    score_model(pool, task, layers, cluster, waves, lambda progress: None)
+    score_model(site, task, moe_layers)
     seconds = time.perf_counter() - started
     return seconds, {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}
 

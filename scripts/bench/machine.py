@@ -20,6 +20,33 @@ def print_machine(*libraries: str) -> None:
     click.echo(f"versions  Python {platform.python_version()}, {versions}")
 
 
+def site_here(model: Path, folder: Path, threads: int):
+    """This process as the place where a model's shards run in float32; ledgers go into the folder."""
+    from tenp_dist.checkpoint.facts import checkpoint_facts
+    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.config import Cluster
+    from tenp_dist.engine.controller import Ledger
+    from tenp_dist.engine.drive import Site
+    from tenp_dist.engine.local import InProcessPool
+    from tenp_dist.engine.scoring import layer_bytes
+
+    nbytes = layer_bytes(checkpoint_facts(open_index(model)), 4)
+    return Site(InProcessPool(threads), Cluster(), nbytes, Ledger(folder / "ledger.jsonl"))
+
+
+def score_here(model: Path, corpus: Path, scores: Path, compute, key: str = "bench") -> None:
+    """Score a model in this process. corpus: Arrow file. scores: folder of the score files."""
+    from tenp_dist.checkpoint.facts import checkpoint_facts
+    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.engine.scoring import score_model
+    from tenp_dist.engine.shard import ScoreTask
+
+    moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
+    score_model(
+        site_here(model, scores.parent, compute.threads), ScoreTask(model, corpus, scores, key, compute), moe_layers
+    )
+
+
 def process_memory(pid: int | str = "self") -> dict[str, int]:
     """Fields of /proc/<pid>/status in bytes, e.g. VmHWM (peak resident) and RssAnon."""
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
-from machine import print_machine
+from machine import print_machine, score_here
 from scoring import ROOT, make_corpus
 
 
@@ -56,15 +56,13 @@ def main(model, texts, samples, length, retention, important, slope):
 def score(model: Path, corpus, threads: int):
     from tenp_dist.calibration.corpus import write_corpus
     from tenp_dist.engine.compute import Compute
-    from tenp_dist.engine.shard import ScoreTask, score_shard
     from tenp_dist.scoring.statistics import read_statistics
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "corpus.arrow", corpus)
         compute = Compute("cpu", "float32", 8192, threads)
-        for _ in score_shard(ScoreTask(model, folder / "corpus.arrow", folder / "scores", "parity", compute)):
-            pass
+        score_here(model, folder / "corpus.arrow", folder / "scores", compute)
         files = sorted((folder / "scores").glob("layer_*"))
         return {int(path.stem.split("_")[1]): read_statistics(path) for path in files}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import print_machine
+from machine import print_machine, score_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,6 @@ def main(model, texts, samples, length, batch_tokens, dtype, threads, repeat):
     from tenp_dist.calibration.corpus import write_corpus
     from tenp_dist.engine.compute import Compute, microbatches
     from tenp_dist.engine.local import available_cores
-    from tenp_dist.engine.shard import ScoreTask, score_shard
 
     torch.set_num_threads(threads or available_cores())
     print_machine("torch", "transformers")
@@ -61,9 +60,7 @@ def main(model, texts, samples, length, batch_tokens, dtype, threads, repeat):
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder) / "corpus.arrow", corpus)
             compute = Compute("cpu", dtype, batch_tokens, torch.get_num_threads())
-            task = ScoreTask(model, Path(folder) / "corpus.arrow", Path(folder) / "scores", "bench", compute)
-            for _ in score_shard(task):
-                pass
+            score_here(model, Path(folder) / "corpus.arrow", Path(folder) / "scores", compute)
 
     plain(), score()  # warm: lazy imports, page cache, thread pools
     times = [(timed(plain), timed(score)) for _ in range(repeat)]

@@ -13,11 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import click
+from machine import score_here, site_here
 
 from tenp_dist.artifacts import digest_of, read_json, write_json
 from tenp_dist.budget.plan import make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
-from tenp_dist.budget.shape import MoeLayer
+from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
@@ -26,10 +27,6 @@ from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.config import Budget, Cluster, Source, Text
 from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
 from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.scoring import layers_of_facts
-from tenp_dist.engine.shard import ScoreTask, score_shard
 from tenp_dist.errors import BudgetError
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import NamedPlan
@@ -37,8 +34,6 @@ from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_
 from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.scoring.statistics import read_statistics
-
-CLUSTER = Cluster(host_memory=4 * 10**9)
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,8 @@ class Study:
         self.facts = checkpoint_facts(self.index)
         self.folder = folder / self.index.fingerprint[:12]
         self.compute = Compute("cpu", "float32", 8192, threads)
-        self.layers = layers_of_facts(self.facts, self.compute.torch_dtype.itemsize)
-        self.pool = InProcessPool(cores=threads)
+        self.moe_layers = self.facts["moe_layers"]
+        self.site = replace(site_here(model, self.folder, threads), cluster=Cluster(host_memory=4 * 10**9))
 
     def corpora(self, text: CalibrationSet) -> tuple[Path, Path | None]:
         """The set's tokens and what was set aside of them, as files."""
@@ -90,9 +85,8 @@ class Study:
     def scores(self, corpus: Path) -> Path:
         """Folder of the score files of a corpus."""
         folder = self.folder / "scores" / corpus.stem
-        if not (folder / f"{layer_name(self.layers.moe[-1])}.safetensors").exists():
-            for _ in score_shard(ScoreTask(self.model, corpus, folder, corpus.stem, self.compute)):
-                pass
+        if not (folder / f"{layer_name(self.moe_layers[-1])}.safetensors").exists():
+            score_here(self.model, corpus, folder, self.compute, corpus.stem)
         return folder
 
     def plan(self, budget: Budget, corpus: Path) -> NamedPlan | None:
@@ -120,7 +114,7 @@ class Study:
         family = family_of(config)
         experts, width = self.facts["num_experts"], self.facts["intermediate_size"]
         limits = (family.groups(config), family.least_experts(config))
-        return [MoeLayer(layer, experts, width, *limits) for layer in self.layers.moe]
+        return [MoeLayer(layer, experts, width, *limits) for layer in self.moe_layers]
 
     def compensated(self, plans: Iterable[NamedPlan], corpus: Path) -> dict[str, Path]:
         """Name of each plan -> folder of its compensated W_down, solved on the corpus that it was planned on.
@@ -130,14 +124,12 @@ class Study:
         found = {plan.name: Target(plan.tensors, plan.text.parent / "compensation") for plan in plans}
         task = CompensateTask(
             self.model, corpus, self.folder / "compensate" / corpus.stem, corpus.stem, self.compute,
-            moe=tuple(self.layers.moe),
+            moe=tuple(self.moe_layers),
         )  # fmt: skip
         due = tuple(one for one in found.values() if not all(task.stored(one, layer, 0) for layer in task.moe))
         if due:
             click.echo(f"compensating {len(due)} plans")
-            ledger = Ledger(self.folder / "compensate.ledger.jsonl")
-            one_pass = replace(task, targets=due)
-            compensate_model(self.pool, one_pass, self.layers.nbytes, CLUSTER, lambda step: None, ledger)
+            compensate_model(self.site, replace(task, targets=due))
         return {name: target.folder for name, target in found.items()}
 
     def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
@@ -148,8 +140,7 @@ class Study:
             return read_json(stored)
         passes = [Pass(self.model, {SOURCE: Variant(), **variants})]
         task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
-        ledger = Ledger(self.folder / "measure.ledger.jsonl")
-        figures = evaluate_model(self.pool, task, self.layers.nbytes, CLUSTER, lambda step: None, ledger).summary()
+        figures = evaluate_model(self.site, task).summary()
         write_json(stored, figures)
         return figures
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest, write_json
 from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.index import CheckpointIndex
-from tenp_dist.cli.inputs import CORPUS, domain_weights, facts_of, settled_compute
+from tenp_dist.cli.inputs import CORPUS, domain_weights, facts_of, settled_compute, site_of
 from tenp_dist.config import Job
 from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model, layer_files, outcome
-from tenp_dist.engine.compute import Compute, Progress
-from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context, Output
-from tenp_dist.engine.drive import Summary
+from tenp_dist.engine.drive import Site
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
-from tenp_dist.engine.scoring import layers_of_facts
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.variants import Variant
 
@@ -31,7 +28,7 @@ def compensate(context: Context) -> Output:
     target = Target(run_dir / "plan.safetensors", run_dir / FOLDER)
     task = CompensateTask(**_shared(context), folder=run_dir / FOLDER, targets=(target,))
     context.replace()
-    done = _solve(context, "compensate", task, context.progress)
+    done = compensate_model(site_of(context, "compensate", task.compute), task)
     document = outcome(task, target, facts_of(context)["intermediate_size"])
     write_json(run_dir / DOCUMENT, document)
     files = [*layer_files(task, target), run_dir / DOCUMENT]
@@ -41,9 +38,7 @@ def compensate(context: Context) -> Output:
     return Output(files, digest, summary | {"tokens_per_second": rate})
 
 
-def variants_of(
-    context: Context, stage: str, plans: Sequence[NamedPlan], folder: Path, progress: Callable[[Progress], None]
-) -> dict[str, Variant]:
+def variants_of(context: Context, site: Site, plans: Sequence[NamedPlan], folder: Path) -> dict[str, Variant]:
     """The plans as variants of the source, by name; those that are measured compensated are solved first, in one pass.
 
     folder: of the stage. Their W_down lies in `compensation/` there, one folder for plans of one content, as large as
@@ -54,14 +49,8 @@ def variants_of(
     if targets:
         hidden = f"hidden/{FOLDER}"  # beside those of the evaluation, which come after it
         task = CompensateTask(**_shared(context), folder=folder, hidden=hidden, targets=tuple(targets.values()))
-        _solve(context, stage, task, progress)
+        compensate_model(site, task)
     return {plan.name: Variant(plan.tensors, home.get(plan.name)) for plan in plans}
-
-
-def _solve(context: Context, stage: str, task: CompensateTask, progress: Callable[[Progress], None]) -> Summary:
-    return compensate_model(
-        context.pool, task, _nbytes(context, task.compute), context.job.cluster, progress, _ledger(context, stage)
-    )
 
 
 def recheck(context: Context) -> dict[str, Any]:
@@ -73,8 +62,7 @@ def recheck(context: Context) -> dict[str, Any]:
         plan=run_dir / "plan.safetensors",
         compensation=run_dir / FOLDER,
     )
-    nbytes, ledger = _nbytes(context, task.compute), _ledger(context, "verify")
-    found = recheck_model(context.pool, task, nbytes, context.job.cluster, context.progress, ledger)
+    found = recheck_model(site_of(context, "verify", task.compute), task)
     shutil.rmtree(task.folder)
     return {"ok": True, "experts_solved_again": found["experts"], "largest_share_of_gain_lost": found["worst"]}
 
@@ -98,11 +86,3 @@ def _shared(context: Context) -> dict[str, Any]:
         "moe": tuple(facts_of(context)["moe_layers"]),
         "weights": {domain: float(weight) for domain, weight in domain_weights(job).items()},
     }
-
-
-def _nbytes(context: Context, compute: Compute) -> Sequence[int]:
-    return layers_of_facts(facts_of(context), compute.torch_dtype.itemsize).nbytes
-
-
-def _ledger(context: Context, stage: str) -> Ledger:
-    return Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")

@@ -11,13 +11,16 @@ from pathlib import Path
 from tenp_dist.artifacts import read_json
 from tenp_dist.budget.plan import Plan, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
-from tenp_dist.budget.shape import MoeLayer
+from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.config import Budget, Job
 from tenp_dist.engine.compute import Compute
+from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context
+from tenp_dist.engine.drive import Site
+from tenp_dist.engine.scoring import layer_bytes
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
 
@@ -94,3 +97,10 @@ def settled_compute(context: Context, batch_tokens: int) -> Compute:
     device = context.job.cluster.device
     on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
     return Compute("cuda" if on_gpu else "cpu", context.job.score.dtype, batch_tokens, context.pool.threads).settled()
+
+
+def site_of(context: Context, stage: str, compute: Compute) -> Site:
+    """Where the stage's shards run. compute: settled."""
+    nbytes = layer_bytes(facts_of(context), compute.torch_dtype.itemsize)
+    ledger = Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")
+    return Site(context.pool, context.job.cluster, nbytes, ledger, context.progress)

@@ -6,7 +6,7 @@ Where the job compensates, both compensate what they measure first, on the text 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ from tenp_dist.cli.inputs import (
     plan_writer,
     settled_budget,
     settled_compute,
+    site_of,
     source_index,
     store_plan,
 )
 from tenp_dist.config import COMPENSATE, Job
 from tenp_dist.engine.compute import Progress
-from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context, Output
-from tenp_dist.engine.scoring import layers_of_facts
+from tenp_dist.engine.drive import Site
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import (
     NamedPlan,
@@ -158,24 +158,26 @@ def _measure(
     context: Context, measured: Measured, plans: Sequence[NamedPlan], written: Sequence[Pass] = ()
 ) -> dict[str, dict[str, Any]]:
     """variant -> its figures: the source, every plan of it, and what was written."""
-    job, stage, parts = context.job, measured.stage, 1 + any(plan.compensated for plan in plans)
-    variants = variants_of(context, stage, plans, measured.folder, _part(context.progress, 0, parts))
+    job, parts = context.job, 1 + any(plan.compensated for plan in plans)
     compute = settled_compute(context, measured.batch_tokens)
+    site = site_of(context, measured.stage, compute)
+    variants = variants_of(context, _part(site, 0, parts), plans, measured.folder)
     passes = [Pass(job.model, {SOURCE: Variant(), **variants}), *written]
     task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
-    nbytes = layers_of_facts(facts_of(context), compute.torch_dtype.itemsize).nbytes
-    ledger = Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")
-    progress = _part(context.progress, parts - 1, parts)
-    figures = evaluate_model(context.pool, task, nbytes, job.cluster, progress, ledger).summary()
+    figures = evaluate_model(_part(site, parts - 1, parts), task).summary()
     shutil.rmtree(measured.folder / FOLDER, ignore_errors=True)  # large, and made again from the plans
     return figures
 
 
-def _part(progress: Callable[[Progress], None], number: int, parts: int) -> Callable[[Progress], None]:
-    """Report the progress of one of `parts` equal parts as that of the whole."""
+def _part(site: Site, number: int, parts: int) -> Site:
+    """The site, telling the progress of one of `parts` equal parts as that of the whole."""
     if parts == 1:
-        return progress
-    return lambda step: progress(replace(step, done=number + step.done / step.total, total=parts))
+        return site
+
+    def tell(step: Progress) -> None:
+        site.progress(replace(step, done=number + step.done / step.total, total=parts))
+
+    return replace(site, progress=tell)
 
 
 def _calibrated_on(run_dir: Path) -> Corpus:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tenp_dist.budget.layouts import check_buckets, check_layouts, layouts_of
-from tenp_dist.budget.shape import MoeLayer, Shape, plan_shape
+from tenp_dist.budget.shape import plan_shape
+from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.calibration.documents import check_sources
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of

@@ -38,6 +38,7 @@ from tenp_dist.cli.inputs import (
     plan_maker,
     settled_budget,
     settled_compute,
+    site_of,
     source_index,
     store_plan,
 )
@@ -45,7 +46,7 @@ from tenp_dist.cli.measuring import evaluate_needs, evaluate_stage, select_stage
 from tenp_dist.config import Job
 from tenp_dist.engine.checkpoints import verify_layout, write_layout
 from tenp_dist.engine.coordinator import Context, Output, Stage
-from tenp_dist.engine.scoring import layers_of_facts, score_model
+from tenp_dist.engine.scoring import score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.report.page import write_report
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
@@ -85,8 +86,7 @@ def _score(context: Context) -> Output:
     context.replace()
     compute = settled_compute(context, job.score.batch_tokens)
     task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute, waves=job.score.waves)
-    layers = layers_of_facts(facts_of(context), compute.torch_dtype.itemsize)
-    done = score_model(context.pool, task, layers, job.cluster, task.count_waves(), context.progress)
+    done = score_model(site_of(context, "score", compute), task, facts_of(context)["moe_layers"])
     files = _score_files(context)
     digest = digest_of({path.name: file_digest(path) for path in files})
     rate = round(done.tokens / done.seconds) if done.seconds else None

@@ -14,23 +14,22 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.engine.boundaries import Boundaries, Hidden, named, read_hidden
-from tenp_dist.engine.compute import Compute, Progress, embed_all, microbatches, open_skeleton, side_thread
+from tenp_dist.engine.compute import Compute, embed_all, microbatches, open_skeleton, side_thread
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.logs import log_line, log_to
 from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
 from tenp_dist.engine.pulse import Pulse, resident_memory, start_pulse
-from tenp_dist.engine.schedule import Mode, Unit, next_unit, split_waves
+from tenp_dist.engine.schedule import Mode, Unit, split_waves
 from tenp_dist.engine.weights import LayerSource
 from tenp_dist.errors import TenpError, WorkerLost, first_line
 from tenp_dist.model.layers import Frame, Microbatch
@@ -73,10 +72,6 @@ class CarryTask:
     @property
     def boundaries(self) -> Boundaries:
         return Boundaries(self.folder / "hidden", self.file_key)
-
-    def resolved(self) -> Self:
-        """The same with `auto` device and dtype settled: every worker of a run must agree."""
-        return replace(self, compute=self.compute.resolved())
 
     def count_waves(self) -> int:
         """Waves that the corpus is cut into, at most `waves`."""
@@ -280,13 +275,3 @@ class Carrier:
             if self._spill or layer == self.layers.stop:
                 del self._hidden[wave]
         self._committed = time.monotonic()
-
-
-def run_here(shard: Carrier, positions: list[int]) -> Iterator[Progress]:
-    """Take all waves through an open shard of the whole model, here and now; `positions` follow."""
-    while (unit := next_unit(shard.layers, positions, shard.task.mode)) is not None:
-        before, pulse = shard.pulse(), shard.run(unit)
-        for wave in unit.waves:
-            positions[wave] = unit.stop
-        tokens, seconds = pulse.tokens - before.tokens, pulse.seconds - before.seconds
-        yield Progress(min(positions), shard.skeleton.num_layers, tokens, seconds, str(unit))

@@ -13,7 +13,7 @@ plans that it has still to solve get the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,8 @@ from tenp_dist.checkpoint.compensated import (
 from tenp_dist.checkpoint.families import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, narrow_experts, read_kept, read_kept_layer
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.config import Cluster
-from tenp_dist.engine.compute import Progress
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.drive import Summary
+from tenp_dist.engine.drive import Site, Summary
 from tenp_dist.engine.layerwise import LayerwiseShard, LayerwiseTask, drive_layerwise
-from tenp_dist.engine.local import Pool
 from tenp_dist.scoring.compensation import ENOUGH, Moments, union_of
 
 FEW = 0.1  # share of narrow experts with few tokens above which there is a warning
@@ -131,24 +127,14 @@ class CompensateShard(LayerwiseShard):
             return torch.stack([reader.tensor(name) for name in names]).to(loaded_EDF.device)
 
 
-def compensate_model(
-    pool: Pool,
-    task: CompensateTask,
-    nbytes: Sequence[int],
-    cluster: Cluster,
-    progress: Callable[[Progress], None],
-    ledger: Ledger,
-) -> Summary:
-    """Compensate all layers of the task's plans; several shards take turns.
-
-    Args:
-        task: settled (no `auto` in it), with its ranks. nbytes: of every decoder layer in compute dtype.
+def compensate_model(site: Site, task: CompensateTask) -> Summary:
+    """Compensate all layers of the task's plans.
 
     Raises:
-        ClusterError: more shards than layers, or the cluster is smaller than asked.
+        ClusterError: as `drive`.
         NumericalError: NaN or Inf in activations or in a result.
     """
-    done = drive_layerwise(pool, CompensateShard, task, nbytes, cluster, progress, ledger)
+    done = drive_layerwise(site, CompensateShard, task)
     for target in task.targets:
         drop_leftovers(target.folder)
         for path in set(target.folder.glob("layer_*.safetensors")) - set(layer_files(task, target)):

@@ -20,11 +20,17 @@ _FILLED = 0.6  # share of a device's memory that resident weights may take
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a model is cut: the layers of every shard, and whether shards hold theirs."""
+class Site:
+    """Where the shards of a model run, and who is told how it goes.
 
-    shards: Sequence[range]
-    mode: Mode
+    nbytes: of every decoder layer at its full width in compute dtype.
+    """
+
+    pool: Pool
+    cluster: Cluster
+    nbytes: Sequence[int]
+    ledger: Ledger
+    progress: Callable[[Progress], None] = lambda step: None
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Summary:
     resumed_share: float
 
 
-def cut_model(cluster: Cluster, nbytes: Sequence[int], device: str) -> Cut:
-    """Shards and mode for a model with decoder layers of `nbytes` in compute dtype.
+def cut_layers(cluster: Cluster, nbytes: Sequence[int]) -> list[range]:
+    """The decoder layers of every shard, balanced by their bytes.
 
     Raises:
         ClusterError: more shards than layers.
@@ -52,43 +58,40 @@ def cut_model(cluster: Cluster, nbytes: Sequence[int], device: str) -> Cut:
             wanted=f"at most {len(nbytes)}",
             next_step="lower cluster.shards",
         )
-    shards = split_layers(nbytes, cluster.shards)
-    return Cut(shards, choose_mode(cluster, nbytes, shards, device))
+    return split_layers(nbytes, cluster.shards)
 
 
-def drive(
-    pool: Pool,
-    worker: type[Carrier],
-    task: CarryTask,
-    cut: Cut,
-    cluster: Cluster,
-    progress: Callable[[Progress], None],
-    ledger: Ledger,
-) -> Summary:
-    """Take all waves through all shards, from where they were left. task: settled (no `auto` in it).
+def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool = False) -> Summary:
+    """Take all waves through all shards, from where they were left.
+
+    Args:
+        task: settled (no `auto` in it), with its ranks.
+        finished: everything that the task makes is stored already, whatever its boundaries say.
 
     Raises:
-        ClusterError: the cluster is smaller than asked, or a shard was lost too often.
+        ClusterError: more shards than layers, the cluster is smaller than asked, or a shard was lost too often.
     """
-    waves, layers = task.count_waves(), cut.shards[-1].stop
+    pool, cluster, waves, layers = site.pool, site.cluster, task.count_waves(), len(site.nbytes)
+    shards = cut_layers(cluster, site.nbytes)
+    mode = choose_mode(cluster, site.nbytes, shards, task.compute.device)
     stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
-    resumed = sum(stored()) / (waves * layers)
+    resumed = 1.0 if finished else sum(stored()) / (waves * layers)
     if resumed == 1:
-        return Summary(0, 0.0, cut.mode, [], 1.0)
+        return Summary(0, 0.0, mode, [], 1.0)
     request = group_request(pool, cluster, task.compute.device, task.logs)
-    task = _placed(task, cut.mode, cluster, request)
-    names = [f"layers {shard.start}-{shard.stop - 1}" for shard in cut.shards]
-    message = f"{', '.join(names)}; {cut.mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
-    progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
-    ledger.append("begin", shards=names, mode=cut.mode, resumed=round(resumed, 4), threads=task.compute.threads)
-    groups = pool.groups(worker, [(task, shard) for shard in cut.shards], request)
-    watch = WorkWatch(layers * waves, len(groups), progress)
+    task = _placed(task, mode, cluster, request)
+    names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
+    message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
+    site.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
+    site.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
+    groups = pool.groups(worker, [(task, shard) for shard in shards], request)
+    watch = WorkWatch(layers * waves, len(groups), site.progress)
     try:
-        Controller(groups, cut.shards, cut.mode, stored, pool.wait, watch, ledger).run()
+        Controller(groups, shards, mode, stored, pool.wait, watch, site.ledger).run()
     finally:
         for group in groups:
             group.close()
-    return Summary(watch.tokens // layers, watch.slowest, cut.mode, names, resumed)
+    return Summary(watch.tokens // layers, watch.slowest, mode, names, resumed)
 
 
 def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> CarryTask:
@@ -137,7 +140,7 @@ def memory_per_rank(device: str, ranks: int) -> float:
     return psutil.virtual_memory().available / ranks
 
 
-def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path | None = None) -> GroupRequest:
+def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path) -> GroupRequest:
     """On accelerators one each; on CPU the most cores per rank with which every shard finds a node."""
     if device == "cuda":
         return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout, logs)

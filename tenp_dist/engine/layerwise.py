@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tenp_dist.config import Cluster
 from tenp_dist.engine.boundaries import GuardedBoundaries
 from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden
-from tenp_dist.engine.compute import Progress, check_finite, run_layer
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.drive import Summary, cut_model, drive
-from tenp_dist.engine.local import Pool
+from tenp_dist.engine.compute import check_finite, run_layer
+from tenp_dist.engine.drive import Site, Summary, drive
 from tenp_dist.model.layers import Microbatch
 
 
@@ -103,27 +100,9 @@ class LayerwiseShard(Carrier):
         run_layer(self.frame, layer, module, batches, states, self._share, self._sums)
 
 
-def drive_layerwise(
-    pool: Pool,
-    worker: type[LayerwiseShard],
-    task: LayerwiseTask,
-    nbytes: Sequence[int],
-    cluster: Cluster,
-    progress: Callable[[Progress], None],
-    ledger: Ledger,
-) -> Summary:
-    """Finish all layers of a task; several shards take turns, ranks of a shard work side by side.
-
-    Args:
-        task: settled (no `auto` in it), with its ranks. nbytes: of every decoder layer in compute dtype.
-
-    Raises:
-        ClusterError: more shards than layers, the cluster is smaller than asked, or a shard was lost too often.
-    """
-    cluster = cluster.model_copy(update={"mode": "streaming"})
-    cut = cut_model(cluster, nbytes, task.compute.device)
-    done = Summary(0, 0.0, cut.mode, [], 1.0)
-    if task.unfinished() < len(nbytes):
-        done = drive(pool, worker, task, cut, cluster, progress, ledger)
+def drive_layerwise(site: Site, worker: type[LayerwiseShard], task: LayerwiseTask) -> Summary:
+    """`drive`, streaming: several shards take turns, ranks of a shard work side by side."""
+    site = replace(site, cluster=site.cluster.model_copy(update={"mode": "streaming"}))
+    done = drive(site, worker, task, finished=task.unfinished() >= len(site.nbytes))
     shutil.rmtree(task.boundaries.folder, ignore_errors=True)
     return done

@@ -10,7 +10,7 @@ has experts in the sample: all of a small layer, SAMPLE of a larger one, by a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from tenp_dist.checkpoint.compensated import layer_file, open_compensated, read_
 from tenp_dist.checkpoint.families import DOWN
 from tenp_dist.checkpoint.kept import layer_name, read_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.config import Cluster
-from tenp_dist.engine.compute import Progress, run_layer
-from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.compute import run_layer
+from tenp_dist.engine.drive import Site
 from tenp_dist.engine.layerwise import LayerwiseShard, LayerwiseTask, drive_layerwise
-from tenp_dist.engine.local import Pool
 from tenp_dist.errors import VerifyError
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.scoring.compensation import ENOUGH
@@ -184,19 +182,13 @@ def _tenfold(ratio: float) -> bool:
     return power >= 0 and abs(ratio / 10**power - 1) < 1e-6
 
 
-def recheck_model(
-    pool: Pool,
-    task: RecheckTask,
-    nbytes: Sequence[int],
-    cluster: Cluster,
-    progress: Callable[[Progress], None],
-    ledger: Ledger,
-) -> Mapping[str, Any]:
+def recheck_model(site: Site, task: RecheckTask) -> Mapping[str, Any]:
     """Check the sample of every layer: how many experts were solved again, and the largest share of a gain lost.
 
     Raises:
+        ClusterError: as `drive`.
         VerifyError: the first expert whose stored weights are not the solution.
     """
-    drive_layerwise(pool, RecheckShard, task, nbytes, cluster, progress, ledger)
+    drive_layerwise(site, RecheckShard, task)
     results = [read_json(task.result(layer, rank)) for layer in task.moe for rank in range(task.ranks)]
     return {"experts": sum(one["experts"] for one in results), "worst": max(one["worst"] for one in results)}

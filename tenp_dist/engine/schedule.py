@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 Mode = Literal["resident", "streaming"]
@@ -78,8 +77,3 @@ def split_waves(batches: int, waves: int) -> list[range]:
     """Microbatches of each wave: contiguous, sizes within one, never an empty wave."""
     waves = max(1, min(waves, batches))
     return [range(batches * i // waves, batches * (i + 1) // waves) for i in range(waves)]
-
-
-def progress_share(positions: Sequence[int], layers: int) -> Fraction:
-    """Share of all (wave, layer) pairs that are done."""
-    return Fraction(sum(positions), max(1, len(positions) * layers))

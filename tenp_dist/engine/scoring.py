@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tenp_dist.config import Cluster
-from tenp_dist.engine.compute import Progress
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.drive import Summary, cut_model, drive
-from tenp_dist.engine.local import Pool
+from tenp_dist.artifacts import drop_leftovers
+from tenp_dist.checkpoint.index import ITEM_SIZE
+from tenp_dist.engine.drive import Site, Summary, drive
 from tenp_dist.engine.parts import check_ranks
-from tenp_dist.engine.shard import ScoreShard, ScoreTask, finish_scores
+from tenp_dist.engine.shard import ScoreShard, ScoreTask
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Of the model: bytes of every decoder layer in compute dtype, and which of them are MoE layers."""
-
-    nbytes: Sequence[int]
-    moe: Sequence[int]
-
-
-def score_model(
-    pool: Pool, task: ScoreTask, layers: Layers, cluster: Cluster, waves: int, progress: Callable[[Progress], None]
-) -> Summary:
-    """Score all layers.
-
-    Args:
-        task: settled (no `auto` in it). waves: of the corpus, at most `task.waves`.
+def score_model(site: Site, task: ScoreTask, moe_layers: Sequence[int]) -> Summary:
+    """Score all layers. task: settled (no `auto` in it); its ranks are those of the site.
 
     Raises:
-        ClusterError: more shards than layers, or the cluster is smaller than asked.
+        ClusterError: as `drive`.
+        NumericalError: NaN or Inf in weights, activations or sums.
         StaleError: scoring was begun with another number of ranks.
     """
-    task = replace(task, ranks=cluster.tensor_parallel)
+    task, waves = replace(task, ranks=site.cluster.tensor_parallel), task.count_waves()
     check_ranks(task.folder, task.ranks)
-    cut = cut_model(cluster, layers.nbytes, task.compute.device)
-    if all(task.parts().waves(layer) == waves for layer in layers.moe):
-        done = Summary(0, 0.0, cut.mode, [], 1.0)
-    else:
-        ledger = Ledger(task.folder.parent / "stages" / "score.ledger.jsonl")
-        done = drive(pool, ScoreShard, task, cut, cluster, progress, ledger)
-    finish_scores(task, layers.moe, waves)
+    scored = all(task.parts().waves(layer) == waves for layer in moe_layers)
+    done = drive(site, ScoreShard, task, finished=scored)
+    task.parts().join(moe_layers, waves)
+    for folder in ("parts", "hidden"):  # what only an unfinished run needs
+        shutil.rmtree(task.folder / folder, ignore_errors=True)
+    drop_leftovers(task.folder)
     return done
 
 
-def layers_of_facts(facts: Mapping[str, Any], itemsize: int) -> Layers:
-    """Layer sizes in a compute dtype of `itemsize` bytes, from `facts.json`."""
+def layer_bytes(facts: Mapping[str, Any], itemsize: int) -> list[int]:
+    """Bytes of every decoder layer in a compute dtype of `itemsize` bytes, from `facts.json`."""
     stored = max(facts["dtypes"], key=facts["dtypes"].get)
-    ratio = itemsize / {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}[stored]
+    ratio = itemsize / ITEM_SIZE[stored]
     per_layer = facts["bytes"]["per_layer"]
-    return Layers([int(per_layer[str(i)] * ratio) for i in range(facts["num_layers"])], facts["moe_layers"])
+    return [int(per_layer[str(layer)] * ratio) for layer in range(facts["num_layers"])]

@@ -5,17 +5,15 @@ What is committed (parts, then boundaries) is what a run goes on from; see `carr
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tenp_dist.artifacts import drop_leftovers
-from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden, run_here
-from tenp_dist.engine.compute import Progress, check_finite, run_layer
+from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden
+from tenp_dist.engine.compute import check_finite, run_layer
 from tenp_dist.engine.parts import Parts
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.layers import Frame, Microbatch
@@ -138,24 +136,3 @@ def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int 
                 where=f"layer {layer}, expert {expert}: {name}",
                 next_step="check the checkpoint's download of this expert; score in float32 if its weights are fine",
             )
-
-
-def score_shard(task: ScoreTask) -> Iterator[Progress]:
-    """The whole model as one shard, here and now: every unit in turn, then the score files."""
-    task = task.resolved()
-    shard = ScoreShard(task)
-    shard.open()
-    moe_layers, waves = shard.skeleton.moe_layers(), len(shard.waves)
-    positions = [task.boundaries.position(wave) for wave in range(waves)]
-    if all(task.parts().waves(layer) == waves for layer in moe_layers):
-        positions = []
-    yield from run_here(shard, positions)
-    finish_scores(task, moe_layers, waves)
-
-
-def finish_scores(task: ScoreTask, moe_layers: Iterable[int], waves: int) -> None:
-    """Join the parts into the score files, then drop what only an unfinished run needs."""
-    task.parts().join(moe_layers, waves)
-    for folder in ("parts", "hidden"):
-        shutil.rmtree(task.folder / folder, ignore_errors=True)
-    drop_leftovers(task.folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,11 @@ import torch
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
-from tenp_dist.config import Cluster
 from tenp_dist.engine.boundaries import tensor_name
-from tenp_dist.engine.carrier import DEFAULT_WAVES, run_here
+from tenp_dist.engine.carrier import DEFAULT_WAVES
 from tenp_dist.engine.compute import Compute, Progress, microbatches
-from tenp_dist.engine.controller import Ledger, Retries
-from tenp_dist.engine.drive import cut_model, drive
-from tenp_dist.engine.local import Pool
+from tenp_dist.engine.controller import Retries
+from tenp_dist.engine.drive import Site, drive
 from tenp_dist.engine.schedule import split_waves
 from tenp_dist.errors import WorkerLost
 from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
@@ -93,55 +91,47 @@ class EvaluateTask:
         return max(self.waves, -(-nbytes // host_memory))
 
 
-def evaluate_model(
-    pool: Pool,
-    task: EvaluateTask,
-    nbytes: Sequence[int],
-    cluster: Cluster,
-    progress: Callable[[Progress], None],
-    ledger: Ledger,
-) -> Metrics:
-    """Run all passes on the pool's shards, then the tail in one worker.
+def evaluate_model(site: Site, task: EvaluateTask) -> Metrics:
+    """Run all passes on the site's shards, then the tail in one worker.
 
     Args:
-        task: settled (no `auto` in it); compute.threads: of the tail's worker.
-        nbytes: of every decoder layer at its full width in compute dtype.
+        task: settled (no `auto` in it); its ranks are those of the site. compute.threads: of the tail's worker.
 
     Raises:
-        ClusterError: more shards than layers, the cluster is smaller than asked, or a worker was lost too often.
+        ClusterError: as `drive`.
         NumericalError: NaN or Inf left a layer or the head.
     """
-    waves = task.waves_within(cluster.host_memory)
-    passes = replace(task, ranks=cluster.tensor_parallel, waves=waves).pass_tasks()
-    cut = cut_model(cluster, nbytes, task.compute.device)
+    waves = task.waves_within(site.cluster.host_memory)
+    passes = replace(task, ranks=site.cluster.tensor_parallel, waves=waves).pass_tasks()
     waves = passes[0].count_waves()
-    steps = len(nbytes) * waves
+    steps = len(site.nbytes) * waves
     total = len(passes) * steps + waves
     for one in passes:
-        drive(pool, EvaluateShard, one, cut, cluster, _shifted(progress, one.number * steps, total), ledger)
-    metrics = _tail_on(pool, passes, _shifted(progress, len(passes) * steps, total), ledger)
-    drop_hidden(task)
+        drive(_shifted(site, one.number * steps, total), EvaluateShard, one)
+    metrics = _tail_on(_shifted(site, len(passes) * steps, total), passes)
+    shutil.rmtree(task.folder / "hidden", ignore_errors=True)
     return metrics
 
 
-def _shifted(progress: Callable[[Progress], None], before: int, total: int) -> Callable[[Progress], None]:
-    """Report a part's progress as that of the whole."""
-    return lambda step: progress(replace(step, done=before + step.done, total=total))
+def _shifted(site: Site, before: int, total: int) -> Site:
+    """The site, telling a part's progress as that of the whole."""
+    return replace(site, progress=lambda step: site.progress(replace(step, done=before + step.done, total=total)))
 
 
-def _tail_on(pool: Pool, passes: Sequence[PassTask], progress: Callable[[Progress], None], ledger: Ledger) -> Metrics:
+def _tail_on(site: Site, passes: Sequence[PassTask]) -> Metrics:
     """`run_tail` in one worker, started again where it is lost: what it reads is stored."""
     losses = 0
     while True:
         try:
-            for event in pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
+            for event in site.pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
                 if isinstance(event, Metrics):
                     return event
-                progress(replace(event, retries=losses))
+                site.progress(replace(event, retries=losses))
             raise AssertionError("the tail yields its metrics last")
         except WorkerLost as error:
             losses += 1
-            Retries().after(losses, error, "The worker of norm and head", "final hidden states", ledger, time.sleep)
+            where = "final hidden states"
+            Retries().after(losses, error, "The worker of norm and head", where, site.ledger, time.sleep)
 
 
 @torch.inference_mode()
@@ -181,20 +171,3 @@ def _read_box(stored: Any, stream: str, device: str, number: int, box: Box) -> t
 
 def _num_layers(checkpoint: Path) -> int:
     return int(open_index(checkpoint).config["num_hidden_layers"])
-
-
-def evaluate_shard(task: EvaluateTask) -> Iterator[Progress | Metrics]:
-    """All passes as one shard each, here and now: yields progress, then the Metrics."""
-    task = replace(task, compute=task.compute.resolved())
-    passes = task.pass_tasks()
-    for one in passes:
-        shard = EvaluateShard(one)
-        shard.open()
-        yield from run_here(shard, [one.boundaries.position(wave) for wave in range(len(shard.waves))])
-    yield from run_tail(passes)
-    drop_hidden(task)
-
-
-def drop_hidden(task: EvaluateTask) -> None:
-    """Remove what only an unfinished evaluation needs."""
-    shutil.rmtree(task.folder / "hidden", ignore_errors=True)
