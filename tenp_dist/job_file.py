@@ -68,9 +68,7 @@ def no_evaluation(where: object) -> JobError:
 
 def _measure_only(values: dict, plans: Sequence[Path], where: Path) -> None:
     if not isinstance(values.get("evaluation"), dict):
-        raise JobError(
-            "The job has no `evaluation`", where=where, next_step="add an `evaluation:` part to the job file"
-        )
+        raise no_evaluation(where)
     values["evaluation"] |= {"plans": [str(Path(plan).resolve()) for plan in plans], "grid": {}, "checkpoint": False}
 
 

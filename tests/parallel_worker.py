@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tenp_dist.engine.parallel import check_parallel, join_ranks, leave_ranks, parallelise_layer
+from tenp_dist.engine.parallel import check_parallel, join_ranks, parallelise_layer
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
@@ -126,7 +126,8 @@ def main() -> None:
         result[name] = score_model(Path(folder), out, ranks, getattr(torch, job["dtype"]), job["padded"])
     result["deepspeed"] = "deepspeed" in sys.modules
     result["group"] = torch.distributed.is_initialized()
-    leave_ranks()
+    if result["group"]:
+        torch.distributed.destroy_process_group()
     (Path(job["out"]) / f"rank{rank}.json").write_text(json.dumps(result))
 
 

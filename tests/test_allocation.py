@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tenp_dist.budget.allocation import Curves, allocate, energy_bound, smallest, steepest, total_neurons
+from tenp_dist.budget.allocation import Curves, allocate, smallest, steepest, total_neurons
 from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
 from tenp_dist.budget.floors import floor_places
 from tenp_dist.budget.leftover import spend
@@ -106,6 +106,13 @@ def exhaustive(energies, layers, allowed: int, max_widths: int) -> float:
                 joined[n + m] = max(joined.get(n + m, -1.0), a + b)
         best = joined
     return max(best.values())
+
+
+def energy_bound(layers, allowed, max_widths, price):
+    """Energy that no allocation of at most `allowed` neurons passes, by weak duality; layer minima left out."""
+    places = [curves.at_price(price, max_widths) for curves in layers]
+    worth = sum(c.energy(p) - price * c.neurons(p) for c, p in zip(layers, places, strict=True))
+    return worth + price * allowed
 
 
 @pytest.mark.parametrize("max_widths", [1, 2, 3])

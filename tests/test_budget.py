@@ -23,6 +23,7 @@ from tenp_dist.budget.trapezoid import (
 )
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError
+from tenp_dist.scoring.methods.registry import unused_keys
 
 SLOPES = st.fractions(-1, 1, max_denominator=12)
 SHARES = st.fractions(0, 1, max_denominator=40)
@@ -295,11 +296,11 @@ def test_empty_model_and_unknown_method():
         plan_shape(Budget(method="tnp"), layers_of(1, 4, 8))
 
 
-def test_enp_says_that_important_is_not_used():
+def test_enp_uses_no_important():
     budget = Budget(method="enp", important="0.2")
-    shape = plan_shape(budget, layers_of(4, 16, 128))
-    assert shape.whole == (0, 0, 0, 0)
-    assert "not used" in shape_warnings(budget, shape)[0]
+    assert plan_shape(budget, layers_of(4, 16, 128)).whole == (0, 0, 0, 0)
+    assert unused_keys(budget) == ["important"]
+    assert unused_keys(Budget(method="tenp", important="0.2", protect=["1"])) == ["protect"]
 
 
 def test_alpha_equal_to_rho_empties_the_others_and_says_so():

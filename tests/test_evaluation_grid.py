@@ -178,6 +178,8 @@ def test_grid_budgets_leave_out_what_a_method_does_not_read():
     assert list(budgets) == ["enp", "tenp important=0.1"] and refused == ["tenp important=0.6"]
     assert budgets["tenp important=0.1"].important == Decimal("0.1")
     assert all(one.slope == Decimal("0.25") and one.retention == Decimal("0.5") for one in budgets.values())
+    budgets, _ = grid_budgets(Budget(), {"method": ["reap", "global"], "align": [1, 8], "neuron_domains": ["mean"]})
+    assert list(budgets) == ["reap", "global align=1", "global align=8"]
 
 
 def test_every_retention_has_one_control_and_a_grid_may_bring_its_own():

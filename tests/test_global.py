@@ -246,7 +246,7 @@ def test_plan_files(tmp_path):
 def test_warnings():
     layers, scores = drawn_model(unrouted=[(1, 1)])
     unused = make_plan(budget_of_global(important="0.1", slope="0.5"), layers, scores.__getitem__).warnings
-    assert any("important, slope not used" in warning for warning in unused)
+    assert "Method global does not use important, slope." in unused
     assert any("keep no neuron and return zero" in warning for warning in unused)
     floor = make_plan(budget_of_global(minimum_width=4), layers, scores.__getitem__).warnings
     assert len(floor) == 1 and "no calibration token" in floor[0]

@@ -121,7 +121,7 @@ def test_documents_padded_and_chat_messages(tiny_model, job_file, tenp, tmp_path
     from tenp_dist.calibration.corpus import read_corpus
 
     corpus = read_corpus(tmp_path / "run" / "calibration" / "calibration.arrow")
-    assert corpus.padded and corpus.tokens_NS.shape == (8, 40)
+    assert not corpus.mask_NS.all() and corpus.tokens_NS.shape == (8, 40)
     assert (corpus.tokens_NS[:, 0] == 0).all(), "the template's own BOS, not two"
     assert (corpus.tokens_NS[:, 1] != 0).all()
 

@@ -11,6 +11,7 @@ once (from the page cache, if they are in it), and computing scores, weight norm
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -61,7 +62,8 @@ class WatchedPool(RayPool):
     def groups(self, *arguments: Any) -> list[Any]:
         groups = super().groups(*arguments)
         actors = [actor for group in groups for actor in group._actors]
-        self.memory = PeakMemory(self._ray.get([actor.process_id.remote() for actor in actors]))
+        pids = [actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors]
+        self.memory = PeakMemory(self._ray.get(pids))
         self.memory.__enter__()
         self.started = time.perf_counter()
         return groups

@@ -3,8 +3,8 @@
 At a price every layer is solved alone and exactly (bucketing.py), and the kept neurons of the model fall as the
 price rises. Two solutions around the budget are drawn together, the slope between them the next price, until none
 lies between. The smaller one is kept, layers move to their part of the larger one while that fits, and leftover.py
-spends the rest. `energy_bound` says how much more energy any plan of the budget could keep. Sizes are integers: the
-budget is met exactly and never passed. Equal gains go to the lower layer, then the lower expert.
+spends the rest. Sizes are integers, so the budget is never passed. Equal gains go to the lower layer, then the lower
+expert.
 
 Shapes: C legal widths of a layer, E experts. Memory: the curves, C x E float64 for each layer.
 """
@@ -123,13 +123,6 @@ class _Bracket:
 
 def total_neurons(layers: Sequence[Curves], places: Places) -> int:
     return sum(curves.neurons(place_E) for curves, place_E in zip(layers, places, strict=True))
-
-
-def energy_bound(layers: Sequence[Curves], allowed: int, max_widths: int, price: float) -> float:
-    """Energy that no allocation of at most `allowed` neurons passes, by weak duality; layer minima left out."""
-    places = [curves.at_price(price, max_widths) for curves in layers]
-    worth = sum(c.energy(p) - price * c.neurons(p) for c, p in zip(layers, places, strict=True))
-    return worth + price * allowed
 
 
 def _priced(curves: Curves, price: float, max_widths: int, floor_E: np.ndarray) -> np.ndarray:

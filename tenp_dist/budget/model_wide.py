@@ -17,7 +17,6 @@ from tenp_dist.budget.allocation import Curves, allocate
 from tenp_dist.budget.bucketing import kept_energy, legal_widths
 from tenp_dist.budget.floors import Floor, check_floors, floor_places
 from tenp_dist.budget.leftover import spend
-from tenp_dist.budget.removal import unused_keys
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
 from tenp_dist.config import Budget
@@ -25,8 +24,6 @@ from tenp_dist.errors import BudgetError
 from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LayerStatistics
-
-UNUSED_KEYS = ("important", "slope", "minimum_important", "neuron_domains")
 
 
 def open_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
@@ -94,9 +91,6 @@ def closed_shape(layers: Sequence[MoeLayer], widths: Mapping[int, np.ndarray]) -
 
 def width_warnings(budget: Budget, widths: Mapping[int, np.ndarray], allowed: Fraction) -> list[str]:
     warnings = []
-    given = unused_keys(budget, UNUSED_KEYS)
-    if given:
-        warnings.append(f"Method {budget.method} gives every expert its own width: {', '.join(given)} not used.")
     wasted = 1 - sum(int(width_E.sum()) for width_E in widths.values()) / allowed
     if wasted > WASTE_LIMIT:
         warnings.append(

@@ -142,9 +142,8 @@ def make_plan(
 
     Args:
         layers: the MoE layers in depth order.
-        statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the
-            weight norm. Called once per layer, in order, before that once more where scores decide the widths; the
-            result is let go before the next call.
+        statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the weight
+            norm. Called layer by layer, twice where scores decide the widths; no result is held to the next call.
         domain_weights: domain -> weight; a domain that is not named weighs 1.
 
     Raises:
@@ -166,8 +165,8 @@ def make_plan(
     shape = closed_shape(shape.layers, widths) if method.model_wide else shape
     planned = {}
     for facts, m, narrow in zip(shape.layers, shape.whole, shape.narrow, strict=True):
-        width_E = widths.get(facts.layer, narrow)
-        planned[facts.layer] = _plan_layer(budget, method, facts, m, width_E, read(facts), contexts[facts.layer])
+        width, context = widths.get(facts.layer, narrow), contexts[facts.layer]
+        planned[facts.layer] = _plan_layer(budget, method, facts, m, width, read(facts), context)
     warnings = _warnings(budget, shape, widths) + _never_routed_warnings(planned, removed=method.removes)
     plan = Plan(budget=budget, important=important_share(budget), shape=shape, layers=planned, warnings=tuple(warnings))
     assert shape.kept_neurons in (None, plan.kept_neurons) and plan.retention <= budget.retention_exact
@@ -175,9 +174,11 @@ def make_plan(
 
 
 def _warnings(budget: Budget, shape: Shape, widths: Mapping[int, np.ndarray]) -> list[str]:
+    unused = registry.unused_keys(budget)
+    warnings = [f"Method {budget.method} does not use {', '.join(unused)}."] if unused else []
     if widths:
-        return width_warnings(budget, widths, budget.retention_exact * shape.total_neurons)
-    return shape_warnings(budget, shape)
+        return warnings + width_warnings(budget, widths, budget.retention_exact * shape.total_neurons)
+    return warnings + shape_warnings(budget, shape)
 
 
 def _plan_layer(

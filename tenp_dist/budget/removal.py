@@ -1,4 +1,4 @@
-"""Plans that remove whole experts: how many stay, which ones, and what of the budget does not apply.
+"""Plans that remove whole experts: how many stay, and which ones.
 
 Every layer keeps floor(retention * E) experts; where a router works in equal groups of consecutive ids, every
 group keeps floor(retention * E / groups) of its own, so that the groups of what is left are equal again.
@@ -7,18 +7,11 @@ group keeps floor(retention * E / groups) of its own, so that the groups of what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
-
-UNUSED_KEYS = (
-    "important", "slope", "align", "max_widths", "minimum_important", "minimum_width", "minimum_layer_retention",
-    "protect", "neuron_domains", "never_routed",
-)  # fmt: skip
 
 
 def kept_experts(rho: Fraction, experts: int, groups: int, least: int, layer: int) -> int:
@@ -50,19 +43,6 @@ def best_experts(scores_E: np.ndarray, count: int, groups: int) -> tuple[int, ..
     order_GI = np.argsort(-scores_E.reshape(groups, -1), axis=1, kind="stable")[:, : count // groups]
     first_G1 = np.arange(groups)[:, None] * (len(scores_E) // groups)
     return tuple(np.sort((order_GI + first_G1).ravel()).tolist())
-
-
-def unused_keys(budget: Budget, keys: Sequence[str]) -> list[str]:
-    """Those of `keys` that the job sets to something else than their defaults."""
-    return [key for key in keys if getattr(budget, key) != Budget.model_fields[key].default]
-
-
-def unused_warnings(budget: Budget) -> list[str]:
-    """About keys that removing experts has no use for."""
-    given = unused_keys(budget, UNUSED_KEYS)
-    if not given:
-        return []
-    return [f"Method {budget.method} removes experts, equally many in every layer: {', '.join(given)} not used."]
 
 
 def rounding_warning(rho: Fraction, kept: int, total: int) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from tenp_dist.budget.model_wide import open_shape
-from tenp_dist.budget.removal import kept_experts, rounding_warning, unused_keys, unused_warnings
+from tenp_dist.budget.removal import kept_experts, rounding_warning
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.budget.trapezoid import (
     WASTE_LIMIT,
     apportion,
+    narrow_width,
     narrow_widths,
     suggest_important,
     waste,
@@ -22,8 +23,6 @@ from tenp_dist.budget.trapezoid import (
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
 from tenp_dist.scoring.methods import registry
-
-MODEL_WIDE_KEYS = ("minimum_width", "minimum_layer_retention", "protect")
 
 
 def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
@@ -64,19 +63,15 @@ def important_share(budget: Budget) -> Fraction:
 
 
 def shape_warnings(budget: Budget, shape: Shape) -> list[str]:
+    """What rounding wastes and which experts are left empty."""
     method = registry.of_budget(budget)
     allowed = budget.retention_exact * shape.total_neurons
     wasted = 1 - shape.kept_neurons / allowed
     if method.removes:
         experts = sum(layer.experts for layer in shape.layers)
-        rounding = [rounding_warning(budget.retention_exact, sum(shape.whole), experts)]
-        return unused_warnings(budget) + (rounding if wasted > WASTE_LIMIT else [])
-    floors = unused_keys(budget, MODEL_WIDE_KEYS)
-    warnings = [f"{', '.join(floors)} not used: only method global decides widths by scores."] if floors else []
-    if budget.important and not method.whole_experts:
-        warnings.append(f"important {budget.important} is not used: method {budget.method} keeps no expert whole.")
-    if 0 in shape.narrow:
-        warnings.append(_empty_warning(shape))
+        rounding = rounding_warning(budget.retention_exact, sum(shape.whole), experts)
+        return [rounding] if wasted > WASTE_LIMIT else []
+    warnings = [_empty_warning(shape)] if 0 in shape.narrow else []
     if wasted > WASTE_LIMIT:
         warnings.append(
             f"Rounding to widths that are multiples of {budget.align} leaves {float(wasted):.1%} of the allowed "
@@ -111,7 +106,7 @@ def _remedy(budget: Budget, shape: Shape) -> str:
     if alpha is None:
         return "a smaller align wastes less"
     m = whole_experts_total(Fraction(alpha), experts)
-    width = narrow_widths(rho, [m], [experts], [size], align, empty_allowed=True)[0]
+    width = narrow_width(rho, m, experts, size, align, empty_allowed=True)
     return (
         f"important {alpha} keeps {m} experts whole, the others {width} wide, "
         f"and leaves {float(waste(rho, m, experts, size, width)):.1%}"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_BATCH = 64
+_WINDOW = 32  # tokens that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,6 @@ class Corpus:
     mask_NS: np.ndarray
     domain_N: np.ndarray
     domains: tuple[str, ...]
-
-    @property
-    def padded(self) -> bool:
-        return not bool(self.mask_NS.all())
 
     @property
     def digest(self) -> str:
@@ -133,15 +130,15 @@ def read_corpus(path: Path) -> Corpus:
         )
 
 
-def seen_share(corpus: Corpus, reference: Corpus, *, window: int = 32) -> dict[str, float]:
-    """Share of a corpus's aligned `window`-token pieces that occur anywhere in `reference`, per domain.
+def seen_share(corpus: Corpus, reference: Corpus) -> dict[str, float]:
+    """Share of a corpus's aligned pieces of 32 tokens that occur anywhere in `reference`, per domain.
 
     Evaluation text that was calibrated on flatters the result; 0 is what a trusted figure needs.
     """
-    known = np.unique(np.concatenate([_window_hashes(row[mask], window, 1) for row, mask in _rows(reference)]))
+    known = np.unique(np.concatenate([_window_hashes(row[mask], 1) for row, mask in _rows(reference)]))
     shares = {}
     for i, name in enumerate(corpus.domains):
-        pieces = [_window_hashes(row[mask], window, window) for row, mask in _rows(corpus, i)]
+        pieces = [_window_hashes(row[mask], _WINDOW) for row, mask in _rows(corpus, i)]
         hashes = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint64)
         shares[name] = float(np.isin(hashes, known).mean()) if hashes.size else 0.0
     return shares
@@ -153,11 +150,11 @@ def _rows(corpus: Corpus, domain: int | None = None) -> Iterator[tuple[np.ndarra
             yield corpus.tokens_NS[i], corpus.mask_NS[i]
 
 
-def _window_hashes(tokens: np.ndarray, window: int, step: int) -> np.ndarray:
-    if tokens.size < window:
+def _window_hashes(tokens: np.ndarray, step: int) -> np.ndarray:
+    if tokens.size < _WINDOW:
         return np.zeros(0, dtype=np.uint64)
-    powers = np.cumprod(np.full(window, 0x9E3779B97F4A7C15, dtype=np.uint64))  # wraps modulo 2^64
-    views = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + np.uint64(1), window)[::step]
+    powers = np.cumprod(np.full(_WINDOW, 0x9E3779B97F4A7C15, dtype=np.uint64))  # wraps modulo 2^64
+    views = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + np.uint64(1), _WINDOW)[::step]
     return (views * powers).sum(axis=1, dtype=np.uint64)
 
 

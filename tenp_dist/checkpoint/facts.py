@@ -42,10 +42,10 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
     num_layers, num_experts = _number(index, "num_hidden_layers"), _num_experts(index, family)
     width, hidden = _number(index, family.width_key), _number(index, "hidden_size")
     present = {
-        layer: sum(family.tensor(layer, expert, "gate") in index.tensors for expert in range(num_experts))
+        layer: any(family.tensor(layer, expert, "gate") in index.tensors for expert in range(num_experts))
         for layer in sorted(layers_of(index, family))
     }
-    moe = tuple(layer for layer, count in present.items() if count and layer < num_layers)
+    moe = tuple(layer for layer, routed in present.items() if routed and layer < num_layers)
     if not moe:
         raise UnsupportedModelError(
             "No decoder layer holds routed experts",
@@ -55,6 +55,16 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
             next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
         )
     _check_depth(index, family, num_layers, present)
+    _check_top_k(index, num_experts)
+    for layer in moe:
+        _check_experts(index, family, layer, num_experts, (width, hidden))
+    for entry in index.tensors.values():
+        _check_quantised(index, entry, "A tensor is quantised or of no floating-point type")
+    mtp = tuple(layer for layer in present if layer >= num_layers)
+    return ExpertLayers(moe, mtp, num_layers, num_experts, width, hidden)
+
+
+def _check_top_k(index: CheckpointIndex, num_experts: int) -> None:
     top_k = _number(index, "num_experts_per_tok")
     if top_k > num_experts:
         raise SourceError(
@@ -64,25 +74,26 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
             wanted=f"at most {num_experts}",
             next_step="check that config.json belongs to these weights",
         )
-    for layer in moe:
-        for expert in range(num_experts):
-            for matrix, axis in NEURON_AXIS.items():
-                entry = index.entry(family.tensor(layer, expert, matrix))
-                check_shape(entry, (width, hidden) if axis == 0 else (hidden, width), index.folder)
-                _check_float(index, entry)
-        extra = family.tensor(layer, num_experts, "gate")
-        if extra in index.tensors:
-            raise SourceError(
-                "Checkpoint holds more experts than its config says",
-                where=index.folder,
-                found=extra,
-                wanted=f"{num_experts} experts per layer",
-                next_step="check that config.json belongs to these weights",
-            )
-    for entry in index.tensors.values():
-        _check_quantised(index, entry, "A tensor is quantised or of no floating-point type")
-    mtp = tuple(layer for layer in present if layer >= num_layers)
-    return ExpertLayers(moe, mtp, num_layers, num_experts, width, hidden)
+
+
+def _check_experts(
+    index: CheckpointIndex, family: Family, layer: int, num_experts: int, shape_FD: tuple[int, int]
+) -> None:
+    """Every matrix of a layer's experts has the config's shape and dtype, and there are no more of them."""
+    for expert in range(num_experts):
+        for matrix, axis in NEURON_AXIS.items():
+            entry = index.entry(family.tensor(layer, expert, matrix))
+            check_shape(entry, shape_FD if axis == 0 else shape_FD[::-1], index.folder)
+            _check_float(index, entry)
+    extra = family.tensor(layer, num_experts, "gate")
+    if extra in index.tensors:
+        raise SourceError(
+            "Checkpoint holds more experts than its config says",
+            where=index.folder,
+            found=extra,
+            wanted=f"{num_experts} experts per layer",
+            next_step="check that config.json belongs to these weights",
+        )
 
 
 def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
@@ -121,7 +132,7 @@ def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> N
         )
 
 
-def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, present: Mapping[int, int]) -> None:
+def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, present: Mapping[int, bool]) -> None:
     absent = sorted(set(range(num_layers)) - set(present))
     if absent:
         raise SourceError(
@@ -165,9 +176,6 @@ def checkpoint_facts(index: CheckpointIndex) -> dict:
         for expert in range(layers.num_experts)
         for matrix in NEURON_AXIS
     }
-    dtypes: Counter[str] = Counter()
-    for entry in index.tensors.values():
-        dtypes[entry.dtype] += entry.nbytes
     return {
         "schema_version": SCHEMA_VERSION,
         "model": index.folder.name,
@@ -182,7 +190,7 @@ def checkpoint_facts(index: CheckpointIndex) -> dict:
         "hidden_size": layers.hidden_size,
         "intermediate_size": layers.intermediate_size,
         "vocab_size": _number(index, "vocab_size"),
-        "dtypes": dict(sorted(dtypes.items())),
+        "dtypes": _dtype_bytes(index.tensors),
         "parameters": {"total": _parameters(index.tensors), "routed": routed},
         "bytes": {
             "total": index.nbytes,
@@ -195,6 +203,14 @@ def checkpoint_facts(index: CheckpointIndex) -> dict:
         "shards": len(index.files),
         "tensors": len(index.tensors),
     }
+
+
+def _dtype_bytes(tensors: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """Bytes per dtype, sorted by its name."""
+    sizes: Counter[str] = Counter()
+    for entry in tensors.values():
+        sizes[entry.dtype] += entry.nbytes
+    return dict(sorted(sizes.items()))
 
 
 def _parameters(tensors: Mapping[str, TensorEntry]) -> int:

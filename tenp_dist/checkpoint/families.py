@@ -38,8 +38,6 @@ class Family:
     shared_experts: module inside a layer whose width is that of a routed expert times a number in the config.
     shared_key: config key of that number, None where the config states the width of shared experts itself.
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
-    post_expert_scale: config key of a factor applied after the experts, None where the dispatch
-        weights already carry it.
     tensor_parallel: verified with more than one rank per shard.
     """
 
@@ -58,7 +56,6 @@ class Family:
     shared_experts: str = "mlp.shared_experts"
     shared_key: str | None = None
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
-    post_expert_scale: str | None = None
     tensor_parallel: bool = False
 
     def num_experts(self, config: Mapping[str, object]) -> int:
@@ -151,5 +148,5 @@ def family_of(config: Mapping[str, object]) -> Family:
         where="config.json",
         found=f"model_type {model_type}",
         wanted=f"one of {', '.join(FAMILIES)}" + (f" (nearest: {close[0]})" if close else ""),
-        next_step="add a row to tenp_dist/checkpoint/families.py and run tests/test_families.py",
+        next_step="add a row to tenp_dist/checkpoint/families.py; CONTRIBUTING.md says how",
     )

@@ -23,7 +23,6 @@ from tenp_dist.checkpoint.families import NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import INDEX_NAME, ITEM_SIZE, CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.errors import SourceError
 
 _CARRIED = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab"}
 
@@ -206,9 +205,3 @@ def auxiliary_files(source: Path, *, ragged: bool) -> Iterator[Path]:
         stale_code = ragged and path.suffix == ".py" and path.name.startswith(("modeling", "configuration"))
         if path.is_file() and named and not weights and not stale_code:
             yield path
-
-
-def check_finished(folder: Path) -> None:
-    """Raise SourceError where a checkpoint folder has no config: its writing was cut short."""
-    if not (folder / "config.json").is_file():
-        raise SourceError("Checkpoint is unfinished", where=folder, next_step="run `tenp-dist write` again")

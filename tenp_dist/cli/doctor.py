@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,13 +24,13 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 def visit(address: str | None, job: Path | None, run_dir: Path | None) -> Mapping[str, Sequence[Finding]]:
     """Node -> its findings; without an address, of this machine."""
-    loaded, of_job = _job(job, run_dir)
+    loaded, facts, of_job = _job(job, run_dir)
     folder = loaded.run_dir if loaded else (run_dir or Path.cwd()).resolve()
     here = platform.node() or "this machine"
     if address is None:
         findings = {here: examine(folder)}
         ray = [Finding("Ray", "ok", "no cluster given: a local one is started for a run")]
-        return findings | {"cluster": ray} | _places(InProcessPool(), loaded, of_job)
+        return findings | {"cluster": ray} | _places(InProcessPool(), loaded, facts, of_job)
     from tenp_dist.engine.pool import RayPool
 
     try:
@@ -39,32 +40,32 @@ def visit(address: str | None, job: Path | None, run_dir: Path | None) -> Mappin
     try:
         nodes = dict(pool.each_node(examine, folder))
         cluster = {"cluster": [Finding("Ray", "ok", pool.describe())]}
-        return nodes | cluster | _places(pool, loaded, of_job)
+        return nodes | cluster | _places(pool, loaded, facts, of_job)
     finally:
         pool.close()
 
 
-def _job(path: Path | None, run_dir: Path | None) -> tuple[Job | None, list[Finding]]:
+def _job(path: Path | None, run_dir: Path | None) -> tuple[Job | None, dict[str, Any], list[Finding]]:
+    """The job and the facts of its model, if both are there, and what was found."""
     if path is None:
-        return None, []
+        return None, {}, []
     try:
         job = load_job(path, run_dir=run_dir)
         facts = preflight(job)
     except TenpError as error:
-        return None, [_failed("Job", error)]
+        return None, {}, [_failed("Job", error)]
     found = (
         f"{facts['model']}, {facts['family']}, {len(facts['moe_layers'])} MoE layers x {facts['num_experts']} experts"
     )
-    return job, [Finding("Job", "ok", found)]
+    return job, facts, [Finding("Job", "ok", found)]
 
 
-def _places(pool: Pool, job: Job | None, of_job: list[Finding]) -> dict[str, list[Finding]]:
+def _places(pool: Pool, job: Job | None, facts: Mapping[str, Any], of_job: list[Finding]) -> dict[str, list[Finding]]:
     """The job's findings, with what the nodes see of its model, run directory and space."""
     if job is None:
         return {"job": of_job} if of_job else {}
     there = job.run_dir.exists()
     try:
-        facts = preflight(job)
         check_places(pool, job, facts, columns_held(job, facts))
         seen = Finding("Paths", "ok", "every node sees model, run directory and enough space")
     except TenpError as error:

@@ -200,68 +200,47 @@ def _report(context: Context) -> Output:
 
 def stages_for(job: Job) -> list[Stage]:
     """The stages of a job in order; `select`, `compensate` and `evaluate` are there if the job asks for them."""
+    needs = _needs(job)
+    asked = {"select": job.budget.auto, "evaluate": job.evaluation, "compensate": job.output.compensate}
+    return [
+        Stage(name, title, needs[name], fields, run, owns, remote=name in _REMOTE)
+        for name, title, fields, run, owns in _STAGES
+        if asked.get(name, True)
+    ]
+
+
+_STAGES = (  # name, title, what it reads of the job, what it does, the paths that it replaces as a whole
+    ("inspect", "Inspect the source", inspect_fields, _inspect, ("facts.json",)),
+    ("calibrate", "Tokenise calibration text", calibrate_fields, _calibrate, ("calibration",)),
+    ("score", "Score experts and neurons", score_fields, _score, ("scores",)),
+    ("select", "Choose the budget", select_fields, select_stage, ("selection", "selection.json")),
+    ("plan", "Plan the budget", plan_fields, _plan, ("plan.json", "plan.safetensors")),
+    ("compensate", "Compensate kept neurons", compensate_fields, _compensate, (FOLDER, DOCUMENT)),
+    ("write", "Write the checkpoint", write_fields, _write, ("checkpoint",)),
+    ("verify", "Verify the checkpoint", no_fields, _verify, ("verify.json",)),
+    ("evaluate", "Evaluate on held-out text", evaluate_fields, evaluate_stage, ("evaluation", "evaluation.json")),
+    ("report", "Write the report", no_fields, _report, ("report",)),
+)
+
+
+def _needs(job: Job) -> dict[str, tuple[str, ...]]:
+    """Stage -> the stages whose results it reads."""
     select = ("select",) if job.budget.auto else ()
     evaluate = ("evaluate",) if job.evaluation else ()
-    compensated = ("compensate",) if job.output.compensate else ()
-    tokens = ("inspect", "calibrate") if compensated else ()  # verify solves again from them
-    stages = [
-        Stage("inspect", "Inspect the source", (), inspect_fields, _inspect, ("facts.json",)),
-        Stage("calibrate", "Tokenise calibration text", ("inspect",), calibrate_fields, _calibrate, ("calibration",)),
-        Stage("score", "Score experts and neurons", ("inspect", "calibrate"), score_fields, _score, ("scores",)),
-        Stage(
-            "select",
-            "Choose the budget",
-            ("inspect", "calibrate", "score"),
-            select_fields,
-            select_stage,
-            ("selection", "selection.json"),
-        ),
-        Stage(
-            "plan",
-            "Plan the budget",
-            ("inspect", "score", *select),
-            plan_fields,
-            _plan,
-            ("plan.json", "plan.safetensors"),
-        ),
-        Stage(
-            "compensate",
-            "Compensate kept neurons",
-            ("inspect", "calibrate", "plan"),
-            compensate_fields,
-            _compensate,
-            (FOLDER, DOCUMENT),
-        ),
-        Stage(
-            "write", "Write the checkpoint", ("inspect", "plan", *compensated), write_fields, _write, ("checkpoint",)
-        ),
-        Stage(
-            "verify",
-            "Verify the checkpoint",
-            (*tokens, "plan", *compensated, "write"),
-            no_fields,
-            _verify,
-            ("verify.json",),
-        ),
-        Stage(
-            "evaluate",
-            "Evaluate on held-out text",
-            evaluate_needs(job),
-            evaluate_fields,
-            evaluate_stage,
-            ("evaluation", "evaluation.json"),
-        ),
-        Stage(
-            "report",
-            "Write the report",
-            ("score", *select, "plan", *compensated, "write", "verify", *evaluate),
-            no_fields,
-            _report,
-            ("report",),
-        ),
-    ]
-    asked = {"select": job.budget.auto, "evaluate": job.evaluation, "compensate": job.output.compensate}
-    return [replace(stage, remote=stage.name in _REMOTE) for stage in stages if asked.get(stage.name, True)]
+    compensate = ("compensate",) if job.output.compensate else ()
+    tokens = ("inspect", "calibrate") if compensate else ()  # verify solves again from them
+    return {
+        "inspect": (),
+        "calibrate": ("inspect",),
+        "score": ("inspect", "calibrate"),
+        "select": ("inspect", "calibrate", "score"),
+        "plan": ("inspect", "score", *select),
+        "compensate": ("inspect", "calibrate", "plan"),
+        "write": ("inspect", "plan", *compensate),
+        "verify": (*tokens, "plan", *compensate, "write"),
+        "evaluate": evaluate_needs(job),
+        "report": ("score", *select, "plan", *compensate, "write", "verify", *evaluate),
+    }
 
 
 def _score_files(context: Context) -> list[Path]:

@@ -10,7 +10,6 @@ Neither grows with the depth of the model. What is committed is what a run goes 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket
 import time
@@ -26,6 +25,7 @@ from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.engine.boundaries import Boundaries, Hidden, named, read_hidden
 from tenp_dist.engine.compute import Compute, embed_all, microbatches, open_skeleton, side_thread
 from tenp_dist.engine.fence import Fence
+from tenp_dist.engine.local import own_address
 from tenp_dist.engine.logs import log_line, log_to
 from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
 from tenp_dist.engine.pulse import Pulse, resident_memory, start_pulse
@@ -106,11 +106,7 @@ class Carrier:
         """Address and a free port of this process's node, for the ranks to meet at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # picks a route, sends nothing
-            return probe.getsockname()[0], port
-        return "127.0.0.1", port
+            return own_address(), probe.getsockname()[1]
 
     def log_to(self, path: Path) -> None:
         """What this process prints goes to a file from now on; units are noted there, a pulse beside it."""
@@ -151,9 +147,6 @@ class Carrier:
         width = int(self.skeleton.config_dict["hidden_size"])
         streams = max(len(self.streams(layer)) for layer in (*self.layers, self.layers.stop))
         self._spill = tokens * width * task.compute.torch_dtype.itemsize * streams > task.host_memory
-
-    def process_id(self) -> int:
-        return os.getpid()
 
     def streams(self, layer: int) -> Sequence[str]:
         """Names of the hidden states that enter `layer` side by side; `num_layers` for what leaves the last."""

@@ -66,18 +66,19 @@ def write_layout(
     replace: Callable[[], None] = lambda: None,
     progress: Callable[[Progress], None],
 ) -> Written:
-    """Write one layout. config: its config.json; extra_files: name -> text, written before the index.
+    """Write one layout.
 
-    compensated: where W_down of compensated experts is. repair: the folder was finished under this key and lost files
-    since. replace: called once nothing
-    speaks against writing, before the first byte.
+    Args:
+        config: its config.json. extra_files: name -> text, written before the index.
+        compensated: where W_down of compensated experts is.
+        repair: the folder was finished under this key and lost files since.
+        replace: called before the first byte, once nothing speaks against writing.
 
     Raises:
         OutputError: the folder holds something else and `overwrite` is off.
         DiskFullError: the file system is too small for what is left to write, before a byte is written.
     """
-    tensors = _layout_tensors(index, kept, layout)
-    shards = assign_shards(tensors, shard_size)
+    shards = assign_shards(_layout_tensors(index, kept, layout), shard_size)
     ours = repair or _is_ours(folder, key)
     if not ours and not overwrite:
         _check_empty(folder)
@@ -85,11 +86,7 @@ def write_layout(
     _check_space(folder, due, freed=0 if ours else _tree_bytes(folder))
     replace()
     _claim(folder, key, ours)
-    started, done = monotonic(), 0
-    shared = pool.share((index, dict(kept), compensated))
-    for size in pool.map(_write_one, [(shared, folder, shard) for shard in due], limit=writers):
-        done += size
-        progress(Progress(done, sum(map(shard_bytes, due)), 0, monotonic() - started, "bytes"))
+    _write_shards(pool, folder, due, (index, dict(kept), compensated), writers, progress)
     for name, text in extra_files.items():
         with atomic_write(folder / name) as stream:
             stream.write(text.encode())
@@ -110,6 +107,21 @@ def _layout_tensors(index: CheckpointIndex, kept: Mapping[int, KeptNeurons], lay
 
 
 Shared = tuple[CheckpointIndex, dict[int, KeptNeurons], CheckpointIndex | None]
+
+
+def _write_shards(
+    pool: Pool,
+    folder: Path,
+    due: Sequence[OutputShard],
+    inputs: Shared,
+    writers: int | None,
+    progress: Callable[[Progress], None],
+) -> None:
+    started, done, total = monotonic(), 0, sum(map(shard_bytes, due))
+    shared = pool.share(inputs)
+    for size in pool.map(_write_one, [(shared, folder, shard) for shard in due], limit=writers):
+        done += size
+        progress(Progress(done, total, 0, monotonic() - started, "bytes"))
 
 
 def _write_one(shared: Shared, folder: Path, shard: OutputShard) -> int:

@@ -7,6 +7,7 @@ parallel and gives results in the order of completion; `groups` start workers th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -139,6 +140,14 @@ class _LocalGroup:
 
     def close(self) -> None:
         del self._worker
+
+
+def own_address() -> str:
+    """The address by which other machines reach this one; the loopback address where there is no route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # picks a route, sends nothing
+        return probe.getsockname()[0]
+    return "127.0.0.1"
 
 
 def available_cores() -> int:

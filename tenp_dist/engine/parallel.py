@@ -129,12 +129,6 @@ def join_ranks(
     return ranks
 
 
-def leave_ranks() -> None:
-    """Close what `join_ranks` opened; nothing to do for one rank."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def barrier() -> None:
     """Wait for the other ranks of this shard."""
     torch.distributed.barrier()

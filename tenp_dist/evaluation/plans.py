@@ -24,9 +24,6 @@ from tenp_dist.scoring.methods import registry
 MakePlan = Callable[[Budget], Plan]
 WritePlan = Callable[[Path, Plan], Sequence[Path]]
 CONTROL = "control: "
-_WHOLE_ONLY = ("important", "slope", "minimum_important")  # keys that say which experts stay whole
-_RANKED_ONLY = ("neuron_domains",)  # of methods that rank the neurons of an expert among themselves
-_MODEL_WIDE_ONLY = ("minimum_width", "minimum_layer_retention", "protect")  # where scores decide the widths
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def in_forms(plans: Iterable[NamedPlan], forms: Sequence[bool]) -> list[NamedPla
 def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Budget], list[str]]:
     """Every combination of the grid's values over `budget`: name -> budget, and those that are out of range.
 
-    Keys vary in the order of the budget's own, the last one fastest. Keys that a method does not read are left
+    Keys vary in the order of the budget's own, the last one fastest. Keys that a method does not use are left
     out of its names, so no budget comes twice. `compensate` is no key of budgets: see `in_forms`.
     """
     budgets, refused = {}, []
@@ -78,9 +75,8 @@ def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dic
     for values in itertools.product(*(grid[key] for key in keys)):
         changes = dict(zip(keys, values, strict=True))
         method = str(changes.get("method", budget.method))
-        unread = () if registry.get(method).whole_experts else _WHOLE_ONLY
-        unread += _RANKED_ONLY if registry.get(method).model_wide else _MODEL_WIDE_ONLY
-        changes = {key: value for key, value in changes.items() if key not in unread}
+        unused = registry.get(method).unused_keys
+        changes = {key: value for key, value in changes.items() if key not in unused}
         name = grid_name(method, changes)
         try:
             budgets[name] = Budget.model_validate(budget.model_dump() | changes)

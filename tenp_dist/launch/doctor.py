@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from tenp_dist.artifacts import free_bytes
+from tenp_dist.engine.local import own_address
 from tenp_dist.errors import first_line
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -196,12 +197,7 @@ def _open_files() -> Iterator[Finding]:
 
 def _ports() -> Iterator[Finding]:
     """Whether this machine can talk to itself by the address that other nodes would use."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent; asks the routing table for the own address
-            own = probe.getsockname()[0]
-        except OSError:
-            own = "127.0.0.1"
+    own = own_address()
     try:
         with socket.create_server((own, 0)) as server:
             socket.create_connection(server.getsockname(), 3).close()

@@ -84,9 +84,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     compensation = _compensation(run_dir, job, verify)
     evaluation = _evaluation(_optional(run_dir / "evaluation.json"))
     checkpoints = _checkpoints(run_dir)
-    weights = domain_weights(job)
-    ranking = map_ranking(plan)
-    layers = [_layer(run_dir, int(layer), entry, ranking, weights) for layer, entry in _in_depth(plan["layers"])]
+    layers = _layers(run_dir, plan, domain_weights(job))
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {"name": facts["model"], **{key: facts.get(key) for key in MODEL_KEYS}},
@@ -125,6 +123,11 @@ def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
         "unreached": [expert for expert, seen in enumerate(tokens) if seen == 0],
         "starved": [expert for expert, seen in enumerate(tokens) if 0 < seen < STARVED_SHARE * uniform],
     }
+
+
+def _layers(run_dir: Path, plan: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
+    ranking, layers = map_ranking(plan), sorted((int(layer), entry) for layer, entry in plan["layers"].items())
+    return [_layer(run_dir, layer, entry, ranking, weights) for layer, entry in layers]
 
 
 def _layer(
@@ -271,10 +274,6 @@ def _version(library: str) -> str:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _in_depth(layers: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(layers.items(), key=lambda item: int(item[0]))
 
 
 def _required(path: Path, stage: str) -> Any:

@@ -55,5 +55,6 @@ def is_auto(job: Mapping[str, Any]) -> bool:
 
 
 def domain_weights(job: Mapping[str, Any]) -> dict[str, float]:
+    """Domain -> the weight of its first source, as in plans."""
     sources = (job.get("calibration") or {}).get("sources") or []
-    return {source["domain"]: float(source.get("weight", 1)) for source in sources}
+    return {source["domain"]: float(source.get("weight", 1)) for source in reversed(sources)}

@@ -58,12 +58,11 @@ def mix_neurons(
     layer: int,
     rule: NeuronDomains = "scaled",
 ) -> torch.Tensor:
-    """Neuron scores of all domains as one; the paper says nothing about neurons and domains, both rules are ours.
+    """Neuron scores of all domains as one. The paper does not say how: both rules are ours.
 
-    `scaled`: per domain and expert its vector of F scores scaled to length 1, weighted, added. Mean and sum over
-    tokens point the same way, so the token count cancels and is only asked for "did a token come": a domain that
-    sent an expert ten tokens counts there as much as one that sent it a thousand. `mean`: sums over the mean number
-    of tokens that the domain's experts saw, weighted, added: a domain counts in an expert by the tokens that it sent.
+    `scaled`: each domain's F scores of an expert are scaled to length 1, weighted and added, so a domain that sent the
+    expert ten tokens counts as much as one that sent it a thousand. `mean`: sums over tokens are divided by the mean
+    token count of the domain's experts, weighted and added, so a domain counts by the tokens that it sent the expert.
     An expert that no token of a weighted domain reached takes its row of `neuron_weight_norm`.
 
     Args:
@@ -91,9 +90,8 @@ def mix_neurons(
         scale_E = np.divide(weight, norm_E, out=np.zeros_like(norm_E), where=routed_E & (norm_E > 0))
         mixed_EF += sums_NEF[row] * scale_E[:, None]
         seen_E |= routed_E
-    unseen_E = ~seen_E
-    if unseen_E.any():
-        mixed_EF[unseen_E] = _weight_norm(statistics, unseen_E, layer)
+    if not seen_E.all():
+        mixed_EF[~seen_E] = _weight_norm(statistics, ~seen_E, layer)
     return torch.from_numpy(mixed_EF)
 
 

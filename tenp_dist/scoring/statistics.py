@@ -1,7 +1,7 @@
 """The statistics of one scoring pass: what each is, how parts merge, how a layer is stored.
 
 Shapes: N domains, E routed experts, F neurons of an expert. All tensors are float64 [N, E] or
-[N, E, F]. Notation (DESIGN.md section 2): for a token routed to an expert, x the tensor the expert
+[N, E, F]. Notation: for a token routed to an expert, x the tensor the expert
 receives, m = act(W_gate x) * W_up x, y = W_down m, g the dispatch weight that multiplies y, w_j
 column j of W_down, h the residual stream before the MoE block, r the block's routed output.
 

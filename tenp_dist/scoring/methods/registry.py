@@ -48,6 +48,9 @@ class Context:
 
 Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 
+_WHOLE_KEYS = ("important", "slope", "minimum_important")
+_FLOOR_KEYS = ("minimum_width", "minimum_layer_retention", "protect")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -90,6 +93,14 @@ class Method:
     def model_wide(self) -> bool:
         """Whether the scores decide the widths, over the whole model."""
         return self.worth is not None
+
+    @property
+    def unused_keys(self) -> tuple[str, ...]:
+        """Keys of a budget that change no plan of this method."""
+        if self.removes:
+            return (*_WHOLE_KEYS, "align", "max_widths", *_FLOOR_KEYS, "neuron_domains", "never_routed")
+        whole = () if self.whole_experts else _WHOLE_KEYS
+        return (*whole, "neuron_domains") if self.model_wide else (*whole, *_FLOOR_KEYS)
 
     def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """What keeping each neuron is worth, float64 [E, F].
@@ -164,6 +175,12 @@ def of_budget(budget: Budget) -> Method:
     if budget.neurons is not None:
         method = method.with_neurons_of(get(budget.neurons, "budget.neurons"))
     return method
+
+
+def unused_keys(budget: Budget) -> list[str]:
+    """Keys that the budget sets to something else than their defaults and that its method does not use."""
+    fields = Budget.model_fields
+    return [key for key in of_budget(budget).unused_keys if getattr(budget, key) != fields[key].default]
 
 
 def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int) -> None:
