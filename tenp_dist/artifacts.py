@@ -102,7 +102,7 @@ def drop_leftovers(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys left as given and a final newline, atomically."""
+    """Write `value` as indented JSON, keys in the order given, atomically."""
     with atomic_write(path) as stream:
         stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 

@@ -257,14 +257,14 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path):
 @pytest.mark.parametrize("counts", [[3, 0, 64, 65], [0, 0, 0, 0], [1, 128, 0, 7]])
 def test_padded_runs_multiply_every_row_with_its_own_expert(counts):
     """bfloat16 on CPU goes through runs of whole blocks: the same product, row by row."""
-    from tenp_dist.model.experts import _grouped
+    from tenp_dist.model.experts import grouped
 
     generator = torch.Generator().manual_seed(0)
     offsets_E = torch.tensor(counts).cumsum(0).to(torch.int32)
     input_SI = torch.randn(sum(counts), 16, generator=generator).bfloat16()
     weight_EIO = torch.randn(4, 16, 24, generator=generator).bfloat16()
     expert_S = [expert for expert, count in enumerate(counts) for _ in range(count)]
-    found_SO = _grouped(input_SI, weight_EIO, offsets_E)
+    found_SO = grouped(input_SI, weight_EIO, offsets_E)
     assert found_SO.shape == (sum(counts), 24)
     for row, expert in enumerate(expert_S):
         wanted_O = (input_SI[row].double() @ weight_EIO[expert].double()).float()

@@ -97,7 +97,7 @@ def _targets(curves: Curves, place_E: np.ndarray, max_widths: int, way: int) -> 
 
 
 def _affordable(up: _Steps, left: int, least: float) -> list[tuple[_Steps, int]]:
-    """The steps of most energy per neuron that fit together; none opens a width that its layer may not have."""
+    """The step of most energy per neuron that fits, in a list; no entry where none does."""
     fits = np.flatnonzero((up.neurons_S <= left) & (up.energy_S > least))
     if not len(fits):
         return []

@@ -90,6 +90,7 @@ def closed_shape(layers: Sequence[MoeLayer], widths: Mapping[int, np.ndarray]) -
 
 
 def width_warnings(budget: Budget, widths: Mapping[int, np.ndarray], allowed: Fraction) -> list[str]:
+    """What rounding wastes of the `allowed` neurons, and how many experts keep none."""
     warnings = []
     wasted = 1 - sum(int(width_E.sum()) for width_E in widths.values()) / allowed
     if wasted > WASTE_LIMIT:

@@ -28,7 +28,7 @@ from tenp_dist.scoring.methods import registry
 def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
     """Whole experts and narrow width of each layer; needs no scores, so a job can fail before it scores.
 
-    A method whose scores decide the widths has neither yet; what can be refused without scores is.
+    Where scores decide the widths, these are open; only what no widths could meet is refused here.
 
     Experts of one size get one narrow width for the model. Where F differs between layers, every
     narrow expert keeps the same share beta of its neurons, rounded down layer by layer.

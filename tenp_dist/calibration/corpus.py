@@ -116,6 +116,7 @@ def write_corpus(path: Path, corpus: Corpus) -> None:
 
 
 def read_corpus(path: Path) -> Corpus:
+    """What `write_corpus` stored."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:

@@ -38,6 +38,7 @@ class CompensatedExpert:
 
 
 def layer_file(folder: Path, layer: int, rank: int = 0, ranks: int = 1) -> Path:
+    """Where a rank's share of a layer lies."""
     part = f".rank_{rank:03d}-of-{ranks:03d}" if ranks > 1 else ""
     return folder / f"{layer_name(layer)}{part}.safetensors"
 

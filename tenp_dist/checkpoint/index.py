@@ -121,6 +121,7 @@ def _read_files(
 
 
 def read_config(folder: Path) -> dict:
+    """config.json under its family's own model_type (`stock_config`). Raises SourceError where it cannot be read."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise SourceError(

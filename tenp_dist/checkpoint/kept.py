@@ -63,6 +63,7 @@ class KeptNeurons:
 
     @classmethod
     def from_mask(cls, mask_EF: np.ndarray) -> KeptNeurons:
+        """mask_EF: boolean [E, F], true where a neuron is kept."""
         offsets = np.concatenate([[0], np.cumsum(mask_EF.sum(axis=1))]).astype(np.int64)
         return cls(offsets=offsets, indices=np.nonzero(mask_EF)[1].astype(np.int32))
 
@@ -100,6 +101,7 @@ def layer_of_name(name: str) -> int:
 
 
 def write_kept(path: Path, layers: Mapping[int, KeptNeurons], metadata: Mapping[str, str]) -> None:
+    """Store decoder index -> kept neurons, as above. Raises DiskFullError."""
     from safetensors.numpy import save
 
     tensors = {}
@@ -113,6 +115,7 @@ def write_kept(path: Path, layers: Mapping[int, KeptNeurons], metadata: Mapping[
 
 
 def read_kept(path: Path) -> dict[int, KeptNeurons]:
+    """Decoder index -> kept neurons, in depth order."""
     from safetensors.numpy import load_file
 
     tensors = load_file(path)

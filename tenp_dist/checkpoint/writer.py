@@ -29,7 +29,7 @@ _CARRIED = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab"}
 
 @dataclass(frozen=True)
 class Pruning:
-    """How one tensor changes: `keep` of its `size` neurons on `axis`; narrowed, or zeroed in place."""
+    """How the matrix of one expert changes: neurons on `axis` that are not kept are cut out (`narrow`) or set to zero."""
 
     axis: int
     layer: int

@@ -45,14 +45,16 @@ def select_fields(job: Job) -> dict:
 
 
 def plan_fields(job: Job) -> dict:
-    weights = {domain: str(weight) for domain, weight in domain_weights(job).items()}
-    # layouts: a plan warns of what its checkpoint leaves out
-    return job.budget.model_dump(mode="json") | {"weights": weights, "uniform": "uniform" in layouts_of(job)}
+    # uniform: a plan warns of what its checkpoint leaves out
+    return job.budget.model_dump(mode="json") | {"weights": _weights(job), "uniform": "uniform" in layouts_of(job)}
 
 
 def compensate_fields(job: Job) -> dict:
-    weights = {domain: str(weight) for domain, weight in domain_weights(job).items()}
-    return score_fields(job) | {"ridge": str(job.output.ridge), "weights": weights}
+    return score_fields(job) | {"ridge": str(job.output.ridge), "weights": _weights(job)}
+
+
+def _weights(job: Job) -> dict[str, str]:
+    return {domain: str(weight) for domain, weight in domain_weights(job).items()}
 
 
 def write_fields(job: Job) -> dict:
@@ -77,7 +79,7 @@ def _solved_fields(job: Job) -> dict:
 
 
 def _text_fields(job: Job, text: Text) -> dict:
-    """The text's settings; files enter by content, so that moving them changes nothing."""
+    """The text's settings; weights are no matter of the tokens."""
     fields = text.model_dump(mode="json")
     for source, values in zip(text.sources, fields["sources"], strict=True):
         values.pop("weight")

@@ -13,7 +13,7 @@ from tenp_dist.budget.plan import Plan, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.checkpoint.families import family_of
-from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.config import Budget, Job
 from tenp_dist.engine.compute import Compute
@@ -30,7 +30,8 @@ HELD_OUT = "evaluation/evaluation.arrow"
 
 
 @functools.cache
-def source_index(model: Path):
+def source_index(model: Path) -> CheckpointIndex:
+    """The headers of the source, read once in a process."""
     return open_index(model)
 
 
@@ -38,18 +39,15 @@ def facts_of(context: Context) -> dict:
     return read_json(context.run_dir / "facts.json")
 
 
-def moe_layers(context: Context) -> list[MoeLayer]:
-    return layers_of_job(context.job, facts_of(context))
-
-
 def layers_of_job(job: Job, facts: dict) -> list[MoeLayer]:
+    """The MoE layers of the job's model, in depth order. facts: of `facts.json`."""
     config = source_index(job.model).config
     family = family_of(config)
     sizes = (facts["num_experts"], facts["intermediate_size"], family.groups(config), family.least_experts(config))
     return [MoeLayer(layer, *sizes) for layer in facts["moe_layers"]]
 
 
-def statistics_of(context: Context, budget: Budget):
+def statistics_of(context: Context, budget: Budget) -> Callable[[int], LayerStatistics]:
     """layer -> its statistics, only those that the budget's method reads."""
     names = planning_statistics(budget)
 
@@ -67,7 +65,7 @@ def settled_budget(context: Context) -> Budget:
 
 def plan_maker(context: Context) -> Callable[[Budget], Plan]:
     """Makes plans from the stored scores."""
-    layers, weights = moe_layers(context), domain_weights(context.job)
+    layers, weights = layers_of_job(context.job, facts_of(context)), domain_weights(context.job)
     return lambda budget: make_plan(budget, layers, statistics_of(context, budget), domain_weights=weights)
 
 
@@ -75,7 +73,8 @@ def plan_writer(context: Context) -> Callable[[Path, Plan], list[Path]]:
     return lambda folder, plan: store_plan(context, folder, plan)
 
 
-def store_plan(context: Context, folder: Path, plan) -> list[Path]:
+def store_plan(context: Context, folder: Path, plan: Plan) -> list[Path]:
+    """Write a plan of the job's model; returns `write_plan`'s paths."""
     return write_plan(
         folder,
         plan,

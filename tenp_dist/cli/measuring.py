@@ -86,6 +86,7 @@ def select_stage(context: Context) -> Output:
 
 
 def evaluate_stage(context: Context) -> Output:
+    """Compare the source, the written checkpoint and whatever plans the job names on held-out text."""
     job, run_dir = context.job, context.run_dir
     corpus = build_corpus(job.evaluation, job.model, facts_of(context)["vocab_size"])
     given = given_plans(job.evaluation.plans, source_index(job.model).fingerprint)

@@ -86,6 +86,7 @@ class Progress:
 
 
 def open_skeleton(folder: Path, compute: Compute) -> Skeleton:
+    """The model without weights, its experts open to observers; sets this process's threads."""
     register()
     torch.set_num_threads(compute.threads)
     return Skeleton(

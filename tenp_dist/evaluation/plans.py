@@ -91,7 +91,7 @@ def grid_name(method: str, changes: Mapping[str, Any]) -> str:
 
 
 def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """The budgets, then for every retention (and kind of control) that has none a control of its first plan."""
+    """The budgets, then the missing random controls: one for every retention and kind of control, by its first plan."""
     drawn = {_kind(budget) for budget in budgets.values()}
     controls = {}
     for budget in budgets.values():

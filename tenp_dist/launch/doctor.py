@@ -113,7 +113,7 @@ def _accelerators() -> Iterator[Finding]:
 
 
 def _collectives() -> Iterator[Finding]:
-    """Rebuild a sum over gloo, in a group of one; NCCL where there are accelerators."""
+    """A sum in a group of one: over NCCL where there are accelerators, else over gloo."""
     import torch
     from torch import distributed
 
@@ -129,7 +129,7 @@ def _collectives() -> Iterator[Finding]:
     finally:
         distributed.destroy_process_group()
     version = ".".join(map(str, torch.cuda.nccl.version())) if backend == "nccl" else "works"
-    yield Finding(backend.upper() if backend == "nccl" else "gloo", "ok", version)
+    yield Finding("NCCL" if backend == "nccl" else backend, "ok", version)
 
 
 def _compiler() -> Iterator[Finding]:

@@ -77,10 +77,10 @@ def experts_forward(
     slot_S, expert_S, offsets_E = _dispatch(top_k_index, held, state)
     token_S = slot_S // top_k_index.shape[-1]
     x_SD = hidden_states[token_S]
-    m_SF = self._apply_gate(_grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E))
+    m_SF = self._apply_gate(grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E))
     if state.mask_EF is not None:
         m_SF = m_SF * state.mask_EF[expert_S]
-    y_SD = _grouped(m_SF, self.down_proj.transpose(1, 2), offsets_E)
+    y_SD = grouped(m_SF, self.down_proj.transpose(1, 2), offsets_E)
     g_S = top_k_weights.reshape(-1)[slot_S]
     weighted_SD = y_SD * g_S.unsqueeze(-1)
     if state.experts is not None:
@@ -126,7 +126,7 @@ def _dispatch(
     return slot_S, expert_S, offsets_E
 
 
-def _grouped(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+def grouped(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """Row s times the weight of its expert: [S, I] x [E, I, O] -> [S, O]."""
     from transformers.integrations.moe import _grouped_mm
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 
-from tenp_dist.model.experts import Dispatch, _grouped
+from tenp_dist.model.experts import Dispatch, grouped
 from tenp_dist.scoring.statistics import LayerStatistics
 
 BLOCK = 256
@@ -51,7 +51,7 @@ class LayerAccumulator:
         if slots == 0:
             return
         runs = Runs(dispatch.offsets_E, slots)
-        q_SF = _grouped(dispatch.y_SD, dispatch.down_EDF, dispatch.offsets_E)
+        q_SF = grouped(dispatch.y_SD, dispatch.down_EDF, dispatch.offsets_E)
         norm_S, dot_S = torch.empty(2, slots, device=q_SF.device)
         pieces = {name: runs.pieces(q_SF.shape[1]) for name in (*NEURON_SUMS, NEURON_MAX)}
         widest = max(q_SF.shape[1], dispatch.y_SD.shape[1])
