@@ -29,7 +29,7 @@ _CARRIED = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab"}
 
 @dataclass(frozen=True)
 class Pruning:
-    """How the matrix of one expert changes: neurons on `axis` that are not kept are cut out (`narrow`) or set to zero."""
+    """How one expert matrix changes: neurons on `axis` that are not kept are cut out (`narrow`) or set to zero."""
 
     axis: int
     layer: int
