@@ -151,7 +151,11 @@ def test_another_size_in_every_layout(tenp, job_file, tmp_path):
     """What one layout replaces is not the other layout's new files."""
     job = job_file(output={"layouts": ["ragged", "padded"]})
     assert tenp("run", job).exit_code == 0
-    again = tenp("run", job, "--set", "budget.retention=0.45", "--overwrite")
+    again = tenp("run", job, "--set", "budget.retention=0.45", "--overwrite", "--json")
     assert again.exit_code == 0, again.stderr
-    for layout in ("ragged", "padded"):
-        assert (tmp_path / "run" / "checkpoint" / layout / "config.json").exists()
+    stages = json.loads(again.stdout)["stages"]
+    assert stages["plan"]["retention"]["asked"] == "0.45"
+    assert {name: layout["ok"] for name, layout in stages["verify"]["layouts"].items()} == {
+        "ragged": True,
+        "padded": True,
+    }

@@ -246,6 +246,7 @@ def test_domain_weights_of_the_job_count(tmp_path):
     statistics["expert_importance_sum"][:] = torch.tensor([[3.0, 4, 0, 0], [0, 0, 0, 2]])
     write_statistics(run_dir / "scores/layer_00001.safetensors", statistics, layer=1, key="k")
     sources = [{"path": "a", "domain": "code", "weight": "0.5"}, {"path": "b", "domain": "prose", "weight": "2"}]
+    sources.append({"path": "c", "domain": "code", "weight": "7"})  # the first source of a domain sets its weight
     report, _, _ = read(write_report(run_dir, job={**JOB, "calibration": {"sources": sources}}))
     assert report["layers"][0]["importance"] == pytest.approx([0.3, 0.4, 0.0, 2.0])
 
