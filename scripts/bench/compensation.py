@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import PeakMemory, print_machine, score_here, site_here
+from machine import PeakMemory, print_machine, score_here, site_here, timed
 from scoring import ROOT, make_corpus
 
 FILES = {"type": click.Path(path_type=Path), "multiple": True}
@@ -203,12 +203,6 @@ def print_table(nll: dict[str, float], plans: list[str], ridges: tuple[str, ...]
     for name in plans:
         cells = "".join(f"  {nll[f'{name} {ridge}'] - source:12.4f}" for ridge in ridges)
         click.echo(f"{name:<18} {nll[name] - source:8.4f}{cells}")
-
-
-def timed(function) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import PeakMemory, print_machine
+from machine import PeakMemory, print_machine, spread, timed
 from scoring import ROOT, make_corpus
 
 from tenp_dist.config import Cluster
@@ -240,12 +240,6 @@ def read_files(folder: Path) -> None:
                 pass
 
 
-def timed(function) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
 def report(rounds: list[dict], facts: dict) -> None:
     def middle(key, field: str) -> float:
         values = [one[key] for one in rounds]
@@ -290,11 +284,6 @@ def middle_ratio(one: dict, numerator: str, denominator) -> float:
     """Tokens/s of a run relative to plain: plain's seconds over its seconds."""
     value = one[denominator]
     return one[numerator]["seconds"] / (value["seconds"] if isinstance(value, dict) else value.seconds)
-
-
-def spread(values: list[float]) -> str:
-    middle = f"{statistics.median(values):.2f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

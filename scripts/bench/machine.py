@@ -1,11 +1,13 @@
-"""What every benchmark prints first, the machine and the versions; and the memory of processes."""
+"""What benchmarks share: the machine and versions that each prints first, time, memory, and scoring in this process."""
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +47,19 @@ def score_here(model: Path, corpus: Path, scores: Path, compute, key: str = "ben
     score_model(
         site_here(model, scores.parent, compute.threads), ScoreTask(model, corpus, scores, key, compute), moe_layers
     )
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def spread(values: list[float]) -> str:
+    """`median (smallest to largest)`."""
+    middle = f"{statistics.median(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
 
 
 def process_memory(pid: int | str = "self") -> dict[str, int]:

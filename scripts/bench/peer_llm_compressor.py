@@ -35,7 +35,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import PeakMemory, print_machine
+from machine import PeakMemory, print_machine, spread
 from scoring import ROOT, stdlib_texts
 
 MEGABYTE = 10**6
@@ -267,11 +267,6 @@ def report(rounds: list[dict[str, dict]], job, length: int) -> None:
         click.echo(
             f"the peer's checkpoint holds {theirs['experts']} experts, its config says {theirs['config_experts']}"
         )
-
-
-def spread(values: list[float]) -> str:
-    middle = f"{statistics.median(values):.2f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import print_machine, score_here
+from machine import print_machine, score_here, timed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,12 +75,6 @@ def row(name: str, plain_s: float, score_s: float, tokens: int, ratio: float | N
     ratio = score_s / plain_s if ratio is None else ratio
     rates = tokens / plain_s, tokens / score_s
     return f"{name:<7} {plain_s:>8.3f} {rates[0]:>10,.0f} {score_s:>11.3f} {rates[1]:>10,.0f} {ratio:>7.2f}"
-
-
-def timed(function) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def make_corpus(model: Path, texts: tuple[Path, ...], samples: int, length: int):
