@@ -1,4 +1,4 @@
-"""Which experts stay whole and which neurons the others keep, for given scores. Ties: the lower id.
+"""Which experts stay whole and which neurons the others keep, by their scores. Ties go to the lower id.
 
 E routed experts of a layer, F neurons of an expert.
 """

@@ -39,10 +39,10 @@ def compensate(context: Context) -> Output:
 
 
 def variants_of(context: Context, site: Site, plans: Sequence[NamedPlan], folder: Path) -> dict[str, Variant]:
-    """The plans as variants of the source, by name; those that are measured compensated are solved first, in one pass.
+    """The plans as variants of the source, by name; those to be measured compensated are solved first, in one pass.
 
-    folder: of the stage. Their W_down lies in `compensation/` there, one folder for plans of one content, as large as
-    the kept W_down of all their narrow experts; the stage removes it when it has its figures.
+    folder: of the stage. Equal plans share a folder in its `compensation/`, which holds W_down of their narrow experts;
+    the stage removes it when it has its figures.
     """
     home = {plan.name: folder / FOLDER / file_digest(plan.tensors)[:16] for plan in plans if plan.compensated}
     targets = {home[plan.name]: Target(plan.tensors, home[plan.name]) for plan in plans if plan.compensated}

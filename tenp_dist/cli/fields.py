@@ -1,4 +1,4 @@
-"""What every stage reads of the job: with the digests of the stages before it, its key.
+"""What every stage reads of the job; with the digests of the stages before it this makes its key.
 
 Files enter by content, so that moving them changes nothing.
 """

@@ -22,7 +22,7 @@ from tenp_dist.runtime.ragged import MAX_BUCKETS, bucket_width
 
 
 def preflight(job: Job) -> dict[str, Any]:
-    """Everything that can be refused from headers and the job alone, before anything is computed; the facts.
+    """Refuse what headers and the job alone show to be wrong; returns the facts of the model.
 
     Raises:
         SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError.

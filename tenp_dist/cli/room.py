@@ -1,4 +1,4 @@
-"""Room that compensated weights take while a run is at work: the largest files that are removed again."""
+"""Disk space for compensated weights, the largest files that a run makes and removes again."""
 
 from __future__ import annotations
 

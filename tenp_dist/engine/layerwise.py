@@ -1,4 +1,4 @@
-"""Stages that sum something over all waves of a layer and store its result once: layer by layer, always streaming.
+"""Stages that sum something over all waves of a layer and then store one result for it; they always stream.
 
 The sums of the layer in work exist only in memory; a killed worker costs that layer, and the waves go through
 it again from their boundaries (`GuardedBoundaries`). Layers that are stored are run, not summed again.

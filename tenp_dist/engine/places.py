@@ -1,4 +1,4 @@
-"""Before any work: does every node see the model, the run directory and room to write, as the driver does?
+"""Before any work: does every node see the model, the run directory and enough space, as the driver does?
 
 The driver leaves a probe in the run directory; every node looks for it, leaves one of its own, reads the
 checkpoint's headers and says how much space it sees. The first node that sees something else ends the run.
@@ -27,8 +27,11 @@ _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every dom
 
 @dataclass(frozen=True)
 class Sight:
-    """What one node sees. model: the fingerprint, or what is wrong; probe: whether it saw the driver's; own: the
-    name of the probe that it left, or what is wrong; free: bytes."""
+    """What one node sees.
+
+    model: the checkpoint's fingerprint, or what is wrong where `model_seen` is false. probe: whether it saw the
+    driver's file. own: name of the file that it left, or what is wrong where `own_written` is false. free: bytes.
+    """
 
     model: str
     model_seen: bool

@@ -1,6 +1,6 @@
 """What a worker says of itself at any moment, in a file beside its log.
 
-A file, because a Ray actor that answers calls while it works does its work on threads that are not its first.
+A file, because a Ray actor that can answer calls while it works does not work on its main thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plans of an evaluation besides the written checkpoint: a grid of budgets, plan files, random controls.
 
-All are masks of one pass over the source, so twenty cost the reading of one. Compensated ones hold other W_down in
-that pass, solved for all of them in one pass of the calibration tokens before it.
+All run as masks in one pass over the source, so the model is read once however many there are. Compensated plans use a
+W_down of their own in that pass; all of these are solved in one pass over the calibration tokens before it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Turn what one experts call computed into the statistics of one layer.
+"""Turns what one call of a layer's experts computed into the statistics of that layer.
 
 Everything is grouped: slots lie in order of expert, so a sum per expert is a sum over a run of
 rows. Neuron sums run in float32 over runs of at most BLOCK rows and are added in float64: with
@@ -33,7 +33,7 @@ class LayerAccumulator:
     """Adds experts calls to a LayerStatistics; an `Observer` of `tenp_dist.model.experts`.
 
     Set `domain` before each microbatch; `see_residual` hooks the norm before the block.
-    column_norm_EF: of `column_norms`, the same for every wave of a layer.
+    column_norm_EF: the layer's `column_norms`.
     """
 
     def __init__(self, statistics: LayerStatistics, column_norm_EF: torch.Tensor):
