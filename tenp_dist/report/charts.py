@@ -14,12 +14,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tenp_dist.report import svg
-from tenp_dist.report.compared import plans_chart, selection_chart
+from tenp_dist.report.compared import CONTROL, plans_chart, selection_chart
 from tenp_dist.report.maps import importance_map, token_map
 from tenp_dist.report.svg import Chart, Legend
 from tenp_dist.report.text import percent
 
-WHOLE, NARROW, CONTROL = "#d9660a", "#2f7fc1", "#868d98"
+WHOLE, NARROW = "#d9660a", "#2f7fc1"
 WIDTH = 380
 """Design width in CSS pixels: two charts beside each other on a desktop, one on a phone."""
 
