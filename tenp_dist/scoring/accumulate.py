@@ -187,7 +187,13 @@ def weight_norms(experts: nn.Module, column_norm_EF: torch.Tensor) -> torch.Tens
 
 
 def _norms(weights_EXY: torch.Tensor, dim: int) -> torch.Tensor:
-    """Norms along a dimension, summed in float32; a few experts at a time, for the CPU copies what it converts."""
+    """Norms along a dimension, summed in float32; a few experts at a time, for the CPU copies what it converts.
+
+    The norms have their place beforehand: allocated between two copies, they would keep the allocator from using the
+    first one's memory for the second, as it asks for aligned memory, and the heap would grow by a layer in float32.
+    """
     size = max(1, _CONVERTED_ELEMENTS // weights_EXY[0].numel())
-    parts = [torch.linalg.vector_norm(part, dim=dim, dtype=torch.float32) for part in weights_EXY.split(size)]
-    return torch.cat(parts).double()
+    norms_EZ = weights_EXY.new_empty((len(weights_EXY), weights_EXY.shape[3 - dim]), dtype=torch.float32)
+    for part_EXY, part_EZ in zip(weights_EXY.split(size), norms_EZ.split(size), strict=True):
+        torch.linalg.vector_norm(part_EXY, dim=dim, dtype=torch.float32, out=part_EZ)
+    return norms_EZ.double()
