@@ -26,7 +26,7 @@ from tenp_dist.engine.schedule import Unit
 from tenp_dist.engine.scoring import score_model
 from tenp_dist.engine.shard import ScoreShard, ScoreTask
 from tenp_dist.engine.watch import WorkWatch
-from tenp_dist.errors import OutputError, WorkerLost
+from tenp_dist.errors import OutputError, SourceError, WorkerLost
 
 
 def test_figures_of_units_and_pulses(monkeypatch):
@@ -122,6 +122,39 @@ def test_what_a_given_up_worker_still_stored_is_found_when_its_successor_starts_
     again = ScoreShard(task)
     again.open()
     again.run(Unit(2, 3, waves))
+
+
+def test_a_resident_shard_gets_ready_before_its_first_wave(tiny_model, tmp_path):
+    """The same sums as without it, and what is wrong with a layer is said by the unit that needs it."""
+    model = tiny_model("deepseek_v3")
+    stored = []
+    for name, warm in (("cold", False), ("warm", True)):
+        shard = ScoreShard(replace(task_of(tmp_path, model), folder=tmp_path / name, mode="resident"))
+        shard.open()
+        if warm:
+            shard.warm()
+            assert sorted(shard._norms) == shard.skeleton.moe_layers()
+            assert sorted(shard.source._loaded) == list(shard.layers)
+        for wave in range(4):
+            shard.run(Unit(0, shard.skeleton.num_layers, (wave,)))
+        stored.append([path.read_bytes() for path in sorted((tmp_path / name).glob("layer_*.safetensors"))])
+    assert stored[0] == stored[1] and len(stored[0]) == len(shard.skeleton.moe_layers())
+
+    broken = ScoreShard(replace(task_of(tmp_path, model), folder=tmp_path / "broken", mode="resident"))
+    broken.open()
+    reader = broken.skeleton.read_layer
+
+    def read_layer(layer, *share):
+        if layer == 2:
+            raise SourceError("cut off", where=f"layer {layer}")
+        return reader(layer, *share)
+
+    broken.source.release()
+    broken.source._pending.clear()
+    broken.skeleton.read_layer = read_layer
+    broken.warm()
+    with pytest.raises(SourceError, match="cut off"):
+        broken.run(Unit(0, 3, (0,)))
 
 
 def test_a_begun_run_keeps_its_threads(tiny_model, tmp_path, monkeypatch):

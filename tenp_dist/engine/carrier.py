@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
@@ -148,6 +149,14 @@ class Carrier:
         streams = max(len(self.streams(layer)) for layer in (*self.layers, self.layers.stop))
         self._spill = tokens * width * task.compute.torch_dtype.itemsize * streams > task.host_memory
 
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Make resident layers ready while the first wave is on its way; what is wrong with one, its unit says."""
+        if self.task.mode == "resident":
+            with contextlib.suppress(Exception):
+                for layer in self.layers:
+                    self._warm(layer, self.source.get(layer))
+
     def streams(self, layer: int) -> Sequence[str]:
         """Names of the hidden states that enter `layer` side by side; `num_layers` for what leaves the last."""
         return (PLAIN,)
@@ -208,6 +217,9 @@ class Carrier:
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
         """Replace the wave's hidden states by what leaves the layer."""
         raise NotImplementedError
+
+    def _warm(self, layer: int, module: nn.Module) -> None:
+        """What `_pass` needs of a layer's weights alone."""
 
     def _storing(self, layer: int) -> Callable[[], None] | None:
         """What stores all that `_pass` has made of a layer; nothing changes it until that has run."""

@@ -136,6 +136,8 @@ class RayPool:
             for group in groups:
                 with group.loss_told_later():
                     group.finish_open()
+            for group in groups:
+                group.warm()
         except BaseException:
             for group in groups:
                 group.close()

@@ -89,6 +89,11 @@ class RayGroup:
             with self._quoted(self._ranks[reference]):
                 self._pool._get(reference)
 
+    def warm(self) -> None:
+        """Have every rank get ready for its first unit; nobody waits for it."""
+        for actor in self._actors:
+            actor.warm.remote()
+
     def _log(self, rank: int) -> Path:
         return self._request.logs / f"{self._name}.rank_{rank:03d}.log"
 
@@ -151,6 +156,7 @@ class RayGroup:
         self.place()
         self.begin_open()
         self.finish_open()
+        self.warm()
 
     def close(self) -> None:
         """Give everything back. Raises nothing: what is lost needs no closing."""

@@ -77,6 +77,11 @@ class ScoreShard(Carrier):
             self._sums[layer] = Sums(statistics.to(experts.down_proj.device), waves, stored=waves)
         return self._sums[layer]
 
+    def _warm(self, layer: int, module: nn.Module) -> None:
+        experts = self.skeleton.experts_of(module)
+        if experts is not None:
+            self.norms_of(layer, experts)
+
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
         """Add the wave to the layer's statistics, unless it is in them."""
         module = self.source.get(layer)
