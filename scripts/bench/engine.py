@@ -2,7 +2,7 @@
 
 Every row is a run of its own; starting processes, Ray and imports does not count, reading the source and
 writing the score files does (the plain model is loaded before its clock starts). Memory is the peak of anonymous
-resident memory of the largest process, sampled every 4 ms; `at open` is interpreter, libraries and skeleton.
+resident memory of the largest process, sampled every 20 ms; `at open` is interpreter, libraries and skeleton.
 
 The bounds compare with two parts that are measured alone in one process, with the same threads: reading the files
 once (from the page cache, if they are in it), and computing scores, weight norms included, with a layer in memory.
@@ -11,7 +11,6 @@ once (from the page cache, if they are in it), and computing scores, weight norm
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import PeakMemory, print_machine, spread, timed
@@ -59,13 +59,12 @@ class Measured:
 class WatchedPool(RayPool):
     """Starts clock and memory sampling when all workers are open."""
 
-    def groups(self, *arguments: Any) -> list[Any]:
-        groups = super().groups(*arguments)
-        actors = [actor for group in groups for actor in group._actors]
-        pids = [actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors]
-        self.memory = PeakMemory(self._ray.get(pids))
-        self.memory.__enter__()
+    def groups(self, worker: type, *arguments: Any) -> list[Any]:
+        groups = super().groups(worker, *arguments)
         self.started = time.perf_counter()
+        children = psutil.Process().children(recursive=True)  # the workers themselves are busy from now on
+        self.memory = PeakMemory([child.pid for child in children if f"ray::{worker.__name__}" in str(child.cmdline())])
+        self.memory.__enter__()
         return groups
 
 

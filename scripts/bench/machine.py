@@ -74,7 +74,7 @@ class PeakMemory:
     Files that a process maps do not count: the system takes those pages back at will.
     """
 
-    def __init__(self, pids: Sequence[int] = (), *, every: float = 0.004):
+    def __init__(self, pids: Sequence[int] = (), *, every: float = 0.02):
         self.pids, self.every = pids or [os.getpid()], every
         self.first = self.peak = 0
         self._stopped = threading.Event()
