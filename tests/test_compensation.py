@@ -35,7 +35,7 @@ from tenp_dist.engine.layerwise import LayerwiseTask
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
 from tenp_dist.errors import NumericalError, VerifyError
-from tenp_dist.scoring.compensation import ENOUGH
+from tenp_dist.scoring.compensation import ENOUGH, _factorise
 
 RIDGE = 0.01
 
@@ -444,3 +444,12 @@ def test_killed_ranks_of_two_shards_solve_again_with_the_same_outcome(solved, ra
     assert recheck(solved, tmp_path / "disturbed", ray_pool, shards=2) == undisturbed
     assert died() == 3
     only_the_units_in_flight_were_lost(tmp_path / "disturbed" / "ledger", layers=4, waves=3, deaths=2)
+
+
+def test_only_an_expert_that_rounding_left_indefinite_is_damped_more():
+    """Eigenvalues 1 and 1; -1 and 3, so r has to pass 1 and 0.01 becomes 10."""
+    g_BWW = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64)
+    factor_BWW, damping_B = _factorise(g_BWW, torch.ones(2).double(), torch.full((2,), 0.01).double())
+    torch.testing.assert_close(damping_B, torch.tensor([0.01, 10.0]).double())
+    shifted_BWW = g_BWW + damping_B[:, None, None] * torch.eye(2)
+    torch.testing.assert_close(factor_BWW @ factor_BWW.mT, shifted_BWW)

@@ -18,6 +18,7 @@ from test_scoring import batches_of, random_corpus, score
 from tenp_dist.budget.plan import MoeLayer, control_budget, make_plan, planning_statistics
 from tenp_dist.config import Budget
 from tenp_dist.errors import NumericalError
+from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 from tenp_dist.scoring.statistics import (
@@ -41,6 +42,8 @@ def drawn(seed: int, domains: int = N, unseen: tuple[int, ...] = (5,)) -> LayerS
     draw = torch.Generator().manual_seed(seed)
     counts_NE = torch.randint(1, 6, (domains, E), generator=draw).double()
     counts_NE[0, 2] = 0  # seen by the other domains
+    if domains > 1:
+        counts_NE[1, 3] = 0
     counts_NE[:, list(unseen)] = 0
     tensors = {"token_count": counts_NE}
     for name in MERGE_RULES:
@@ -170,6 +173,28 @@ def test_domains_count_by_weight_and_not_by_order(name, unit):
     alone = changed(stats, domains=[1])
     only = Context(layer=3, domain_weights={"d0": 0, "d2": 0})
     assert torch.equal(scores(name, unit, stats, only), scores(name, unit, alone))
+
+
+COUNTED = [name for name, unit in READING if unit == "neurons" and not registry.get(name).model_wide]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_neurons_are_scaled_expert_by_expert_or_not(name):
+    """Expert 4 contributes four times as much: nothing to `scaled`, four times the score with `mean`."""
+    stats, loud = drawn(5, domains=1), drawn(5, domains=1)
+    for statistic in NEURON_STATISTICS:
+        loud.tensors[statistic][:, 4] *= 2 if statistic == "neuron_contribution_max" else 4
+    for rule, factor in (("scaled", 1), ("mean", 4)):
+        context = Context(layer=3, neuron_domains=rule)
+        expected = scores(name, "neurons", stats, context)
+        expected[4] *= factor
+        torch.testing.assert_close(scores(name, "neurons", loud, context), expected, rtol=1e-12, atol=0)
+
+
+def test_never_routed_is_an_expert_that_no_domain_reached():
+    stats = drawn(0)
+    assert (stats["token_count"] == 0).any(dim=0).nonzero().flatten().tolist() == [2, 3, 5]
+    assert never_routed(stats).nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.parametrize("name, unit", READING)

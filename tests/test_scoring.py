@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tenp_dist.engine.drive import Site
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.scoring import score_model
 from tenp_dist.engine.shard import ScoreTask
-from tenp_dist.scoring.accumulate import BLOCK, Runs
+from tenp_dist.scoring.accumulate import BLOCK, LayerAccumulator, Runs, column_norms, weight_norms
 from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, merge, read_statistics
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe")
@@ -197,6 +198,32 @@ def test_neuron_sums_meet_the_bound_that_is_argued():
     exact = rows * float(values[0, 0].double())
     error = float((reduce_by_chunks(runs, values, rows=rows) - exact).abs().max()) / exact
     assert error <= (BLOCK - 1) * 2**-24
+
+
+def test_pieces_of_an_expert_are_added_in_float64():
+    runs = Runs(torch.tensor([3 * BLOCK], dtype=torch.int32), 3 * BLOCK)
+    assert runs.join(torch.tensor([[2.0**24], [1.0], [1.0]])).tolist() == [[2.0**24 + 2]]  # float32 would lose the ones
+
+
+def test_displacement_by_hand():
+    """1 - cos(h, h + r): r along h, a millionth across it, three times h backwards, and nothing at all."""
+    accumulator = LayerAccumulator(LayerStatistics.zeros(("a",), 1, 1), torch.ones(1, 1))
+    accumulator.residual_TD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    routed_TD = torch.tensor([[2.0, 0.0], [0.0, 1e-6], [-3.0, 0.0], [0.0, 0.0]])
+    found = accumulator._displacement(routed_TD)
+    torch.testing.assert_close(found[:3], torch.tensor([0.0, 5e-13, 2.0]).double(), rtol=1e-6, atol=1e-20)
+    assert torch.isfinite(found).all()
+
+
+def test_weight_norms_of_every_expert(monkeypatch):
+    """A few experts at a time; with gate, up and down of each."""
+    monkeypatch.setattr("tenp_dist.scoring.accumulate._CONVERTED_ELEMENTS", 2 * 6 * 4)
+    experts = SimpleNamespace(gate_up_proj=torch.randn(5, 12, 4), down_proj=torch.randn(5, 4, 6))
+    column_norm_EF = column_norms(experts)
+    gate_EFD, up_EFD = experts.gate_up_proj[:, :6], experts.gate_up_proj[:, 6:]
+    torch.testing.assert_close(column_norm_EF, experts.down_proj.double().norm(dim=1))
+    expected_EF = gate_EFD.double().norm(dim=2) * up_EFD.double().norm(dim=2) * column_norm_EF
+    torch.testing.assert_close(weight_norms(experts, column_norm_EF), expected_EF, rtol=1e-6, atol=0)
 
 
 def test_bfloat16_scores_stay_close(tiny_model, tmp_path):
