@@ -90,6 +90,13 @@ class Calibration(Text):
         None, ge=0, lt=1, description="share of every source set aside to choose an auto budget on"
     )
 
+    @model_validator(mode="after")
+    def _some_domain_counts(self) -> Calibration:
+        first = {source.domain: source.weight for source in reversed(self.sources)}
+        if not any(first.values()):
+            raise ValueError("every domain has weight 0")
+        return self
+
 
 class Evaluation(Text):
     """Held-out tokens that source, pruned and random-control models are compared on, and plans if asked."""

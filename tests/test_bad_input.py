@@ -464,6 +464,10 @@ JOBS = {
     "slope out of range": (
         {"budget": {"slope": 1.5}}, "JobError", "budget.slope", "found:  1.5", "less than or equal to 1",
     ),
+    "more shards than layers": (
+        {"cluster": {"shards": 5}}, "ClusterError", "More shards than decoder layers", "found:  5", "at most 4",
+    ),
+    "no domain counts": (source(weight=0), "JobError", "calibration", "every domain has weight 0"),
     "no shards": ({"cluster": {"shards": 0}}, "JobError", "cluster.shards", "found:  0", "greater than or equal to 1"),
     "unknown layout": ({"output": {"layouts": ["gguf"]}}, "JobError", "output.layouts", "gguf", "ragged", "padded"),
     "not a size": ({"output": {"shard_size": "5 apples"}}, "JobError", "output.shard_size", "5GB"),

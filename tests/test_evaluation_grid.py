@@ -105,6 +105,42 @@ def test_the_key_holds_the_plans_by_content_and_name(scored, tenp, tmp_path):
     assert tenp("evaluate", scored, "--plans", mine).exit_code == 8
 
 
+def test_names_that_look_alike_as_folders_are_plans_of_their_own(scored, tenp, tmp_path):
+    """`slope=-1` and `slope=1`; each measured by its own neurons, and both kept."""
+    alike = ("--set", "evaluation.grid={retention: [0.6], slope: [-1, 1]}")
+    plans = measured(tenp("evaluate", scored, "--json", *alike))["plans"][:2]
+    assert [plan["budget"]["slope"] for plan in plans] == ["-1", "1"]
+    assert plans[0]["mean"]["kl"] != plans[1]["mean"]["kl"]
+    alone = ("--set", "evaluation.grid={retention: [0.6], slope: [-1]}", "--overwrite")
+    assert measured(tenp("evaluate", scored, "--json", *alone))["plans"][0]["mean"] == plans[0]["mean"]
+
+
+@pytest.mark.parametrize("name", ["source", "pruned", "random"])
+def test_a_plan_file_called_like_what_is_measured_besides(name, job_file, text_files, tenp, tmp_path):
+    """The source, the checkpoint and its control keep their own figures beside a plan of that name."""
+    mine = tmp_path / name
+    job = job_file(evaluation=evaluation(text_files))
+    without = measured(tenp("run", job, "--json"))["variants"]
+    assert (
+        tenp("plan", job, "--run-dir", tmp_path / "run", "--set", "budget.retention=0.4", "--overwrite").exit_code == 0
+    )
+    mine.mkdir()
+    for file in ("plan.json", "plan.safetensors"):
+        shutil.copy(tmp_path / "run" / file, mine / file)
+    beside = job_file("beside.yaml", evaluation=evaluation(text_files) | {"plans": [str(mine)]})
+    found = measured(tenp("run", beside, "--json", "--overwrite"))
+    assert found["variants"] == without and found["plans"][0]["name"] == f"{name} (2)"
+    assert found["plans"][0]["mean"]["kl"] > without["pruned"]["mean"]["kl"]
+
+
+def test_plans_that_the_stage_itself_would_remove_are_refused_and_stay(scored, tenp, tmp_path):
+    measured(tenp("evaluate", scored, "--json"))
+    mine = tmp_path / "run" / "evaluation" / "plans" / "enp-retention-0.3"
+    result = tenp("evaluate", scored, "--overwrite", "--plans", mine)
+    assert result.exit_code == 2 and "copy" in result.stderr and str(mine) in result.stderr
+    assert (mine / "plan.json").exists() and (tmp_path / "run" / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize("method", ["tenp", "reap", "global"])
 def test_beside_the_written_checkpoint_a_plan_of_the_same_budget_has_its_figures(
     method, job_file, text_files, tiny_model, tenp

@@ -13,10 +13,11 @@ from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families import family_of
 from tenp_dist.cli.inputs import layers_of_job, source_index
 from tenp_dist.config import Budget, Job
+from tenp_dist.engine.drive import cut_layers
 from tenp_dist.engine.parallel import check_parallel
 from tenp_dist.engine.places import check_not_uploaded
 from tenp_dist.errors import BudgetError
-from tenp_dist.evaluation.plans import given_plans
+from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.runtime.ragged import MAX_BUCKETS, bucket_width
 
@@ -25,11 +26,12 @@ def preflight(job: Job) -> dict[str, Any]:
     """Refuse what headers and the job alone show to be wrong; returns the facts of the model.
 
     Raises:
-        SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError.
+        SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError, ClusterError.
     """
     check_not_uploaded(job.run_dir)
     facts = checkpoint_facts(source_index(job.model))
     layers = layers_of_job(job, facts)
+    cut_layers(job.cluster, [1] * facts["num_layers"])
     check_layouts(job, _shapes(job.budget, layers))
     if "ragged" in layouts_of(job):
         check_buckets(job.budget, layers, bucket_width, MAX_BUCKETS)
@@ -38,6 +40,7 @@ def preflight(job: Job) -> dict[str, Any]:
     for text in filter(None, (job.calibration, job.evaluation)):
         check_sources(text)
     if job.evaluation:
+        check_apart(job.evaluation.plans, job.run_dir / "evaluation")
         given_plans(job.evaluation.plans, source_index(job.model).fingerprint)
     return facts
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -24,6 +24,7 @@ from tenp_dist.scoring.methods import registry
 MakePlan = Callable[[Budget], Plan]
 WritePlan = Callable[[Path, Plan], Sequence[Path]]
 CONTROL = "control: "
+_MEASURED_ANYWAY = ("source", "pruned", "random")  # names in every evaluation
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def store_plans(
         except BudgetError as infeasible:
             refused, error = [*refused, name], infeasible
             continue
-        home = folder / re.sub(r"[^A-Za-z0-9.]+", "-", name)
+        home = _home(folder, name, {one.text.parent for one in stored})
         write(home, plan)
         text, tensors = plan_pair(home)
         stored.append(NamedPlan(name, text, tensors, read_plan_pair(text, tensors)))
@@ -132,8 +133,15 @@ def store_plans(
     return stored, refused
 
 
+def _home(folder: Path, name: str, taken: Collection[Path]) -> Path:
+    """Where a plan of this name is stored: names may differ in what no folder's name shows (`slope=-1`, `slope=1`)."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", name)
+    homes = (folder / (plain if number == 1 else f"{plain}.{number}") for number in itertools.count(1))
+    return next(home for home in homes if home not in taken)
+
+
 def given_plans(paths: Iterable[Path], fingerprint: str) -> list[NamedPlan]:
-    """Plan files that a user names, by file name (`plan.json`: by its folder's).
+    """Plan files that a user names, by file name (`plan.json`: by its folder's), with ` (2)` where that is taken.
 
     Raises:
         StaleError: a plan is missing or damaged, of another schema, or of another model.
@@ -151,7 +159,7 @@ def given_plans(paths: Iterable[Path], fingerprint: str) -> list[NamedPlan]:
                 next_step="plan again for this model, or evaluate with the job of the model that was planned",
             )
         name = text.parent.name if text.name == "plan.json" else text.stem
-        same = sum(plan.name.split(" (")[0] == name for plan in plans)
+        same = sum(plan.name.split(" (")[0] == name for plan in plans) + (name in _MEASURED_ANYWAY)
         plans.append(NamedPlan(f"{name} ({same + 1})" if same else name, text, tensors, document))
     return plans
 
@@ -190,3 +198,15 @@ def check_distinct(plans: Sequence[NamedPlan]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise JobError("Two plans have one name", where="evaluation", found=twice, next_step="rename one of the files")
+
+
+def check_apart(paths: Iterable[Path], own: Path) -> None:
+    """Raise JobError for a plan in the folder `own`, which the stage that measures it replaces."""
+    for path in paths:
+        if path.resolve().is_relative_to(own.resolve()):
+            raise JobError(
+                "A plan to measure lies among the files that the evaluation itself replaces",
+                where=path,
+                wanted=f"plans outside {own}",
+                next_step="copy it (its .json and .safetensors) to another folder and name that",
+            )
