@@ -33,8 +33,10 @@ from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.layerwise import LayerwiseTask
 from tenp_dist.engine.pool import RayPool
+from tenp_dist.engine.probe import Probe
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
 from tenp_dist.errors import NumericalError, VerifyError
+from tenp_dist.model.experts import Dispatch
 from tenp_dist.scoring.compensation import ENOUGH, _factorise
 
 RIDGE = 0.01
@@ -307,6 +309,43 @@ def test_recheck_finds(fault, tiny_model, tmp_path):
         recheck(FAULTS[fault](task), tmp_path / "verify")
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_recheck_tries_the_experts_that_are_not_in_the_sample(fault, tiny_model, tmp_path, monkeypatch):
+    """An empty sample: the random vectors alone pass what was solved, and find each fault."""
+    monkeypatch.setattr("tenp_dist.engine.recheck.sample", lambda experts, layer: [])
+    task = compensate(tiny_model("deepseek_v3"), tmp_path, corpus=random_corpus(256, sequences=24))
+    found = recheck(task, tmp_path / "verify")
+    assert found["experts"] == 0 and found["left"] < 1e-6
+    assert found["tried"] == sum(len(read_table(layer_file(task.folder, layer))["experts"]) for layer in task.moe)
+    with pytest.raises(VerifyError, match="not the solution"):
+        recheck(FAULTS[fault](task), tmp_path / "again")
+
+
+def test_what_a_probe_leaves_over_by_least_squares():
+    """Of two experts of 40 and 7 tokens: all for plain columns, a quarter for half of the change, nothing solved."""
+    draw = np.random.default_rng(3)
+    counts, kept, ridge = (40, 7), {0: np.array([1, 2, 5]), 1: np.array([0, 7])}, 0.05
+    a_TF, down_EDF = draw.normal(size=(47, 8)), draw.normal(size=(2, 6, 8))
+    g_T = torch.rand(47, generator=torch.Generator().manual_seed(1))
+    probe = Probe(kept, (4.0, 0.0), (2, 8), seed=5)
+    nothing, token_T = torch.zeros(47, 0), torch.arange(47)
+    expert_T, offsets_E = torch.repeat_interleave(torch.arange(2), torch.tensor(counts)), torch.tensor([40, 47]).int()
+    dispatch = Dispatch(
+        nothing, nothing, torch.from_numpy(a_TF).float() / g_T[:, None] / 2, nothing, g_T, token_T, expert_T,
+        offsets_E, nothing, nothing,
+    )  # fmt: skip
+    probe(dispatch)
+    probe.domain = 1
+    probe(dispatch)  # of a domain without weight
+    assert probe.token_count_E.tolist() == list(counts)
+    for expert, rows in enumerate((slice(0, 40), slice(40, 47))):
+        solved, damping = least_squares(a_TF[rows], down_EDF[expert], kept[expert], ridge)
+        source, ids = torch.from_numpy(down_EDF[expert]), torch.from_numpy(kept[expert])
+        solved, plain = torch.from_numpy(solved), source[:, ids]
+        left = [probe.left_over(expert, ids, damping, source, found) for found in (plain, (solved + plain) / 2, solved)]
+        assert left == pytest.approx([1, 0.25, 0], abs=1e-5)
+
+
 def _edit(task, change):
     """Replace the columns of one expert of the last layer by what `change` makes of them and the source's."""
     from safetensors import safe_open
@@ -334,7 +373,8 @@ def test_a_job_that_compensates(text_files, tiny_model, job_file, tenp, tmp_path
     assert result.exit_code == 0, result.stderr
     run, stages = tmp_path / "run", json.loads(result.stdout)["stages"]
     assert list(stages)[3:6] == ["plan", "compensate", "write"] and stages["compensate"]["compensated"] > 0
-    assert stages["verify"]["compensation"]["experts_solved_again"] == stages["compensate"]["compensated"]
+    checked = stages["verify"]["compensation"]
+    assert checked["experts_tried"] == checked["experts_solved_again"] == stages["compensate"]["compensated"]
     ragged, padded, source = (
         all_tensors(f)
         for f in (*(run / "checkpoint" / x for x in ("ragged", "padded")), tiny_model("deepseek_v3", "bfloat16"))

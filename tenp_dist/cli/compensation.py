@@ -54,7 +54,7 @@ def variants_of(context: Context, site: Site, plans: Sequence[NamedPlan], folder
 
 
 def recheck(context: Context) -> dict[str, Any]:
-    """Solve a sample of what the compensate stage wrote again; what `verify.json` says of it."""
+    """Try all that the compensate stage wrote, and solve a sample of it again; what `verify.json` says of it."""
     run_dir = context.run_dir
     task = RecheckTask(
         **_shared(context),
@@ -64,7 +64,13 @@ def recheck(context: Context) -> dict[str, Any]:
     )
     found = recheck_model(site_of(context, "verify", task.compute), task)
     shutil.rmtree(task.folder)
-    return {"ok": True, "experts_solved_again": found["experts"], "largest_share_of_gain_lost": found["worst"]}
+    return {
+        "ok": True,
+        "experts_tried": found["tried"],
+        "largest_share_left_over": found["left"],
+        "experts_solved_again": found["experts"],
+        "largest_share_of_gain_lost": found["worst"],
+    }
 
 
 def compensated_index(job: Job) -> CheckpointIndex | None:

@@ -26,7 +26,7 @@ STAGES = {
     "plan": "Choose whole experts and kept neurons; write plan.json and plan.safetensors.",
     "compensate": "Solve W_down of narrow experts for what their dropped neurons contributed.",
     "write": "Write the pruned checkpoint in every layout of the job.",
-    "verify": "Compare the written checkpoint with source and plan, byte by byte; solve compensated weights again.",
+    "verify": "Compare the written checkpoint with source and plan, byte by byte; check compensated weights.",
     "evaluate": "Compare source, pruned and a random control on held-out text.",
     "report": "Write report/index.html, report/report.json and the model card.",
 }

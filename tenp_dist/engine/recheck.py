@@ -1,10 +1,11 @@
-"""Check compensated weights by solving some of them again, from the calibration tokens and by another road.
+"""Check compensated weights from the calibration tokens and by another road: all on random vectors, some solved again.
 
-Nothing here comes from `scoring/compensation.py`: a hook takes what the router hands to the experts, the activations
-of a sampled expert are made by plain products in float32, its whole G is summed in float64, and the minimum is found
-in the other form of the definition, (W G[:,S] + r W_S)(G_SS + r I)^-1, by LU instead of Cholesky. The stored W_down
-passes if it wins all but a small share of what that minimum wins over the plain columns. Every layer of the plan
-has experts in the sample: all of a small layer, SAMPLE of a larger one, by a seeded draw.
+Nothing here comes from `scoring/compensation.py`. That every expert's W_down solves its equations is tried on random
+vectors (`probe.py`). Experts of a sample are solved again: a hook takes what the router hands to the experts, the
+activations are made by plain products in float32, the whole G is summed in float64, and the minimum is found in the
+other form of the definition, (W G[:,S] + r W_S)(G_SS + r I)^-1, by LU instead of Cholesky. The stored W_down passes if
+it wins all but a small share of what that minimum wins over the plain columns. Every layer of the plan has experts in
+the sample: all of a small layer, SAMPLE of a larger one, by a seeded draw.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.engine.compute import run_layer
 from tenp_dist.engine.drive import Site
 from tenp_dist.engine.layerwise import LayerwiseShard, LayerwiseTask, drive_layerwise
+from tenp_dist.engine.probe import Probe
 from tenp_dist.errors import VerifyError
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.scoring.compensation import ENOUGH
 
 SAMPLE = 8  # experts of a layer, per rank
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # share of the gain that compute in this dtype may lose
+LEFT = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,16 @@ class RecheckTask(LayerwiseTask):
 
 @dataclass
 class Tap:
-    """Sums a sampled layer's moments in float64. G_FF, damping (as stored), tokens: by global expert id."""
+    """Sums a sampled layer's moments in float64. G_FF, damping (as stored), tokens: by global expert id.
+
+    probe: of all experts of the rank, beside it.
+    """
 
     experts: nn.Module
     first: int
     G_FF: dict[int, torch.Tensor]
     damping: Mapping[int, float]
+    probe: Probe
     tokens: dict[int, int] = field(default_factory=dict)
     valid_T: torch.Tensor | None = None
     weight: float = 1.0
@@ -89,12 +96,15 @@ class RecheckShard(LayerwiseShard):
     def _begin(self, layer: int, experts: nn.Module) -> Tap:
         table = read_table(layer_file(self.task.compensation, layer, self.rank, self.task.ranks))
         damping = dict(zip(table["experts"], table["damping"], strict=True))
-        neurons = experts.down_proj.shape[2]
+        held, _, neurons = experts.down_proj.shape
+        device, first = experts.down_proj.device, self._held.start
         made = {
-            expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=experts.down_proj.device)
+            expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
             for expert in sample(sorted(damping), layer)
         }
-        return Tap(experts, self._held.start, made, damping)
+        kept = {expert - first: self._kept[layer].of(expert) for expert in damping}
+        probe = Probe(kept, self._weights, (held, neurons), layer, device)
+        return Tap(experts, first, made, damping, probe)
 
     def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
         tap: Tap = self._sums
@@ -103,13 +113,13 @@ class RecheckShard(LayerwiseShard):
             for i, batch in enumerate(batches):
                 tap.valid_T, tap.weight = batch.valid_T, self._weights[batch.domain]
                 one = [states[i]]
-                run_layer(self.frame, layer, module, [batch], one, self._share)
+                run_layer(self.frame, layer, module, [batch], one, self._share, tap.probe)
                 states[i] = one[0]
         finally:
             hook.remove()
 
     def _finish(self, layer: int, sums: Tap, down_EDF: torch.Tensor) -> None:
-        worst = 0.0
+        worst = left = 0.0
         with (
             TensorReader(open_compensated(self.task.compensation)) as stored,
             TensorReader(self.skeleton.index) as source,
@@ -117,8 +127,24 @@ class RecheckShard(LayerwiseShard):
             for expert, G_FF in sums.G_FF.items():
                 tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
                 worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
+            for expert in sums.damping:
+                left = max(left, self._try(layer, expert, sums, source, stored))
         result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
-        write_json(self.task.result(layer, self.rank), result)
+        write_json(self.task.result(layer, self.rank), result | {"tried": len(sums.damping), "left": left})
+
+    def _try(self, layer: int, expert: int, sums: Tap, source: TensorReader, stored: TensorReader) -> float:
+        """`Probe.left_over` of the stored columns; raises VerifyError where it is too much."""
+        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        kept_W = self._kept_of(layer, expert)
+        found_DW, source_DF = stored.tensor(name), source.tensor(name).double()
+        row, damping = expert - sums.first, sums.damping[expert]
+        left = sums.probe.left_over(row, kept_W, damping, source_DF, found_DW)
+        tokens, allowed = int(sums.probe.token_count_E[row]), LEFT[self.task.compute.dtype]
+        self._judge(stored, name, "the error left over", left, allowed, damping, len(kept_W), tokens)
+        return left
+
+    def _kept_of(self, layer: int, expert: int) -> torch.Tensor:
+        return torch.from_numpy(self._kept[layer].of(expert).astype(np.int64))
 
     def _check(
         self,
@@ -132,19 +158,33 @@ class RecheckShard(LayerwiseShard):
     ) -> float:
         """Share of the possible gain that the stored columns lose; raises VerifyError where it is too much."""
         name = self.skeleton.family.tensor(layer, expert, DOWN)
-        kept_W = torch.from_numpy(self._kept[layer].of(expert).astype(np.int64))
-        least = self.task.ridge * max(1.0, ENOUGH * len(kept_W) / max(tokens, 1))
+        kept_W = self._kept_of(layer, expert)
         lost = lost_share(source.tensor(name).double(), stored.tensor(name), G_FF, kept_W, damping)
         allowed = TOLERANCE[self.task.compute.dtype]
-        if lost > allowed or not _tenfold(damping / least):
+        self._judge(stored, name, "the gain lost", lost, allowed, damping, len(kept_W), tokens)
+        return lost
+
+    def _judge(
+        self,
+        stored: TensorReader,
+        name: str,
+        what: str,
+        share: float,
+        allowed: float,
+        damping: float,
+        width: int,
+        tokens: int,
+    ) -> None:
+        """Raise VerifyError where the share is too large, or the damping not the rule's."""
+        least = self.task.ridge * max(1.0, ENOUGH * width / max(tokens, 1))
+        if not (share <= allowed and _tenfold(damping / least)):
             raise VerifyError(
                 "Compensated weights are not the solution that their definition gives",
                 where=f"{stored.index.folder / stored.index.entry(name).file}: {name}",
-                found=f"{lost:.2%} of the gain lost, damping {damping:.3g}, {tokens} tokens",
+                found=f"{share:.2%} of {what}, damping {damping:.3g}, {tokens} tokens",
                 wanted=f"at most {allowed:.2%}, damping {least:.3g}",
                 next_step="run `tenp-dist compensate` again with --overwrite; if it stays, report it with this message",
             )
-        return lost
 
 
 def sample(experts: Sequence[int], layer: int) -> list[int]:
@@ -183,7 +223,8 @@ def _tenfold(ratio: float) -> bool:
 
 
 def recheck_model(site: Site, task: RecheckTask) -> Mapping[str, Any]:
-    """Check the sample of every layer: how many experts were solved again, and the largest share of a gain lost.
+    """Check every layer: experts solved again and the largest share of a gain lost; all that were tried on random
+    vectors, and the largest share of what plain columns leave over.
 
     Raises:
         ClusterError: as `drive`.
@@ -191,4 +232,5 @@ def recheck_model(site: Site, task: RecheckTask) -> Mapping[str, Any]:
     """
     drive_layerwise(site, RecheckShard, task)
     results = [read_json(task.result(layer, rank)) for layer in task.moe for rank in range(task.ranks)]
-    return {"experts": sum(one["experts"] for one in results), "worst": max(one["worst"] for one in results)}
+    sums = {name: sum(one[name] for one in results) for name in ("experts", "tried")}
+    return sums | {name: max(one[name] for one in results) for name in ("worst", "left")}
