@@ -11,6 +11,7 @@
     ├── DiskFullError             9   no space left where a file has to go
     ├── DeviceError              10   no accelerator where one was asked for
     ├── ClusterError             11   cluster smaller than asked, or lost
+    │   ├── Unplaced             11   no node takes a group of workers
     │   └── WorkerLost           11   one worker died; the engine starts it again
     ├── StaleError               12   scores, plan or checkpoint of another model, or missing
     ├── VerifyError              13   checkpoint differs from what the plan says
@@ -111,6 +112,10 @@ class DeviceError(TenpError):
 
 class ClusterError(TenpError):
     exit_code = 11
+
+
+class Unplaced(ClusterError):
+    pass
 
 
 class WorkerLost(ClusterError):

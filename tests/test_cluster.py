@@ -19,6 +19,9 @@ import psutil
 import pytest
 from test_interrupt import COMMAND, QUIET, bytes_of
 
+from tenp_dist.config import Cluster
+from tenp_dist.engine.drive import fitted
+from tenp_dist.engine.pool import RayPool
 from tenp_dist.errors import ClusterError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -50,6 +53,10 @@ class Nodes:
             self._cluster.remove_node(node, allow_graceful=False)
         for count in cores:
             self._cluster.add_node(num_cpus=count, **SMALL)
+
+    def add(self, cores: int, gpus: int) -> None:
+        """A worker node more; Ray takes the accelerators on trust."""
+        self._cluster.add_node(num_cpus=cores, num_gpus=gpus, **SMALL)
 
     def processes(self, name: str) -> dict[psutil.Process, list[psutil.Process]]:
         """Raylet of a worker node -> the processes on it that now do what `name` says, for nodes that have any."""
@@ -312,3 +319,40 @@ def test_two_ranks_on_a_node_survive_the_loss_of_one(nodes, job, tmp_path, start
     finish(process)
     assert len(ledger(run, "lost")) == 1
     same_bytes(run, tmp_path / "undisturbed")
+
+
+def test_a_node_that_no_other_replaces(nodes, job, reference, tmp_path, start):
+    """Two shards, two nodes: when one is gone the other takes both, after the time that a new node would have had."""
+    nodes.start(1, 1)
+    run = tmp_path / "run"
+    process = start(job, run, nodes.address, "--set", "cluster.start_timeout=6")
+    wait_for(process, scoring(run))
+    with stopped(process):
+        raylet, workers = next(iter(nodes.processes("ScoreShard").items()))
+        kill(raylet, *workers)
+    finish(process)
+    assert len(ledger(run, "lost")) == 1
+    begun = ledger(run, "begin")
+    assert [line["resumed"] > 0 for line in begun] == [False, True] and {line["threads"] for line in begun} == {1}
+    same_bytes(run, reference)
+
+
+def test_accelerators_of_a_lost_node(nodes):
+    """Of two nodes with two each (Ray believes it) one goes: shards that still find a node, and what a stream asks."""
+
+    def one():
+        yield 1
+
+    nodes.start(2)
+    for _ in range(2):
+        nodes.add(cores=1, gpus=2)
+    pool = RayPool(nodes.address)
+    try:
+        two = Cluster(shards=4, tensor_parallel=1, device="cuda")
+        assert fitted(pool, two, "cuda") == two
+        assert next(iter(pool.stream(one, gpus=1))) == 1  # the node of two cores has no accelerator
+        nodes.lose(cores=1)
+        assert fitted(pool, two, "cuda").shards == 2 and sorted(pool.node_gpus) == [0, 0, 2]
+        assert fitted(pool, two, "cpu").shards == 4
+    finally:
+        pool.close()

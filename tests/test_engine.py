@@ -19,7 +19,7 @@ from tenp_dist.config import Cluster
 from tenp_dist.engine.boundaries import Boundaries, GuardedBoundaries
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Controller, Ledger, Retries
-from tenp_dist.engine.drive import choose_mode, cores_per_rank
+from tenp_dist.engine.drive import choose_mode, cores_per_rank, memory_per_rank
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.schedule import Unit, next_unit, split_layers, split_waves
@@ -92,12 +92,37 @@ def test_a_resumed_wave_goes_on_inside_a_shard():
 
 
 def test_mode_follows_memory():
-    nbytes, shards = [10, 10, 10, 10], [range(0, 2), range(2, 4)]
-    assert choose_mode(Cluster(device_memory=20), nbytes, shards, "cpu") == "resident"
-    assert choose_mode(Cluster(device_memory=19), nbytes, shards, "cpu") == "streaming"
-    assert choose_mode(Cluster(device_memory=10, tensor_parallel=2), nbytes, shards, "cpu") == "resident"
-    assert choose_mode(Cluster(device_memory=10**9), nbytes, [range(0, 4)], "cpu") == "streaming"
-    assert choose_mode(Cluster(mode="streaming", device_memory=20), nbytes, shards, "cpu") == "streaming"
+    nbytes, shards, pool = [10, 10, 10, 10], [range(0, 2), range(2, 4)], InProcessPool(cores=1)
+    assert choose_mode(pool, Cluster(device_memory=20), nbytes, shards, "cpu") == "resident"
+    assert choose_mode(pool, Cluster(device_memory=19), nbytes, shards, "cpu") == "streaming"
+    assert choose_mode(pool, Cluster(device_memory=10, tensor_parallel=2), nbytes, shards, "cpu") == "resident"
+    assert choose_mode(pool, Cluster(device_memory=10**9), nbytes, [range(0, 4)], "cpu") == "streaming"
+    assert choose_mode(pool, Cluster(mode="streaming", device_memory=20), nbytes, shards, "cpu") == "streaming"
+
+
+class Nodes(InProcessPool):
+    """Nodes of so many cores that see so many free bytes; accelerators of `accelerator` bytes, none on the driver's."""
+
+    def __init__(self, node_cores, free, accelerator=None):
+        super().__init__(cores=sum(node_cores))
+        self.node_cores, self._free, self._accelerator = node_cores, free, accelerator
+
+    def each_node(self, function, *arguments):
+        return {str(i): free for i, free in enumerate(self._free)}
+
+    def stream(self, function, *arguments, gpus=0):
+        assert gpus == 1
+        yield self._accelerator
+
+
+def test_memory_that_is_not_declared_is_that_of_the_nodes():
+    """Not of the driver's node alone, and shared by the ranks that one node can take, not by all of the run."""
+    two = Cluster(shards=2, tensor_parallel=2)
+    assert memory_per_rank(Nodes([8, 8], [600, 500]), two, "cpu") == 250  # a group of two ranks on each
+    assert memory_per_rank(Nodes([8], [600]), two, "cpu") == 150  # both groups on one
+    assert memory_per_rank(Nodes([8, 8, 8], [600, 500, 700]), Cluster(shards=3), "cpu") == 500
+    assert memory_per_rank(Nodes([8, 4], [600, 500]), Cluster(shards=2), "cpu") == 250  # the first may get both
+    assert memory_per_rank(Nodes([8, 8], [600, 500], accelerator=80), two, "cuda") == 80
 
 
 def test_a_rank_takes_as_many_cores_as_still_let_every_shard_find_a_node():

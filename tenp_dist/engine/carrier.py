@@ -74,6 +74,10 @@ class CarryTask:
     def boundaries(self) -> Boundaries:
         return Boundaries(self.folder / "hidden", self.file_key)
 
+    def side_by_side(self) -> int:
+        """How many of the model's forms go through a layer side by side, at most."""
+        return 1
+
     def count_waves(self) -> int:
         """Waves that the corpus is cut into, at most `waves`."""
         return len(split_waves(len(microbatches(read_corpus(self.corpus), self.compute.batch_tokens)), self.waves))

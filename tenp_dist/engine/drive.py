@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tenp_dist.artifacts import read_json, write_json
+from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
 from tenp_dist.engine.carrier import Carrier, CarryTask
 from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.controller import Controller, Ledger
 from tenp_dist.engine.local import GroupRequest, Pool
+from tenp_dist.engine.pulse import accelerator_memory, free_memory
 from tenp_dist.engine.schedule import Mode, split_layers
 from tenp_dist.engine.watch import WorkWatch
-from tenp_dist.errors import ClusterError
+from tenp_dist.errors import ClusterError, Unplaced, WorkerLost
 
 _FILLED = 0.6  # share of a device's memory that resident weights may take
 
@@ -64,6 +67,9 @@ def cut_layers(cluster: Cluster, nbytes: Sequence[int]) -> list[range]:
 def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool = False) -> Summary:
     """Take all waves through all shards, from where they were left.
 
+    Where a node was lost and no other takes its shard in time, the work goes on with what the others take: the same
+    shards with fewer cores, fewer shards where accelerators are too few.
+
     Args:
         task: settled (no `auto` in it), with its ranks.
         finished: everything that the task makes is stored already, whatever its boundaries say.
@@ -71,9 +77,22 @@ def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool 
     Raises:
         ClusterError: more shards than layers, the cluster is smaller than asked, or a shard was lost too often.
     """
+    device = task.compute.device
+    while True:
+        fit = replace(site, cluster=fitted(site.pool, site.cluster, device))
+        asked = group_request(site.pool, fit.cluster, device)
+        try:
+            return _drive(fit, worker, task, finished)
+        except Unplaced:
+            left = fitted(site.pool, site.cluster, device)
+            if (left, group_request(site.pool, left, device)) == (fit.cluster, asked):
+                raise
+
+
+def _drive(site: Site, worker: type[Carrier], task: CarryTask, finished: bool) -> Summary:
     pool, cluster, waves, layers = site.pool, site.cluster, task.count_waves(), len(site.nbytes)
     shards = cut_layers(cluster, site.nbytes)
-    mode = choose_mode(cluster, site.nbytes, shards, task.compute.device)
+    mode = choose_mode(pool, cluster, site.nbytes, shards, task.compute.device)
     stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
     resumed = 1.0 if finished else sum(stored()) / (waves * layers)
     if resumed == 1:
@@ -82,6 +101,7 @@ def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool 
     task = _placed(task, mode, cluster, request)
     names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
     message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
+    message += _tight(task, waves)
     site.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
     site.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
     groups = pool.groups(worker, [(task, shard) for shard in shards], request)
@@ -108,6 +128,19 @@ def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest
     )
 
 
+def _tight(task: CarryTask, waves: int) -> str:
+    """What to say where the declared host memory does not hold one wave; held twice, for it is copied to be stored."""
+    tokens = -(-read_corpus(task.corpus).tokens_NS.size // waves)
+    width = int(open_index(task.model).config["hidden_size"])
+    nbytes = 2 * tokens * width * task.compute.torch_dtype.itemsize * task.side_by_side()
+    if nbytes <= task.host_memory:
+        return ""
+    return (
+        f"; a wave's hidden states take {nbytes / 1e6:,.1f} MB, more than cluster.host_memory "
+        f"({task.host_memory / 1e6:,.1f} MB): raise score.waves or lower score.batch_tokens"
+    )
+
+
 def _begun_with(task: CarryTask, threads: int) -> int:
     """The threads that this work was begun with: another number would change the last bits of what is to come."""
     path = task.boundaries.folder / "threads.json"
@@ -119,28 +152,39 @@ def _begun_with(task: CarryTask, threads: int) -> int:
     return threads
 
 
-def choose_mode(cluster: Cluster, nbytes: Sequence[int], shards: Sequence[range], device: str) -> Mode:
+def choose_mode(pool: Pool, cluster: Cluster, nbytes: Sequence[int], shards: Sequence[range], device: str) -> Mode:
     """`resident` where several shards can hold their layers; one shard gains nothing from holding them."""
     if cluster.mode != "auto":
         return cluster.mode
     if len(shards) == 1:
         return "streaming"
     largest = max(sum(nbytes[layer] for layer in shard) for shard in shards) / cluster.tensor_parallel
-    memory = cluster.device_memory or _FILLED * memory_per_rank(device, len(shards) * cluster.tensor_parallel)
+    memory = cluster.device_memory or _FILLED * memory_per_rank(pool, cluster, device)
     return "resident" if largest <= memory else "streaming"
 
 
-def memory_per_rank(device: str, ranks: int) -> float:
-    """Bytes that one of `ranks` ranks may count on: its accelerator's, or its share of what is free here."""
-    import psutil
-    import torch
+def memory_per_rank(pool: Pool, cluster: Cluster, device: str) -> float:
+    """Bytes that every rank may count on: an accelerator's, or on CPU its share of what is free on the fullest node."""
+    try:
+        if device == "cuda":
+            return next(iter(pool.stream(accelerator_memory, gpus=1)))
+        free = min(pool.each_node(free_memory).values())
+    except WorkerLost:  # a node that dies just now is found by those who work there
+        return 0.0
+    group = cores_per_rank(pool.node_cores, cluster.shards, cluster.tensor_parallel) * cluster.tensor_parallel
+    together = max(int(cores / group + 1e-9) for cores in pool.node_cores)  # shards that one node may get
+    return free / (max(1, min(together, cluster.shards)) * cluster.tensor_parallel)
 
-    if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return psutil.virtual_memory().available / ranks
+
+def fitted(pool: Pool, cluster: Cluster, device: str) -> Cluster:
+    """The cluster as asked, or with fewer shards where nodes were lost whose accelerators they would want."""
+    if not pool.shrunk() or device != "cuda":
+        return cluster
+    room = sum(gpus // cluster.tensor_parallel for gpus in pool.node_gpus)
+    return cluster.model_copy(update={"shards": max(1, min(cluster.shards, room))})
 
 
-def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path) -> GroupRequest:
+def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path | None = None) -> GroupRequest:
     """On accelerators one each; on CPU the most cores per rank with which every shard finds a node."""
     if device == "cuda":
         return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout, logs)

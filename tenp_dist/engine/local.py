@@ -37,17 +37,21 @@ class GroupRequest:
 class Pool(Protocol):
     """What stages need of a place to run.
 
-    cores, gpus: in all; node_cores: of each node. threads: that one streaming worker may use. share: hand
-    an object to many tasks once; pass what it returns as an argument. groups: start one group of workers
-    per tuple of arguments (see `controller.Group`); wait: the first of them whose unit has ended, None if there was
-    none for a while. publish: name -> value, for whoever collects metrics of this place. each_node: call a function
-    once on every node that can do work; name of the node -> what it returned.
+    cores, gpus: in all; node_cores, node_gpus: of each node. shrunk: whether nodes were lost since the start; brings
+    node_cores and node_gpus up to date. threads: that one streaming worker may use. share: hand an object to many
+    tasks once; pass what it returns as an argument. groups: start one group of workers per tuple of arguments (see
+    `controller.Group`); wait: the first of them whose unit has ended, None if there was none for a while. publish:
+    name -> value, for whoever collects metrics of this place. each_node: call a function once on every node that can
+    do work; name of the node -> what it returned.
     """
 
     cores: int
     gpus: int
     threads: int
     node_cores: Sequence[int]
+    node_gpus: Sequence[int]
+
+    def shrunk(self) -> bool: ...
 
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]: ...
 
@@ -80,6 +84,13 @@ class InProcessPool:
         import torch
 
         return torch.cuda.device_count()
+
+    @property
+    def node_gpus(self) -> list[int]:
+        return [self.gpus]
+
+    def shrunk(self) -> bool:
+        return False
 
     def share(self, value: Any) -> Any:
         return value

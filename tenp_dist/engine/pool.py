@@ -56,11 +56,27 @@ class RayPool:
         self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
-        self.node_cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self._nodes: set[str] = set()
+        self._look()
         self.threads = max(1, *self.node_cores, 1)
 
     def share(self, value: Any) -> Any:
         return self._ray.put(value)
+
+    def shrunk(self) -> bool:
+        alive = {node["NodeID"] for node in self.call(self._ray.nodes) if node["Alive"]}
+        if self._nodes <= alive:
+            return False
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        """What every node has that is there now."""
+        nodes = [node for node in self.call(self._ray.nodes) if node["Alive"]]
+        self._nodes = self._nodes or {node["NodeID"] for node in nodes}
+        self.node_cores, self.node_gpus = (
+            [int(node["Resources"].get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU")
+        )
 
     def describe(self) -> str:
         nodes = sum(node["Alive"] for node in self._ray.nodes())
@@ -70,7 +86,7 @@ class RayPool:
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
         self._check_gpus(gpus)
         remote = self._ray.remote(function).options(
-            num_returns="streaming", num_cpus=self._threads_left(), num_gpus=gpus, max_retries=0
+            num_returns="streaming", num_cpus=self._threads_left(gpus), num_gpus=gpus, max_retries=0
         )
         references = remote.remote(*arguments)
         while True:
@@ -81,10 +97,11 @@ class RayPool:
                 return
             yield self._get(reference)
 
-    def _threads_left(self) -> int:
-        """`threads`, or the cores of the largest node where larger ones were lost: none would take the task."""
-        alive = [int(node["Resources"].get("CPU", 0)) for node in self.call(self._ray.nodes) if node["Alive"]]
-        return max(1, min(self.threads, max(alive, default=1)))
+    def _threads_left(self, gpus: int) -> int:
+        """`threads`, or as many as the largest node with the accelerators has: no other would take the task."""
+        nodes = [node["Resources"] for node in self.call(self._ray.nodes) if node["Alive"]]
+        able = [int(resources.get("CPU", 0)) for resources in nodes if resources.get("GPU", 0) >= gpus]
+        return max(1, min(self.threads, max(able, default=1)))
 
     def _check_gpus(self, gpus: int) -> None:
         if gpus > self.gpus:

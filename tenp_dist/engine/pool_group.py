@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tenp_dist.engine.local import GroupRequest
 from tenp_dist.engine.logs import last_words
 from tenp_dist.engine.pulse import Pulse, drop_pulse, read_pulse
-from tenp_dist.errors import ClusterError, TenpError, WorkerLost
+from tenp_dist.errors import ClusterError, TenpError, Unplaced, WorkerLost
 
 if TYPE_CHECKING:
     from tenp_dist.engine.pool import RayPool
@@ -48,9 +48,9 @@ class RayGroup:
                 raise error
         call(self._make_actors)
 
-    def _not_placed(self, bundle: Mapping[str, float]) -> ClusterError:
+    def _not_placed(self, bundle: Mapping[str, float]) -> Unplaced:
         request = self._request
-        return ClusterError(
+        return Unplaced(
             "The cluster is smaller than asked",
             where=self._pool.call(self._pool.describe),
             found=self._pool.call(_offer, self._ray),
@@ -151,7 +151,7 @@ class RayGroup:
         return found if all(found) else []
 
     def restart(self) -> None:
-        """Raises WorkerLost where it dies again, ClusterError where it cannot be placed any more."""
+        """Raises WorkerLost where it dies again, Unplaced where it cannot be placed any more."""
         self.close()
         self.place()
         self.begin_open()

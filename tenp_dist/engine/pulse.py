@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,3 +69,17 @@ def resident_memory() -> int:
     """Anonymous resident bytes of this process."""
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("RssAnon:") + 1]) * 1024
+
+
+def free_memory() -> int:
+    """Bytes that processes of this node may still take."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def accelerator_memory() -> Iterator[int]:
+    """Bytes of this process's accelerator, once."""
+    import torch
+
+    yield torch.cuda.get_device_properties(0).total_memory

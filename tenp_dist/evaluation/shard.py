@@ -42,6 +42,10 @@ class PassTask(CarryTask):
     def streams(self) -> Streams:
         return Streams(self.variants, self.layers)
 
+    def side_by_side(self) -> int:
+        streams = self.streams()
+        return max(len(streams.entering(layer)) for layer in range(self.layers + 1))
+
 
 class EvaluateShard(Carrier):
     """One rank of a shard that carries a pass's variants through its layers."""
