@@ -13,7 +13,7 @@ from deaths import Death, lives
 from test_scoring import moe_layers, random_corpus, site_of
 
 from tenp_dist.artifacts import exclusive
-from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.calibration.corpus import read_corpus, write_corpus
 from tenp_dist.cli.view import describe
 from tenp_dist.engine.compute import Compute, Progress, side_thread
 from tenp_dist.engine.fence import Fence
@@ -36,17 +36,22 @@ def test_figures_of_units_and_pulses(monkeypatch):
     told = []
     watch = WorkWatch(20, 2, told.append)
     rank = Pulse(steps=3, tokens=600, seconds=1.5, read_bytes=1000, memory=70, device_memory=5)
-    watch.beat([[rank, replace(rank, read_bytes=3000)], []], [0, 0])
+    units = [Unit(0, 5, (0,)), Unit(5, 9, (1,)), Unit(9, 10, (2,))]
+    watch.beat([[rank, replace(rank, read_bytes=3000)], []], [0, 0], units)
     assert (told[0].done, told[0].tokens, told[0].seconds, told[0].read_bytes) == (3, 600, 2.0, 4000)
+    assert told[0].workers == ["shard_0.rank_000", "shard_0.rank_001"]
+    assert told[0].note == "layers 0-4, wave 0; layers 5-8, wave 1 and 1 more" and told[0].layer == 0
     assert told[0].memory == [75, 75] and told[0].tokens_per_second == 300 and told[0].bytes_per_second == 2000
     end = replace(rank, steps=5, tokens=1000, seconds=3.0)
     watch.ended(Unit(0, 5, (0,)), 0, [end, end], [5, 0])
     assert (told[1].done, told[1].tokens, watch.slowest) == (5, 400, 3.0)
     watch.lost(0)
     new = Pulse(steps=1, tokens=200, seconds=0.5)
-    watch.beat([[new, new], []], [5, 0])
-    assert (told[2].done, told[2].tokens, told[2].retries, watch.tokens) == (6, 200, 1, 1200)
-    assert "300 tokens/s" in describe(told[0]) and "2 workers" in describe(told[0])
+    watch.beat([[new, new], []], [5, 3], units[:1])
+    assert (told[2].done, told[2].tokens, told[2].retries, watch.tokens) == (9, 200, 1, 1200)
+    assert told[2].layer == 3 and told[2].note == "layers 0-4, wave 0"
+    assert "300 tokens/s" in describe(told[0]) and "2 workers, 75 B + 75 B" in describe(told[0])
+    assert "5 workers, 1 B to 9 B" in describe(replace(told[0], memory=[9, 1, 2, 3, 4]))
     assert "1 started again" in describe(told[2])
 
 
@@ -184,6 +189,34 @@ def test_resuming_says_what_is_there(tiny_model, tmp_path):
         shard.run(Unit(layer, layer + 1, (0, 1, 2, 3)))
     told = score(InProcessPool(cores=1), task, mode="streaming")
     assert "going on from" in told[0].message and "streaming" in told[0].message and told[0].done == 8
+
+
+def test_the_live_view_in_metrics_and_in_the_journal(tenp, job_file, tmp_path, monkeypatch):
+    """Every worker's memory under its log's name, and the layer, from a run of three shards."""
+    published = []
+    monkeypatch.setattr(InProcessPool, "publish", lambda self, figures, tags: published.append((figures, tags)))
+    job = job_file(cluster={"shards": 3, "mode": "resident"})
+    for stage in ("inspect", "calibrate", "score"):
+        assert tenp(stage, job).exit_code == 0
+    workers = {tags["worker"]: figures for figures, tags in published if "worker" in tags}
+    assert set(workers) == {f"shard_{shard}.rank_000" for shard in range(3)}
+    assert all(figures["worker_memory_bytes"] > 10**7 for figures in workers.values())
+    assert all(tags["stage"] == "score" and tags["run"] == "run" for _, tags in published)
+    layers = [figures["layer"] for figures, tags in published if "worker" not in tags and "layer" in figures]
+    assert layers == sorted(layers) and layers[-1] == 4
+    last = json.loads((tmp_path / "run/stages/progress.jsonl").read_text().splitlines()[-2])
+    assert last["layer"] == 4 and last["workers"] == sorted(workers) and len(last["memory"]) == 3
+
+
+def test_a_wave_that_the_declared_host_memory_does_not_hold_is_told(tiny_model, tmp_path):
+    """Twice a wave's hidden states, in bytes: enough says nothing, a byte less does."""
+    task = task_of(tmp_path, tiny_model("deepseek_v3"))
+    tokens = read_corpus(task.corpus).tokens_NS.size
+    wave = 2 * -(-tokens // 4) * 32 * 4
+    for name, memory, said in (("enough", wave, False), ("less", wave - 1, True)):
+        own = replace(task, folder=tmp_path / name / "scores")
+        message = score(InProcessPool(cores=1), own, host_memory=memory)[0].message
+        assert ("more than cluster.host_memory" in message and "raise score.waves" in message) is said, message
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from tenp_dist.engine.coordinator import Listener, Stage
 from tenp_dist.engine.local import Pool
 
 _WIDE = 120  # columns from which a table shows every domain
+_LISTED = 4  # workers whose memory is shown one by one
 _PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 
 
@@ -122,7 +123,8 @@ def describe(progress: Step) -> str:
         parts.append(f"{progress.bytes_per_second / 1e6:,.0f} MB/s")
     if progress.memory:
         low, high, count = size(min(progress.memory)), size(max(progress.memory)), len(progress.memory)
-        parts.append(f"{count} worker{'s' * (count != 1)}, " + (f"{low} to {high}" if count > 1 else high))
+        each = " + ".join(map(size, progress.memory)) if count <= _LISTED else f"{low} to {high}"
+        parts.append(f"{count} worker{'s' * (count != 1)}, {each}")
     if progress.retries:
         parts.append(f"{progress.retries} started again")
     return ", ".join(parts)

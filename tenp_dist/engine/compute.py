@@ -62,7 +62,8 @@ class Progress:
     """One step of a stage: `done` of `total` units, tokens that went through and seconds it took.
 
     note: what is at work; `bytes` where the units are bytes. read_bytes: of the checkpoint in those seconds.
-    memory: resident bytes of every worker. retries: workers that were started again. message: to be told once.
+    memory: resident bytes of every worker; workers: their names. layer: the first that not all waves are through.
+    retries: workers that were started again. message: to be told once.
     """
 
     done: float
@@ -74,6 +75,8 @@ class Progress:
     memory: Sequence[int] = ()
     retries: int = 0
     message: str = ""
+    workers: Sequence[str] = ()
+    layer: int | None = None
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -37,11 +37,11 @@ class Group(Protocol):
 
 
 class Watch(Protocol):
-    """Is told how the work goes: units that ended, pulses in between, losses. shard: its number."""
+    """Is told how the work goes: units that ended, pulses and units at work in between, losses. shard: its number."""
 
     def ended(self, unit: Unit, shard: int, pulses: Sequence[Any], positions: Sequence[int]) -> None: ...
 
-    def beat(self, pulses: Sequence[Sequence[Any]], positions: Sequence[int]) -> None: ...
+    def beat(self, pulses: Sequence[Sequence[Any]], positions: Sequence[int], units: Sequence[Unit]) -> None: ...
 
     def lost(self, shard: int) -> None: ...
 
@@ -118,7 +118,8 @@ class Controller:
                     running[i] = unit
             group = self.wait([self.groups[i] for i in running])
             if group is None:
-                self.watch.beat([group.pulses() for group in self.groups], positions)
+                units = [unit for _, unit in sorted(running.items())]
+                self.watch.beat([group.pulses() for group in self.groups], positions, units)
                 continue
             i = self.groups.index(group)
             unit = running.pop(i)

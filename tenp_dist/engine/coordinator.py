@@ -178,6 +178,8 @@ class Coordinator:
             memory = {"largest_worker_memory_bytes": max(progress.memory)} if progress.memory else {}
             tags = {"stage": stage.name, "run": self.job.run_dir.name}
             self._pool.publish({**figures, **memory}, tags)
+            for worker, nbytes in zip(progress.workers, progress.memory, strict=True):
+                self._pool.publish({"worker_memory_bytes": nbytes}, tags | {"worker": worker})
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything that a stage's key is made from."""

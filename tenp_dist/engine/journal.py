@@ -47,7 +47,8 @@ class Journal:
             self.event("message", stage, message=progress.message)
         elif now - self._written > _INTERVAL or progress.done >= progress.total:
             self._written = now
-            self.event("progress", stage, note=progress.note, **figures, memory=list(progress.memory))
+            workers = {"memory": list(progress.memory), "workers": list(progress.workers)}
+            self.event("progress", stage, note=progress.note, **figures, **workers)
         return figures
 
     def _figures(self, progress: Progress, elapsed: float) -> dict[str, float]:
@@ -60,6 +61,7 @@ class Journal:
             "tokens_per_second": progress.tokens_per_second,
             "bytes_per_second": progress.bytes_per_second,
             "retries": progress.retries,
+            "layer": progress.layer,
             "eta_seconds": eta,
         }
         return {name: round(value, 3) for name, value in figures.items() if value is not None}

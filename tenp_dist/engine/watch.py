@@ -9,6 +9,8 @@ from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.pulse import Pulse
 from tenp_dist.engine.schedule import Unit
 
+_NAMED = 2  # units that the live view names
+
 
 class WorkWatch:
     """Watches `shards` groups take their waves through `total` (wave, layer) pairs; see `controller.Watch`.
@@ -36,11 +38,11 @@ class WorkWatch:
         self._committed[shard] = pulses[0].steps
         self._tell(positions, str(unit))
 
-    def beat(self, pulses: Sequence[Sequence[Pulse]], positions: Sequence[int]) -> None:
+    def beat(self, pulses: Sequence[Sequence[Pulse]], positions: Sequence[int], units: Sequence[Unit]) -> None:
         for shard, ranks in enumerate(pulses):
             if ranks:
                 self._take(shard, ranks)
-        self._tell(positions, f"{len(pulses)} shard{'s' * (len(pulses) != 1)} at work")
+        self._tell(positions, at_work(units))
 
     def lost(self, shard: int) -> None:
         self.retries += 1
@@ -59,6 +61,22 @@ class WorkWatch:
         seconds, self._told = time.monotonic() - self._told, time.monotonic()
         tokens, self._told_tokens = self.tokens - self._told_tokens, self.tokens
         read, self._told_read = self._read - self._told_read, self._read
-        memory = [pulse.memory + pulse.device_memory for ranks in self._latest for pulse in ranks]
+        workers = {
+            worker_name(shard, rank): pulse.memory + pulse.device_memory
+            for shard, ranks in enumerate(self._latest)
+            for rank, pulse in enumerate(ranks)
+        }
         done = min(self.total, sum(positions) + ahead)
-        self.progress(Progress(done, self.total, tokens, seconds, note, read, memory, self.retries))
+        named = {"memory": [*workers.values()], "workers": [*workers], "layer": min(positions)}
+        self.progress(Progress(done, self.total, tokens, seconds, note, read, retries=self.retries, **named))
+
+
+def worker_name(shard: int, rank: int) -> str:
+    """As its log is called."""
+    return f"shard_{shard}.rank_{rank:03d}"
+
+
+def at_work(units: Sequence[Unit]) -> str:
+    """`layers 0-2, wave 5; layers 3-5, wave 4 and 2 more`."""
+    more = f" and {len(units) - _NAMED} more" if len(units) > _NAMED else ""
+    return "; ".join(map(str, units[:_NAMED])) + more
