@@ -41,11 +41,12 @@ PATHS = click.Path(path_type=Path, exists=True)
 @click.option("--counts", default="1,2,4,8,16,32,64,128", show_default=True, help="of the table of samples")
 @click.option("--tables", default=",".join(TABLES), show_default=True)
 @click.option("--only", default="", help="methods, separated by commas; default: all")
+@click.option("--neuron-domains", type=click.Choice(["scaled", "mean"]), default="scaled", show_default=True)
 @click.option("--compensate/--plain", default=True, show_default=True)
 @click.option("--threads", default=None, type=int, help="default: all cores")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("quality"), show_default=True)
 def main(model, calibration, selection, samples, measured, length, retentions, seeds, counts, tables, only,
-         compensate, threads, out):  # fmt: skip
+         neuron_domains, compensate, threads, out):  # fmt: skip
     from study import CalibrationSet, Study
 
     from tenp_dist.cli.view import quieten
@@ -63,6 +64,7 @@ def main(model, calibration, selection, samples, measured, length, retentions, s
         "retentions": retentions.split(","),
         "seeds": range(seeds),
         "compensate": compensate,
+        "neuron_domains": neuron_domains,
         "samples": samples,
         "counts": [int(count) for count in counts.split(",")],
     }
@@ -83,7 +85,9 @@ def _sources(paths: Sequence[Path], count: int) -> tuple:
     return tuple((path, path.name.split(".")[0], count) for path in paths)
 
 
-def by_method(study, domains: Mapping[str, Path], *, methods, retentions, seeds, compensate, samples, **_):
+def by_method(
+    study, domains: Mapping[str, Path], *, methods, retentions, seeds, compensate, samples, neuron_domains, **_
+):
     """Every method; compensated too where experts keep a part of their neurons."""
     from study import CalibrationSet, Case
 
@@ -96,10 +100,12 @@ def by_method(study, domains: Mapping[str, Path], *, methods, retentions, seeds,
         for retention in retentions:
             for seed in seeds if name.startswith("random") else [0]:
                 for line, changes in settings(name):
-                    budget = Budget(method=name, retention=retention, seed=seed, **changes)
+                    settled = {"retention": retention, "seed": seed, "neuron_domains": neuron_domains}
+                    budget = Budget(method=name, **settled, **changes)
                     cases.append(Case("methods", line, budget, "all"))
     if "tenp" in methods:
-        auto = [Budget(retention=retention, important="auto", slope="auto") for retention in retentions]
+        asked = {"important": "auto", "slope": "auto", "neuron_domains": neuron_domains}
+        auto = [Budget(retention=retention, **asked) for retention in retentions]
         for solved in (False, True) if compensate else (False,):  # each chosen as it is measured
             chosen = study.choose(auto, sets["split"], compensated=solved)
             choices += [Case("methods", "tenp auto", budget, "split", solved) for budget in chosen]
