@@ -431,6 +431,23 @@ def test_verify_finds_a_checkpoint_without_the_compensated_columns(job_file, ten
     assert len(files) == 1 and refused.exit_code == 13 and "down_proj" in refused.stderr
 
 
+def test_verify_finds_one_changed_weight_wherever_it_is_copied_to(job_file, tenp, tmp_path):
+    """A byte of a compensated column, as the writer then copies it: too little for any tolerance."""
+    job, run = job_file(output={"compensate": True}), tmp_path / "run"
+    for stage in ("inspect", "calibrate", "score", "plan", "compensate"):
+        assert tenp(stage, job).exit_code == 0
+    path = layer_file(run / "compensation", 2)
+    entry = next(iter(open_compensated(run / "compensation", 2).tensors.values()))
+    with open(path, "r+b") as stream:
+        stream.seek(entry.start)
+        byte = stream.read(1)[0]
+        stream.seek(entry.start)
+        stream.write(bytes([byte ^ 1]))
+    assert tenp("write", job).exit_code == 0
+    refused = tenp("verify", job)
+    assert refused.exit_code == VerifyError.exit_code and "changed after they were solved" in refused.stderr
+
+
 @pytest.fixture(scope="module")
 def ray_pool():
     pool = RayPool()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.artifacts import digest_of, file_digest, write_json
+from tenp_dist.artifacts import digest_of, file_digest, record_path, write_json
 from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.cli.inputs import CORPUS, domain_weights, facts_of, settled_compute, site_of
@@ -16,6 +16,7 @@ from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
 from tenp_dist.engine.coordinator import Context, Output
 from tenp_dist.engine.drive import Site
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
+from tenp_dist.errors import VerifyError
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.variants import Variant
 
@@ -56,6 +57,7 @@ def variants_of(context: Context, site: Site, plans: Sequence[NamedPlan], folder
 def recheck(context: Context) -> dict[str, Any]:
     """Try all that the compensate stage wrote, and solve a sample of it again; what `verify.json` says of it."""
     run_dir = context.run_dir
+    _check_unchanged(context)
     task = RecheckTask(
         **_shared(context),
         folder=run_dir / "verify",
@@ -71,6 +73,18 @@ def recheck(context: Context) -> dict[str, Any]:
         "experts_solved_again": found["experts"],
         "largest_share_of_gain_lost": found["worst"],
     }
+
+
+def _check_unchanged(context: Context) -> None:
+    """Raise VerifyError where the compensated weights are not the bytes that the compensate stage left."""
+    folder = context.run_dir / FOLDER
+    files = [*folder.glob("layer_*.safetensors"), context.run_dir / DOCUMENT]
+    if digest_of({path.name: file_digest(path) for path in files}) != context.digests["compensate"]:
+        raise VerifyError(
+            "Compensated weights were changed after they were solved",
+            where=folder,
+            next_step=f"remove {folder} and {record_path(context.run_dir, 'compensate')}, and run again",
+        )
 
 
 def compensated_index(job: Job) -> CheckpointIndex | None:

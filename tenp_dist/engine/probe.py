@@ -81,6 +81,6 @@ class Probe:
         contributed_DK = source_DF[:, dropped_F] @ p_FK[dropped_F]
         left = float((((found_DW.double() - plain_DW) @ q_WK - contributed_DK) ** 2).sum())
         unit = torch.finfo(found_DW.dtype).eps / 2
-        rounding = 4 * float(((unit * found_DW.double()) ** 2 @ q_WK**2).sum())
+        rounding = float(((unit * found_DW.double()) ** 2 @ q_WK**2).sum())  # five times what is to be expected
         noise = 1e-12 * float(((source_DF @ p_FK) ** 2).sum())  # of float32 sums, where there is little to gain
         return max(0.0, left - rounding) / max(float((contributed_DK**2).sum()) + noise, 1e-300)
