@@ -231,3 +231,29 @@ def test_spend_never_loses():
         after = spend(layers, before, allowed, 2)
         kept = [sum(c.energy(p) for c, p in zip(layers, places, strict=True)) for places in (before, after)]
         assert kept[0] <= kept[1] and total_neurons(layers, after) <= allowed
+
+
+def one_expert_layers(*sizes: tuple[int, float]) -> list[Curves]:
+    """Layers of one expert that keeps nothing, or so many neurons of so much energy."""
+    return [
+        Curves(layer=i, widths_C=np.array([0, n]), kept_CE=np.array([[0.0], [energy]]), whole_E=np.array([False]))
+        for i, (n, energy) in enumerate(sizes)
+    ]
+
+
+def test_a_layer_that_fits_the_rest_of_the_budget_exactly_is_taken():
+    layers = one_expert_layers((10, 10.0), (4, 4.4), (6, 6.0))
+    places, price = allocate(layers, 10, 2, [np.zeros(1, dtype=np.int64)] * 3)
+    assert [place_E.item() for place_E in places] == [0, 1, 1] and price == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "taken"),
+    [
+        (((10, 10.0), (5, 6.0), (5, 6.0)), [0, 1, 1]),  # the most energy per neuron first, not the most energy
+        (((10, 10.0), (5, 6.0)), [1, 0]),  # 6 per 5 neurons is given back, for 10 per 10 gains more
+    ],
+)
+def test_leftover_neurons_are_spent_and_exchanged_by_hand(sizes, taken):
+    places = spend(one_expert_layers(*sizes), [np.zeros(1, dtype=np.int64)] * len(sizes), 10, 2)
+    assert [place_E.item() for place_E in places] == taken

@@ -287,6 +287,8 @@ def test_one_width_and_whole_experts_exclude_each_other():
     assert (enp.whole, enp.narrow_width) == ((0, 0, 0, 0), 76)  # 0.6 * 128 = 76.8
     full = plan_shape(Budget(retention=1, max_widths=1), layers_of(4, 16, 128))
     assert full.narrow_width == 128
+    apart = plan_shape(Budget(retention="0.75", important="0.5", max_widths=1), layers_of(2, 2, 8))
+    assert (apart.whole, apart.narrow_width) == ((0, 2), 4)  # one width in each layer: 4 4, 8 8
 
 
 def test_empty_model_and_unknown_method():

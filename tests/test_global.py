@@ -290,3 +290,11 @@ def test_a_run_with_three_widths_and_empty_experts(job_file, tenp, tmp_path):
 def test_uniform_is_refused(job_file, tenp):
     ran = tenp("plan", job_file(budget={"method": "global"}, output={"layouts": ["uniform"]}))
     assert ran.exit_code == JobError.exit_code and "widths of their own" in ran.stderr
+
+
+def test_minima_round_up_and_the_budget_rounds_down():
+    """Half of 21 neurons: a layer that must keep 11 of them does not fit the 10 that may stay."""
+    budget = Budget(method="global", retention="0.5", minimum_layer_retention="0.5")
+    with pytest.raises(BudgetError) as caught:
+        plan_shape(budget, [MoeLayer(0, 3, 7)])
+    assert caught.value.found.startswith("11 of 21") and caught.value.wanted == "at most 10"

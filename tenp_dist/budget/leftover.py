@@ -91,7 +91,7 @@ def _bucket_steps(curves: Curves, place_E: np.ndarray, way: int) -> tuple[np.nda
 def _targets(curves: Curves, place_E: np.ndarray, max_widths: int, way: int) -> np.ndarray:
     """The next place of every expert; where there is none, its own."""
     used = np.unique(place_E)
-    if max_widths - len(used) >= 2:  # an exchange may open two
+    if max_widths >= len(curves.widths_C) or max_widths - len(used) >= 2:  # an exchange may open two
         return np.clip(place_E + way, 0, len(curves.widths_C) - 1)
     return used[np.clip(np.searchsorted(used, place_E) + way, 0, len(used) - 1)]
 
