@@ -256,6 +256,7 @@ def test_more_buckets_than_the_runtime_has():
     layers = [MoeLayer(0, 256, 2048)]
     check_buckets(Budget(method="global", align=16, max_widths=32), layers, bucket_width, MAX_BUCKETS)
     check_buckets(Budget(method="global", align=64, max_widths=99), [MoeLayer(0, 256, 1024)], bucket_width, MAX_BUCKETS)
+    check_buckets(Budget(method="global", max_widths=99), [MoeLayer(0, 256, 64)], bucket_width, 8)  # 8, 16, ... 64
     with pytest.raises(BudgetError, match="more distinct widths than the ragged runtime loads") as caught:
         check_buckets(Budget(method="global", align=16, max_widths=33), layers, bucket_width, MAX_BUCKETS)
     assert caught.value.found == "up to 33"
