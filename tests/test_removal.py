@@ -195,10 +195,12 @@ def test_too_few_experts_is_known_before_anything_is_written(job_file, tenp, tmp
 
 def test_what_a_uniform_checkpoint_leaves_out_or_asks_for(job_file):
     layers = [MoeLayer(0, 8, 64)]
-    job = load_job(job_file(budget={"method": "enp", "retention": "0.6"}, output={"layouts": ["uniform"]}))
-    warnings = layout_warnings(job, plan_shape(job.budget, layers), mtp_layers=1)  # 38 neurons
-    assert "1 multi-token prediction layers" in warnings[0] and "38 neurons may not run" in warnings[1]
-    aligned = load_job(job_file(budget={"method": "enp", "align": 16}, output={"layouts": ["uniform"]}))
+    job = load_job(job_file(budget={"method": "enp", "retention": "0.6", "align": 4}, output={"layouts": ["uniform"]}))
+    warnings = layout_warnings(job, plan_shape(job.budget, layers), mtp_layers=1)
+    assert "1 multi-token prediction layers" in warnings[0] and "36 neurons may not run" in warnings[1]
+    aligned = load_job(
+        job_file(budget={"method": "enp", "retention": "0.63", "align": 8}, output={"layouts": ["uniform"]})
+    )
     assert layout_warnings(aligned, plan_shape(aligned.budget, layers), 0) == []
     ragged = load_job(job_file(budget={"method": "enp"}))
     assert layout_warnings(ragged, plan_shape(ragged.budget, layers), 1) == []
