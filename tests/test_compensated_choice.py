@@ -19,7 +19,7 @@ from tenp_dist.checkpoint import compensated as compensated_module
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import read_kept
-from tenp_dist.cli.room import columns_held
+from tenp_dist.cli.room import columns_held, states_held
 from tenp_dist.engine import boundaries, places
 from tenp_dist.evaluation.plans import NamedPlan, in_forms
 from tenp_dist.job_file import load_job
@@ -271,6 +271,23 @@ def test_room_for_compensated_columns_by_hand(job_file, text_files, tiny_model):
     assert held(evaluation=alone | {"grid": grid}) == 0
     assert held(evaluation=alone | {"grid": grid | {"compensate": [False, True]}}) == pytest.approx(1.8, abs=1e-4)
     assert held(**solved, budget={"method": "reap", "retention": 0.5}) == 0
+
+
+def test_room_for_the_hidden_states_of_all_plans_by_hand(job_file, text_files, tiny_model):
+    """Two files of 3 sequences of 32 tokens, 32 wide, in float32; on calibration text a quarter of 2 x 4 x 32."""
+    facts, part = checkpoint_facts(open_index(tiny_model())), evaluation(text_files)
+    stream = 2 * 3 * 32 * 32 * 4
+
+    def held(**parts) -> float:
+        return states_held(load_job(job_file(**parts)), facts) / stream
+
+    assert held() == 0
+    assert held(evaluation=part) == 3
+    alone = part | {"checkpoint": False, "grid": {"retention": [0.6, 0.3], "method": ["tenp", "reap"]}}
+    assert held(evaluation=alone) == 1 + 4 + 4, "a control of each kind for each retention"
+    both = alone | {"grid": alone["grid"] | {"compensate": [False, True]}}
+    assert held(evaluation=both) == 1 + 2 * 8
+    assert held(budget=AUTO) == (1 + 21) * (2 * 4 * 32 / 4) / (2 * 3 * 32)
 
 
 def test_room_for_them_is_asked_for_before_any_work(job_file, tenp, tiny_model, monkeypatch):

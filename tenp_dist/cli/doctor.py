@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tenp_dist.cli.preflight import preflight
-from tenp_dist.cli.room import columns_held
+from tenp_dist.cli.room import scratch
 from tenp_dist.config import Job
 from tenp_dist.engine.local import InProcessPool, Pool
 from tenp_dist.engine.places import check_places
@@ -66,7 +66,7 @@ def _places(pool: Pool, job: Job | None, facts: Mapping[str, Any], of_job: list[
         return {"job": of_job} if of_job else {}
     there = job.run_dir.exists()
     try:
-        check_places(pool, job, facts, columns_held(job, facts))
+        check_places(pool, job, facts, scratch(job, facts))
         seen = Finding("Paths", "ok", "every node sees model, run directory and enough space")
     except TenpError as error:
         seen = _failed("Paths", error)

@@ -97,7 +97,7 @@ def _execute_stages(
     loaded = load_job(job, overrides, run_dir, plans)
 
     from tenp_dist.cli.preflight import preflight
-    from tenp_dist.cli.room import columns_held
+    from tenp_dist.cli.room import scratch
     from tenp_dist.cli.stages import stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
     from tenp_dist.engine.coordinator import Coordinator
@@ -113,7 +113,7 @@ def _execute_stages(
         raise _not_asked_for(name, job)
     with View(total=len(chosen)) as view:
         make_pool = InProcessPool if debug else functools.partial(RayPool, address)
-        make_pool = checked(make_pool, loaded, facts, columns_held(loaded, facts))
+        make_pool = checked(make_pool, loaded, facts, scratch(loaded, facts))
         coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
         records = coordinator.run(chosen)
     result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}

@@ -1,4 +1,4 @@
-"""Disk space for compensated weights, the largest files that a run makes and removes again."""
+"""Disk space for what a run makes and removes again: compensated weights, and hidden states of what is measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from fractions import Fraction
 from typing import Any
 
 from tenp_dist.cli.inputs import source_index
-from tenp_dist.config import COMPENSATE, Budget, Job
+from tenp_dist.config import COMPENSATE, Budget, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.scoring.methods import registry
+
+
+def scratch(job: Job, facts: Mapping[str, Any]) -> int:
+    """Bytes of both, about."""
+    return columns_held(job, facts) + states_held(job, facts)
+
+
+def states_held(job: Job, facts: Mapping[str, Any]) -> int:
+    """Bytes of hidden states that `select` or `evaluate` stores at a time, about: of every plan, in float32."""
+    tried = _tokens(job.calibration) * job.selection_share * (1 + len(candidates(job.budget))) if job.budget.auto else 0
+    measured = _tokens(job.evaluation) * _streams(job) if job.evaluation else 0
+    return int(4 * facts["hidden_size"] * max(tried, measured))
+
+
+def _tokens(text: Text) -> int:
+    return text.sequence_length * sum(source.samples for source in text.sources)
+
+
+def _streams(job: Job) -> int:
+    """The source, the written checkpoint and its control, and the plans of an evaluation."""
+    forms = len(job.evaluation.grid.get(COMPENSATE, (False,)))
+    return 1 + 2 * job.evaluation.checkpoint + forms * len(_plans(job))
+
+
+def _plans(job: Job) -> dict[str, Budget]:
+    """Name -> budget of the plans besides the written checkpoint, with their controls."""
+    asked = job.evaluation
+    budgets = grid_budgets(job.budget, asked.grid)[0] if asked.grid else {}
+    given = given_plans(asked.plans, source_index(job.model).fingerprint)
+    return with_controls(budgets | {plan.name: plan.budget for plan in given})
 
 
 def columns_held(job: Job, facts: Mapping[str, Any]) -> int:
@@ -29,9 +59,7 @@ def _measured(job: Job, own: list[Budget]) -> list[Budget]:
     found = own if asked.checkpoint else []  # its control
     if not asked.many or not any(asked.grid.get(COMPENSATE, (bool(own),))):
         return found
-    budgets = grid_budgets(job.budget, asked.grid)[0] if asked.grid else {}
-    given = given_plans(asked.plans, source_index(job.model).fingerprint)
-    return [*found, *with_controls(budgets | {plan.name: plan.budget for plan in given}).values()]
+    return [*found, *_plans(job).values()]
 
 
 def _share(budgets: Sequence[Budget]) -> Fraction:

@@ -41,13 +41,13 @@ class Sight:
     free: int
 
 
-def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], columns: int = 0) -> Callable[[], Pool]:
+def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], scratch: int = 0) -> Callable[[], Pool]:
     """The same factory; the pool that it makes has passed `check_places`."""
 
     def make() -> Pool:
         pool = make_pool()
         try:
-            check_places(pool, job, facts, columns)
+            check_places(pool, job, facts, scratch)
         except BaseException:
             pool.close()
             raise
@@ -56,8 +56,8 @@ def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], c
     return make
 
 
-def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], columns: int = 0) -> None:
-    """Ask every node. facts: of the source, as the driver sees it. columns: bytes of compensated W_down held at a time.
+def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 0) -> None:
+    """Ask every node. facts: of the source, as the driver sees it. scratch: bytes of what is made and removed again.
 
     Raises:
         ClusterError: a node does not see the model or the run directory, or sees another one.
@@ -68,7 +68,7 @@ def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], columns: int = 
         pass
     try:
         seen = pool.each_node(look, job.model, job.run_dir, probe)
-        needed = max(0, room_needed(job, facts) + columns - _written(job.run_dir))
+        needed = max(0, room_needed(job, facts) + scratch - _written(job.run_dir))
         for node, sight in seen.items():
             _check_model(node, job.model, sight, facts["fingerprint"])
             _check_run_dir(node, job.run_dir, sight)
@@ -148,7 +148,7 @@ def _check_room(node: str, run_dir: Path, sight: Sight, needed: int) -> None:
             "Not enough space for the run",
             where=f"node {node}: {run_dir}",
             found=f"{sight.free / 1e6:,.1f} MB free",
-            wanted=f"about {needed / 1e6:,.1f} MB for scores, checkpoints and compensated weights",
+            wanted=f"about {needed / 1e6:,.1f} MB for scores, checkpoints, compensated weights and hidden states",
             next_step="free space or point run_dir at a larger file system; nothing was written yet",
         )
 
@@ -167,7 +167,12 @@ def room_needed(job: Job, facts: Mapping[str, Any]) -> int:
 
 def _written(run_dir: Path) -> int:
     """Bytes of it that are there already."""
-    names = ("checkpoint", "scores", *(f"{stage}compensation" for stage in ("", "selection/", "evaluation/")))
+    names = (
+        "checkpoint",
+        "scores",
+        "compensation",
+        *(f"{stage}/{part}" for stage in ("selection", "evaluation") for part in ("compensation", "hidden")),
+    )
     folders = (run_dir / name for name in names)
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
