@@ -510,3 +510,9 @@ def test_only_an_expert_that_rounding_left_indefinite_is_damped_more():
     torch.testing.assert_close(damping_B, torch.tensor([0.01, 10.0]).double())
     shifted_BWW = g_BWW + damping_B[:, None, None] * torch.eye(2)
     torch.testing.assert_close(factor_BWW @ factor_BWW.mT, shifted_BWW)
+
+
+def test_kept_neurons_that_never_fire_are_left_alone():
+    """Their G is zero: r counts from 1 instead of their mean, so there is something to divide by."""
+    factor_BWW, damping_B = _factorise(torch.zeros(1, 2, 2).double(), torch.zeros(1).double(), torch.ones(1).double())
+    assert damping_B.tolist() == [1.0] and torch.equal(factor_BWW, torch.eye(2).double().unsqueeze(0))
