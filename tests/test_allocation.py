@@ -257,3 +257,9 @@ def test_a_layer_that_fits_the_rest_of_the_budget_exactly_is_taken():
 def test_leftover_neurons_are_spent_and_exchanged_by_hand(sizes, taken):
     places = spend(one_expert_layers(*sizes), [np.zeros(1, dtype=np.int64)] * len(sizes), 10, 2)
     assert [place_E.item() for place_E in places] == taken
+
+
+def test_an_expert_that_two_chosen_widths_suit_alike_gets_the_narrower():
+    """At price 1 of widths 0 to 3: the first two want 1 and 3, the third is worth 0.75 at either and 1 at width 2."""
+    kept_CE = np.array([[0, 9, 9, 9], [0, 9, 18, 27], [0, 1.75, 3, 3.75]]).T
+    assert best_widths(kept_CE, np.arange(4), 1.0, 2).tolist() == [1, 3, 1]
