@@ -361,6 +361,20 @@ def test_waste_above_one_percent_warns_with_an_alpha():
     assert shape_warnings(fine, plan_shape(fine, layers_of(26, 64, 1408))) == []
 
 
+def test_a_suggested_alpha_leaves_every_layer_its_minimum():
+    for minimum, suggested in ((0, "important 0.15 keeps 3 experts"), (1, "important 0.35 keeps 7 experts")):
+        budget = Budget(retention="0.5", important="0.25", align=16, slope=0, minimum_important=minimum)
+        (warning,) = shape_warnings(budget, plan_shape(budget, layers_of(4, 5, 80)))
+        assert suggested in warning
+
+
+def test_narrow_experts_are_empty_only_where_alpha_is_rho():
+    """51 neurons are left for 6 experts, no 64 for each."""
+    with pytest.raises(BudgetError, match="No narrow width meets the alignment"):
+        plan_shape(Budget(retention="0.3", important="0.25", align=64), layers_of(1, 8, 128))
+    assert plan_shape(Budget(retention="0.25", important="0.25", align=64), layers_of(1, 8, 128)).narrow_width == 0
+
+
 def test_waste_of_enp_is_not_answered_with_an_alpha():
     budget = Budget(method="enp", align=128)
     (warning,) = shape_warnings(budget, plan_shape(budget, layers_of(26, 64, 1408)))

@@ -50,6 +50,7 @@ def server(tmp_path_factory):
         for name, value in QUIET.items():
             patch.setenv(name, value)
         head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port, "object_store_memory": 80 * 2**20}
+        head["dashboard_agent_listen_port"] = free_port()  # another Ray of the machine may have the default one
         cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=True)
         yield SimpleNamespace(address=f"http://127.0.0.1:{port}", gcs=cluster.address, runs=runs)
         cluster.shutdown()
