@@ -267,6 +267,12 @@ def test_a_plan_and_its_control_are_of_one_size_and_within_the_budget(name):
             assert made.layers[layer.layer].removed == 6
 
 
+def test_an_exchanged_ranking_brings_its_own_statistics():
+    by_experts, by_neurons = Budget(method="tenp", experts="reap"), Budget(method="tenp", neurons="enp-l2")
+    assert planning_statistics(by_experts) == ("token_count", "gated_norm_sum", "neuron_projection_sum")
+    assert planning_statistics(by_neurons) == ("token_count", "expert_importance_sum", "neuron_l2_sum")
+
+
 # --- numbers ------------------------------------------------------------------------------------
 
 
