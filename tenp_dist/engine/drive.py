@@ -101,7 +101,7 @@ def _drive(site: Site, worker: type[Carrier], task: CarryTask, finished: bool) -
     task = _placed(task, mode, cluster, request)
     names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
     message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
-    message += _tight(task, waves)
+    message += _tight(task, waves) if cluster.host_memory else ""  # reads plans, where there are any
     site.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
     site.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
     groups = pool.groups(worker, [(task, shard) for shard in shards], request)
