@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tenp_dist.budget import allocation
 from tenp_dist.budget.allocation import Curves, allocate, smallest, steepest, total_neurons
 from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
 from tenp_dist.budget.floors import floor_places
@@ -263,3 +264,17 @@ def test_an_expert_that_two_chosen_widths_suit_alike_gets_the_narrower():
     """At price 1 of widths 0 to 3: the first two want 1 and 3, the third is worth 0.75 at either and 1 at width 2."""
     kept_CE = np.array([[0, 9, 9, 9], [0, 9, 18, 27], [0, 1.75, 3, 3.75]]).T
     assert best_widths(kept_CE, np.arange(4), 1.0, 2).tolist() == [1, 3, 1]
+
+
+def test_prices_by_the_line_between_the_ends_lead_to_the_same_plan_sooner(monkeypatch):
+    rng, solved, found = np.random.default_rng(5), [], []
+    drawn = [rng.exponential(size=(24, 90)) ** 2 * rng.exponential(size=(24, 1)) for _ in range(12)]
+    layers = [curves_of(energy_EF, layer=layer) for layer, energy_EF in enumerate(drawn)]
+    at_price = Curves.at_price
+    monkeypatch.setattr(Curves, "at_price", lambda *args: solved.append(args) or at_price(*args))
+    for approach in (allocation._Bracket.approach, lambda self: None):
+        monkeypatch.setattr(allocation._Bracket, "approach", approach)
+        solved.clear()
+        plans = [planned(layers, allowed, limit) for allowed in (5000, 13001, 20000) for limit in (2, 4, 9)]
+        found.append((plans, len(solved)))
+    assert found[0][0] == found[1][0] and found[0][1] < found[1][1]

@@ -42,11 +42,11 @@ def test_peaks_are_the_first_largest(size, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_width_of_any_best_set_is_left_out(seed, small_cells):
-    rng, left, most = np.random.default_rng(seed), 0, 0
+    rng, left, most, short = np.random.default_rng(seed), 0, 0, 0
     for _ in range(15):
         worth_CE = drawn_worth(rng, int(rng.integers(1, 7)), int(rng.integers(9, 22)))
         limit, with_full, full = int(rng.integers(1, 4)), bool(rng.integers(2)), len(worth_CE) - 1
-        near = near_widths(worth_CE, *cells(worth_CE, limit), limit, with_full)
+        near, reach_C = near_widths(worth_CE, *cells(worth_CE, limit), limit, with_full)
         sets = [
             chosen
             for size in range(1, limit + 1)
@@ -56,8 +56,11 @@ def test_no_width_of_any_best_set_is_left_out(seed, small_cells):
         worths = np.array([worth_CE[list(chosen)].max(axis=0).sum() for chosen in sets])
         for index in np.flatnonzero(worths >= worths.max() - 1e-12):
             assert all(place in near[step] for step, place in enumerate(sets[index]))
+            assert all(low < high <= reach_C[low] for low, high in itertools.pairwise(sets[index]))
         left, most = left + sum(map(len, near)), most + limit * (full + 1)
-    assert left < 0.9 * most  # and something is
+        assert limit == 1 or (np.arange(full + 1) <= reach_C).all()
+        short += limit > 1 and int((reach_C < full).sum())
+    assert left < 0.9 * most and short  # and something is
 
 
 def test_the_set_at_hand_has_the_full_width_where_it_must(small_cells):
@@ -65,7 +68,7 @@ def test_the_set_at_hand_has_the_full_width_where_it_must(small_cells):
     # worth 18 - 9; the middles of cells, 2 and 18 without the 19, would be worth 18 - 1 and leave no 18.
     worth_CE = np.stack([np.arange(20.0), -np.arange(20) / 2], axis=1)
     worth_CE[19, 0] = -1000
-    near = near_widths(worth_CE, *cells(worth_CE, 2), 2, True)
+    near, _ = near_widths(worth_CE, *cells(worth_CE, 2), 2, True)
     assert cells(worth_CE, 2)[0] == 4 and 18 in near[0] and near[1].tolist() == [16, 17, 18, 19]
 
 

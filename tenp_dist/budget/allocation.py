@@ -1,16 +1,17 @@
 """One price per neuron for the whole model: how wide every expert of every layer becomes within a budget.
 
 At a price every layer is solved alone and exactly (bucketing.py), and the kept neurons of the model fall as the
-price rises. Two solutions around the budget are drawn together, the slope between them the next price, until none
-lies between. The smaller one is kept, layers move to their part of the larger one while that fits, and leftover.py
-spends the rest. Sizes are integers, so the budget is never passed. Equal gains go to the lower layer, then the lower
-expert.
+price rises. Two solutions around the budget are drawn together: first by prices on the line between theirs, then by
+the slope between them, until no solution lies between. The smaller one is kept, layers move to their part of the
+larger one while that fits, and leftover.py spends the rest. Sizes are integers, so the budget is never passed. Equal
+gains go to the lower layer, then the lower expert.
 
 Shapes: C legal widths of a layer, E experts. Memory: the curves, C x E float64 for each layer.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ def allocate(layers: Sequence[Curves], allowed: int, max_widths: int, floors: Pl
         return large, 0.0
     bracket = _Bracket(layers, allowed, max_widths, floors, large)
     bracket.surround(_first_price(layers, allowed, max_widths))
+    bracket.approach()
     price = bracket.close()
     return _merge(layers, bracket.small, bracket.large, allowed), price
 
@@ -86,6 +88,7 @@ class _Bracket:
     def __init__(self, layers: Sequence[Curves], allowed: int, max_widths: int, floors: Places, large: Places):
         self.layers, self.allowed, self.max_widths, self.floors = layers, allowed, max_widths, floors
         self.small, self.large = floors, large
+        self.low, self.high = 0.0, math.inf  # prices of `large` and of `small`
 
     def try_price(self, price: float) -> bool:
         """Solve at `price` and take the solution for the end that it lies at; whether it is over the budget."""
@@ -94,23 +97,46 @@ class _Bracket:
         places = [a if np.array_equal(a, b) else _priced(c, price, self.max_widths, f) for c, a, b, f in parts]
         small, found, large = (total_neurons(self.layers, end) for end in (self.small, places, self.large))
         if small < found <= self.allowed:
-            self.small = places
+            self.small, self.high = places, price
         elif self.allowed < found < large:
-            self.large = places
+            self.large, self.low = places, price
         return found > self.allowed
 
     def surround(self, price: float) -> None:
         """Prices further and further from a first one, until the budget lies between two of them."""
         if price <= 0:
             return
-        over, spread = self.try_price(price), 1.01
+        over, spread = self.try_price(price), 1.003
         while self.try_price(price * spread if over else price / spread) == over and spread < _FURTHEST:
-            spread **= 2
+            spread **= 4
+
+    def approach(self) -> None:
+        """Prices by the line through both ends, as long as two of them leave a quarter of what lies between.
+
+        The first is where the line meets the budget. It leaves one end near and one far, so the second goes to the
+        other side of the budget, by the geometric mean of their distances.
+        """
+        while 0 < self.low < self.high < math.inf:
+            before = self.ends()
+            self.try_price(self._price_of(self.allowed))
+            short, over = (abs(end - self.allowed) for end in self.ends())
+            if not short:
+                return
+            beyond = math.sqrt(short * over)
+            self.try_price(self._price_of(self.allowed + (beyond if short < over else -beyond)))
+            small, large = self.ends()
+            if 4 * (large - small) > before[1] - before[0] or small == self.allowed:
+                return
+
+    def _price_of(self, neurons: float) -> float:
+        """Where the line through both ends keeps so many."""
+        small, large = self.ends()
+        return self.high - (neurons - small) / (large - small) * (self.high - self.low)
 
     def close(self) -> float:
         """The price at which both ends are worth the same and no solution is worth more: none lies between them."""
         while True:
-            small, large = (total_neurons(self.layers, end) for end in (self.small, self.large))
+            small, large = self.ends()
             energy = _energy(self.layers, self.large) - _energy(self.layers, self.small)
             price = max(energy, 0.0) / (large - small)
             ends = self.small, self.large
@@ -119,6 +145,10 @@ class _Bracket:
                 map(operator.is_, ends, (self.small, self.large))
             ):
                 return price
+
+    def ends(self) -> tuple[int, int]:
+        """Neurons of both."""
+        return total_neurons(self.layers, self.small), total_neurons(self.layers, self.large)
 
 
 def total_neurons(layers: Sequence[Curves], places: Places) -> int:

@@ -10,8 +10,8 @@ the worth of a set is that of a path, sum_e H_e(c_1) + sum_i M(c_i, c_{i+1}) wit
 H_e(i)), and the best path of at most W widths is found by dynamic programming. No order of the experts is
 assumed: two experts of nearly equal free width may well go to different buckets. M satisfies
 M(i, j) + M(i', j') >= M(i, j') + M(i', j) for i < i' < j < j', so the best predecessor never moves back as j grows:
-of N widths that may be the next (those that the bounds of narrowing.py leave: a tenth to a fifth of 2049 where 3 are
-chosen) a step looks at O(N log N) pairs instead of N^2.
+of N widths that may be the next a step looks at O(N log N) pairs instead of N^2. The bounds of narrowing.py leave a
+tenth to a fifth of 2049 widths; where many are chosen refining.py leaves one or two.
 
 Shapes: C legal widths in ascending order, E experts. Time: C E + K^2 E for K cells of the bounds, then W - 1 steps of
 N log N E, N <= C. Memory: a few times C x E and 2^17 float64.
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tenp_dist.budget.narrowing import cells, near_widths, peaks
+from tenp_dist.budget.refining import refined
 
 _CHUNK_ELEMENTS = 1 << 17  # float64 differences at once: a core's cache
 
@@ -60,7 +61,8 @@ def best_widths(
     places = set(free_E.tolist()) | ({len(widths_C) - 1} if with_full else set())
     if len(places) <= max_widths:
         return free_E
-    path = _best_path(worth_CE, near_widths(worth_CE, size, most_KE, max_widths, with_full), with_full)
+    near, reach_C = near_widths(worth_CE, size, most_KE, max_widths, with_full)
+    path = _best_path(worth_CE, refined(worth_CE, free_E, near, reach_C, with_full), with_full)
     return path[worth_CE[path].argmax(axis=0)]
 
 

@@ -17,8 +17,8 @@ import math
 import numpy as np
 
 _CELLS = 56.0  # of a layer, times the root of the widths: finer bounds pay where more steps are searched
-_LEAST = 1 << 18  # widths times experts; below it the search is as fast as the bounds
-_ROUNDING = 1e-10  # of a sum of worths; its rounding is below 1e-13
+_LEAST = 1 << 18  # widths times experts times steps; below it the search is as fast as the bounds
+ROUNDING = 1e-10  # of a sum of worths; its rounding is below 1e-13
 
 
 def cells(worth_CE: np.ndarray, max_widths: int) -> tuple[int, np.ndarray]:
@@ -39,16 +39,18 @@ def peaks(worth_CE: np.ndarray, size: int, most_KE: np.ndarray) -> np.ndarray:
 
 def near_widths(
     worth_CE: np.ndarray, size: int, most_KE: np.ndarray, max_widths: int, with_full: bool
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Per step s the ascending places that the s-th of at most `max_widths` best widths may have.
+
+    And for every place the furthest that may be next to it in a best set, itself where none may, int64 [C].
 
     Args:
         worth_CE: H, with one peak along C.
         with_full: the last width is one of them.
     """
     steps = min(max_widths, len(worth_CE))
-    if steps == 1 or worth_CE.size < _LEAST:
-        return [np.arange(len(worth_CE))] * steps
+    if worth_CE.size * (steps - 1) < _LEAST or steps == 1:
+        return [np.arange(len(worth_CE))] * steps, np.full(len(worth_CE), len(worth_CE) - 1)
     climbs_KK = _climbs(most_KE)
     upto, after = [most_KE.sum(axis=1)], [np.zeros(len(most_KE))]
     if with_full:
@@ -61,14 +63,29 @@ def near_widths(
     if with_full:
         middles[-1] = len(worth_CE) - 1
     at_hand = float(worth_CE[middles].max(axis=0).sum())
-    least = at_hand - _ROUNDING * float(np.abs(most_KE).max(axis=0).sum())
-    cell_C = np.arange(len(worth_CE)) // size
-    return [np.flatnonzero((bound_K >= least)[cell_C]) for bound_K in bounds]
+    least = at_hand - ROUNDING * float(np.abs(most_KE).max(axis=0).sum())
+    place_C = np.arange(len(worth_CE))
+    near = [np.flatnonzero((bound_K >= least)[place_C // size]) for bound_K in bounds]
+    return near, np.clip((_reach(upto, after, climbs_KK, least)[place_C // size] + 1) * size - 1, place_C, place_C[-1])
+
+
+def _reach(upto: list[np.ndarray], after: list[np.ndarray], climbs_KK: np.ndarray, least: float) -> np.ndarray:
+    """The last cell that a cell may be followed by, -1 where there is none, [K]."""
+    around_KK = np.full(climbs_KK.shape, -np.inf)
+    for upto_K, after_K in zip(upto, after[-2::-1], strict=False):
+        np.maximum(around_KK, upto_K[:, None] + after_K, out=around_KK)
+    may_KK = around_KK + climbs_KK >= least
+    return np.where(may_KK.any(axis=1), len(may_KK) - 1 - may_KK[:, ::-1].argmax(axis=1), -1)
 
 
 def _climbs(most_KE: np.ndarray) -> np.ndarray:
     """M(a, b) for a <= b, minus infinity elsewhere, [K, K]."""
+    cell_E = most_KE.argmax(axis=0)
+    order_E = np.argsort(cell_E, kind="stable")
+    most_KE = most_KE[:, order_E]
     climbs_KK, one_E = np.full((len(most_KE),) * 2, -np.inf), np.ones(most_KE.shape[1])
-    for cell, most_E in enumerate(most_KE):
-        climbs_KK[cell, cell:] = np.maximum(most_KE[cell:], most_E) @ one_E - most_E @ one_E
+    first_K = np.searchsorted(cell_E[order_E], np.arange(len(most_KE)), side="right")
+    for cell, first in enumerate(first_K):  # experts before `first` climb no more
+        most_I, one_I = most_KE[cell, first:], one_E[first:]
+        climbs_KK[cell, cell:] = np.maximum(most_KE[cell:, first:], most_I) @ one_I - most_I @ one_I
     return climbs_KK
