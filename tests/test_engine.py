@@ -58,9 +58,30 @@ def test_waves_are_contiguous_and_even(batches, waves):
 )
 def test_any_order_of_completion_takes_every_wave_through_every_layer_in_order(layers, shards, waves, mode, random):
     """A layer sees wave 0 first, then 1, ...; every (layer, wave) runs once; nothing waits for ever."""
-    ranges = split_layers([1] * layers, min(shards, layers))
-    positions, running, seen = [0] * waves, {}, []
-    while min(positions) < layers:
+    positions = [0] * waves
+    seen = run_through(split_layers([1] * layers, min(shards, layers)), positions, mode, random)
+    assert len(seen) == len(set(seen)) == layers * waves
+    for layer in range(layers):
+        assert [wave for at, wave in seen if at == layer] == list(range(waves))
+
+
+@given(
+    st.integers(1, 4), st.lists(st.integers(0, 6), min_size=1, max_size=5), st.sampled_from(["resident", "streaming"]),
+    st.randoms(),
+)  # fmt: skip
+def test_no_wave_passes_an_earlier_one_of_which_something_was_lost(shards, positions, mode, random):
+    """Begun anywhere: where a wave goes through a layer, all earlier ones have been."""
+    at = list(positions)
+    for layer, wave in run_through(split_layers([1] * 6, shards), positions, mode, random):
+        assert all(earlier > layer for earlier in at[:wave])
+        at[wave] = layer + 1
+    assert at == [6] * len(at)
+
+
+def run_through(ranges, positions, mode, random) -> list[tuple[int, int]]:
+    """(layer, wave) in the order of completion; `positions` become the end."""
+    running, seen = {}, []
+    while min(positions) < ranges[-1].stop:
         for i, shard in enumerate(ranges):
             unit = next_unit(shard, positions, mode) if i not in running else None
             if unit:
@@ -72,9 +93,7 @@ def test_any_order_of_completion_takes_every_wave_through_every_layer_in_order(l
             assert positions[wave] == unit.start
             seen += [(layer, wave) for layer in range(unit.start, unit.stop)]
             positions[wave] = unit.stop
-    assert len(seen) == len(set(seen)) == layers * waves
-    for layer in range(layers):
-        assert [wave for at, wave in seen if at == layer] == list(range(waves))
+    return seen
 
 
 def test_resident_shards_work_at_the_same_time():

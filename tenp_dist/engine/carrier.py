@@ -262,10 +262,10 @@ class Carrier:
             return read_hidden(self.boundaries, wave, layer, names, self.waves[wave], self.task.compute.device)
         except FileNotFoundError as error:
             raise WorkerLost(
-                "A worker that was given up has stored more meanwhile",
+                "Hidden states are not where they were",
                 where=f"wave {wave}, layer {layer}",
-                found=first_line(error),
-                next_step="nothing: the work goes on from there",
+                found=f"{first_line(error)}: a worker that was given up has stored more meanwhile, or it was removed",
+                next_step="nothing: the work goes on from what is there",
             ) from error
 
     def _commit(self, waves: Sequence[int], layer: int, *, force: bool) -> None:

@@ -40,6 +40,17 @@ class Parts:
         waves, path = self.waves(layer), self.part_file(layer, self.rank)
         return waves, read_statistics(path) if waves and _waves(path, self.key) == waves else None
 
+    def check_next(self, layer: int, wave: int, waves: int) -> None:
+        """Raise StaleError where a wave would be added to sums that lack the one before. waves: in the sums."""
+        if waves != wave:
+            raise StaleError(
+                "The sums of earlier waves are missing",
+                where=self.part_file(layer, self.rank),
+                found=f"sums of {waves} waves",
+                wanted=f"of the {wave} whose hidden states have gone on",
+                next_step="remove scores/hidden and run `tenp-dist score` again: layers that have their sums keep them",
+            )
+
     def write(self, layer: int, statistics: LayerStatistics, waves: int, total: int) -> None:
         """Store the sums over the first `waves` waves of `total`."""
         whole = self.ranks == 1 and waves == total

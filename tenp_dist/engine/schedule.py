@@ -33,13 +33,16 @@ class Unit:
 def next_unit(shard: range, positions: Sequence[int], mode: Mode) -> Unit | None:
     """The unit that the shard owning layers `shard` can start now, None if it has to wait or is done.
 
-    positions: layer that each wave enters next; never increasing, because earlier waves go first.
+    positions: layer that each wave enters next; never increasing, because earlier waves go first, unless what was
+    stored of a wave is lost: the later ones then wait for it.
     """
     here = [wave for wave, position in enumerate(positions) if shard.start <= position < shard.stop]
     if not here:
         return None
     if mode == "resident":
         wave = here[0]
+        if min(positions[:wave], default=shard.start) < shard.start:
+            return None
         return Unit(positions[wave], shard.stop, (wave,))
     layer = min(positions)
     if layer not in shard:  # an earlier shard still has waves to bring

@@ -91,6 +91,7 @@ class ScoreShard(Carrier):
             run_layer(self.frame, layer, module, batches, states, self._share)
         else:
             norms, sums = self.norms_of(layer, experts), self.sums_of(layer, experts)
+            self.parts.check_next(layer, wave, sums.waves)
             score_layer(self.frame, layer, module, batches, states, self._share, norms, sums.statistics)
             sums.waves = wave + 1
         check_finite(states, self.skeleton, layer, module, self._share)
