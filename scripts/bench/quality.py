@@ -205,11 +205,12 @@ def _cell(rows: Sequence[Mapping], key: str | None, column: str) -> str:
 
 def draw(path: Path, rows: Sequence[Mapping]) -> None:
     """NLL added against the share of routed parameters kept: a line per method, dashed where compensated."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    lines = list(dict.fromkeys(row["line"] for row in rows))
+    lines, colors = list(dict.fromkeys(row["line"] for row in rows)), colormaps["tab20"]
     for place, line in enumerate(lines):
         for compensated, style in ((False, "-"), (True, "--")):
             points = {}
@@ -219,7 +220,7 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
             xy = sorted(tuple(statistics.mean(axis) for axis in zip(*seeds, strict=True)) for seeds in points.values())
             label = line if not compensated else None
             if xy:
-                axes.plot(*zip(*xy, strict=True), style, marker="o", color=f"C{place % 10}", label=label, markersize=3)
+                axes.plot(*zip(*xy, strict=True), style, marker="o", color=colors(place % 20), label=label, markersize=3)
     axes.set_yscale("log")
     axes.set_xlabel("share of routed-expert parameters kept")
     axes.set_ylabel("NLL added, nats per token")
