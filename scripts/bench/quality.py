@@ -220,7 +220,8 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
             xy = sorted(tuple(statistics.mean(axis) for axis in zip(*seeds, strict=True)) for seeds in points.values())
             label = line if not compensated else None
             if xy:
-                axes.plot(*zip(*xy, strict=True), style, marker="o", color=colors(place % 20), label=label, markersize=3)
+                look = {"marker": "o", "markersize": 3, "color": colors(place % 20)}
+                axes.plot(*zip(*xy, strict=True), style, label=label, **look)
     axes.set_yscale("log")
     axes.set_xlabel("share of routed-expert parameters kept")
     axes.set_ylabel("NLL added, nats per token")
