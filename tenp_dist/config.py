@@ -210,7 +210,7 @@ class Cluster(_Part):
     device_memory: Size | None = Field(None, description="weights that a rank may hold; default 60 % of what there is")
     host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
     commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
-    start_timeout: float = Field(300.0, gt=0, description="seconds in which a shard must be placed")
+    start_timeout: float = Field(300.0, gt=0, description="seconds in which shards, and writers, must find a place")
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default its cores")
     writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
 

@@ -133,9 +133,8 @@ def tenp(monkeypatch):
         inputs.source_index.cache_clear()  # a new process would open the checkpoint anew
         with monkeypatch.context() as patch:
             if not ray:
-                patch.setattr(
-                    pool, "RayPool", lambda address=None: local.InProcessPool(cores=1)
-                )  # threads cost more than they do
+                # one core: threads cost more than they do
+                patch.setattr(pool, "RayPool", lambda *_: local.InProcessPool(cores=1))
             result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
         return SimpleNamespace(
             exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, exception=result.exception

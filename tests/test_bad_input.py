@@ -569,7 +569,7 @@ def test_no_gpu_in_the_cluster():
 
     pool = RayPool.__new__(RayPool)  # as after connecting to a cluster of CPU nodes
     pool.gpus, pool.cores, pool._address = 0, 4, "head:6379"
-    pool._ray = type("Ray", (), {"nodes": staticmethod(lambda: [{"Alive": True}])})
+    pool._ray = type("Ray", (), {"nodes": staticmethod(lambda: [{"Alive": True, "Resources": {"CPU": 4}}])})
     with pytest.raises(errors.DeviceError) as caught:
         next(pool.stream(print, gpus=1))
     assert "head:6379: 1 node, 4 cores" in str(caught.value) and "set cluster.device" in str(caught.value)

@@ -6,28 +6,31 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from tenp_dist.engine.controller import Retries
 from tenp_dist.engine.local import GroupRequest, available_cores
+from tenp_dist.engine.pool_environment import import_error
 from tenp_dist.engine.pool_group import RayGroup
-from tenp_dist.errors import ClusterError, DeviceError, TenpError, WorkerLost, first_line
+from tenp_dist.engine.pool_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
+from tenp_dist.engine.pool_tasks import Tasks, offer
+from tenp_dist.errors import ClusterError, DeviceError, TenpError, Unplaced, WorkerLost, first_line
 
 T = TypeVar("T")
-_CONNECT_SECONDS = 10.0
 _BEAT_SECONDS = 2.0  # between looks at what workers say of themselves
 _START_SECONDS = 120.0  # at least so long may a process take to start
-_POLL_SECONDS = 1.0  # between looks at whether Ray is still there
-_PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
 
 
 class RayPool:
-    """Runs on a Ray cluster: the one in `address` or RAY_ADDRESS, otherwise a local one of its own."""
+    """Runs on a Ray cluster: the one in `address` or RAY_ADDRESS, otherwise a local one of its own.
 
-    def __init__(self, address: str | None = None):
+    start_timeout: seconds in which one of the tasks of `map` and `stream` must find a place where none is at work.
+    """
+
+    def __init__(self, address: str | None = None, start_timeout: float = 300.0):
         import ray
 
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -37,7 +40,7 @@ class RayPool:
             options |= {"num_cpus": available_cores(), "include_dashboard": False}
         try:
             if address:
-                _check_reachable(address)
+                check_reachable(address)
             with _own_sigterm():
                 ray.init(address=address or "local", **options)  # None would take any cluster found in /tmp
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
@@ -52,7 +55,8 @@ class RayPool:
             ) from error
         self._ray = ray
         self._address = address
-        self._watch = _Watch(_services(ray))
+        self.start_timeout = start_timeout
+        self._watch = HeadWatch(services_of(ray))
         self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -61,7 +65,7 @@ class RayPool:
         self.threads = max(1, *self.node_cores, 1)
 
     def share(self, value: Any) -> Any:
-        return self._ray.put(value)
+        return self.call(self._ray.put, value)
 
     def shrunk(self) -> bool:
         alive = {node["NodeID"] for node in self.call(self._ray.nodes) if node["Alive"]}
@@ -79,23 +83,24 @@ class RayPool:
         )
 
     def describe(self) -> str:
-        nodes = sum(node["Alive"] for node in self._ray.nodes())
+        """The cluster as it is now."""
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         where = f"the Ray cluster at {self._address}" if self._address else "local Ray"
-        return f"{where}: {nodes} node{'s' * (nodes != 1)}, {self.cores} cores"
+        cores = sum(int(resources.get("CPU", 0)) for resources in alive)
+        return f"{where}: {len(alive)} node{'s' * (len(alive) != 1)}, {cores} cores"
+
+    def not_placed(self, what: str, *, wanted: str, next_step: str) -> Unplaced:
+        """The error of what finds no place, with what the cluster has now."""
+        where, found = self.call(self.describe), self.call(offer, self._ray)
+        return Unplaced(what, where=where, found=found, wanted=wanted, next_step=next_step)
 
     def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
+        """Raises WorkerLost, Unplaced where no node takes it in `start_timeout`, or what the function raised."""
         self._check_gpus(gpus)
-        remote = self._ray.remote(function).options(
-            num_returns="streaming", num_cpus=self._threads_left(gpus), num_gpus=gpus, max_retries=0
-        )
-        references = remote.remote(*arguments)
-        while True:
-            self._first([references])
-            try:
-                reference = next(references)
-            except StopIteration:
-                return
-            yield self._get(reference)
+        tasks = Tasks(self, function, lambda: {"CPU": self._threads_left(gpus), "GPU": gpus}, many=True)
+        tasks.begin(arguments)
+        while len(tasks):
+            yield from tasks.step()
 
     def _threads_left(self, gpus: int) -> int:
         """`threads`, or as many as the largest node with the accelerators has: no other would take the task."""
@@ -114,18 +119,24 @@ class RayPool:
             )
 
     def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
-        """Where one fails, those that run are left to `close`: cancelling them can bring Ray 2.60 down."""
-        remote = self._ray.remote(function).options(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")
+        """Raises Unplaced where no node takes one in `start_timeout` and none is at work, or what a call raised.
+
+        Where one fails, those that run are left to `close`: cancelling them can bring Ray 2.60 down.
+        """
+        tasks = Tasks(self, function, lambda: {"CPU": 1, "GPU": 0}, retries=Retries(), spread=True)
         waiting = list(items)[::-1]
-        running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < (limit or self.cores):
-                running.append(remote.remote(*waiting.pop()))
-            done, running = self._first(running)
-            yield self._get(done)
+        while waiting or len(tasks):
+            while waiting and len(tasks) < (limit or max(1, self.cores)):
+                tasks.begin(waiting.pop())
+            yield from tasks.step()
 
     def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
         """Nodes without cores and accelerators do no work and are not asked. Raises WorkerLost, or what it raised."""
+        asked = self.on_each_node(function, *arguments)
+        return {name: self._get(one, _START_SECONDS, code=function.__module__) for name, one in asked.items()}
+
+    def on_each_node(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """Name of a node that does work -> reference of what the function returns there."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         references = {}
@@ -133,8 +144,8 @@ class RayPool:
             if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU")):
                 pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 remote = self._ray.remote(function).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
-                references[_name_of(node)] = remote.remote(*arguments)
-        return {name: self._get(reference, _START_SECONDS) for name, reference in references.items()}
+                references[_name_of(node)] = self.call(remote.remote, *arguments)
+        return references
 
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[RayGroup]:
         """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time.
@@ -199,7 +210,7 @@ class RayPool:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(_POLL_SECONDS)
+            thread.join(POLL_SECONDS)
             self._watch.check()
         value, error = outcome[0]
         if error is not None:
@@ -217,23 +228,26 @@ class RayPool:
         """The first reference that is ready before the clock is at `limit`, or None, and the others."""
         while time.monotonic() < limit:
             self._watch.check()
-            done, others = self._ray.wait(references, num_returns=1, timeout=_POLL_SECONDS)
+            done, others = self._ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
             if done:
                 return done[0], others
         return None, references
 
-    def _get(self, reference: Any, timeout: float = float("inf")) -> Any:
+    def _get(self, reference: Any, timeout: float = float("inf"), *, code: str | None = None) -> Any:
+        """code: the module that the worker has to import, so that an error says where that fails."""
         from ray import exceptions
 
         try:
             return self._ray.get(self._first([reference], timeout)[0])
-        except exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, TenpError):
-                raise cause from None
-            raise
-        except exceptions.RayError as error:  # worker, node, object store or Ray itself
-            raise WorkerLost(
+        except exceptions.RayError as error:
+            if isinstance(error, exceptions.RayTaskError) and isinstance(error.cause, TenpError):
+                raise error.cause from None
+            broken = import_error(self, error, code) if code else None
+            if broken is not None:
+                raise broken from error
+            if isinstance(error, exceptions.RayTaskError):
+                raise
+            raise WorkerLost(  # worker, node, object store or Ray itself
                 "A worker died, or the cluster was lost",
                 where=type(error).__name__,
                 found=first_line(error),
@@ -241,61 +255,9 @@ class RayPool:
             ) from error
 
 
-class _Watch:
-    """Whether Ray's head and the driver's own node are there: somebody listens at their addresses."""
-
-    def __init__(self, services: Mapping[str, tuple[str, int]]):
-        self._services = services
-        self._seen = self._looked = time.monotonic()
-        self._lost: ClusterError | None = None
-
-    def check(self) -> None:
-        """Look at most once a poll. Raises ClusterError once one has been gone for longer than the patience."""
-        if self._lost is not None:
-            raise self._lost
-        if time.monotonic() - self._looked < _POLL_SECONDS:
-            return
-        for what, address in self._services.items():
-            try:
-                socket.create_connection(address, _POLL_SECONDS).close()
-            except OSError as error:
-                self._looked = time.monotonic()
-                if self._looked - self._seen > _PATIENCE_SECONDS:
-                    self._lost = _lost_error(what, address, error)
-                    raise self._lost from error
-                return
-        self._seen = self._looked = time.monotonic()
-
-
-def _lost_error(what: str, address: tuple[str, int], error: OSError) -> ClusterError:
-    return ClusterError(
-        f"{what} was lost",
-        where=f"{address[0]}:{address[1]}",
-        found=first_line(error),
-        next_step="run the same command again, with Ray started again if the cluster is your own: "
-        "finished layers and shards are kept",
-    )
-
-
 def _name_of(node: Mapping[str, Any]) -> str:
     """Host name and address of a node; two nodes may share a host name."""
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
-
-
-def _services(ray: Any) -> dict[str, tuple[str, int]]:
-    """Where Ray's head and the node that this process is connected to listen."""
-    context = ray.get_runtime_context()
-    host, _, port = context.gcs_address.rpartition(":")
-    own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    node = (own["NodeManagerAddress"], own["NodeManagerPort"])
-    return {"The Ray head": (host.strip("[]"), int(port)), "The Ray node of this machine": node}
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes, then end the process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenp_dist.engine.local import GroupRequest
 from tenp_dist.engine.logs import last_words
+from tenp_dist.engine.pool_tasks import short_resources
 from tenp_dist.engine.pulse import Pulse, drop_pulse, read_pulse
 from tenp_dist.errors import ClusterError, TenpError, Unplaced, WorkerLost
 
@@ -49,12 +50,9 @@ class RayGroup:
         call(self._make_actors)
 
     def _not_placed(self, bundle: Mapping[str, float]) -> Unplaced:
-        request = self._request
-        return Unplaced(
+        return self._pool.not_placed(
             "The cluster is smaller than asked",
-            where=self._pool.call(self._pool.describe),
-            found=self._pool.call(_offer, self._ray),
-            wanted=f"a node with {request.ranks} x {_short_resources(bundle)} for every shard",
+            wanted=f"a node with {self._request.ranks} x {short_resources(bundle)} for every shard",
             next_step="lower cluster.shards or cluster.tensor_parallel, or add nodes (cluster.start_timeout waits)",
         )
 
@@ -73,11 +71,11 @@ class RayGroup:
 
     def begin_open(self) -> None:
         for rank, actor in enumerate(self._actors):  # its node may die between placement and start: no endless wait
-            self._pool._get(actor.__ray_ready__.remote(), max(self._request.timeout, _START_SECONDS))
+            self._get(actor.__ray_ready__.remote(), max(self._request.timeout, _START_SECONDS))
             if self._request.logs is not None:
                 actor.log_to.remote(self._log(rank))
         if len(self._actors) > 1:
-            meeting = self._pool._get(self._actors[0].meeting_point.remote())
+            meeting = self._get(self._actors[0].meeting_point.remote())
             for actor in self._actors:
                 actor.join.remote(*meeting)
         self._begin([actor.open.remote() for actor in self._actors])
@@ -87,7 +85,10 @@ class RayGroup:
         while self.pending:
             reference, self.pending = self._pool._first(self.pending)
             with self._quoted(self._ranks[reference]):
-                self._pool._get(reference)
+                self._get(reference)
+
+    def _get(self, reference: Any, timeout: float = float("inf")) -> Any:
+        return self._pool._get(reference, timeout, code=self._worker.__module__)
 
     def warm(self) -> None:
         """Have every rank get ready for its first unit; nobody waits for it."""
@@ -131,7 +132,7 @@ class RayGroup:
         self.pending.remove(reference)
         try:
             with self._quoted(self._ranks[reference]):
-                self._values[self._ranks[reference]] = self._pool._get(reference)
+                self._values[self._ranks[reference]] = self._get(reference)
         except TenpError as error:
             self._error, self.pending = error, []
 
@@ -171,13 +172,3 @@ class RayGroup:
                 self._pool.call(self._ray.kill, actor)
             if placement is not None:
                 self._pool.call(remove_placement_group, placement)
-
-
-def _offer(ray: Any) -> str:
-    """What is free in all, and what every node has."""
-    nodes = "; ".join(_short_resources(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return f"free: {_short_resources(ray.available_resources())}; nodes: {nodes}"
-
-
-def _short_resources(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name in resources) or "nothing"

@@ -1,0 +1,150 @@
+"""Tasks on Ray that say when they have a place: what waits for one is told from what works."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tenp_dist.engine.controller import Retries
+from tenp_dist.errors import Unplaced, WorkerLost
+
+if TYPE_CHECKING:
+    from tenp_dist.engine.pool import RayPool
+
+Function = Callable[..., Any]
+Resources = Mapping[str, float]  # as Ray names them: CPU, GPU
+_NONE = Retries(limit=0)
+
+
+@dataclass
+class _Task:
+    """arguments: of the call; losses: of its workers so far; placed: whether a worker has begun it."""
+
+    arguments: tuple
+    losses: int
+    placed: bool = False
+
+
+class Tasks:
+    """Calls of one function that wait for a place, or work, side by side.
+
+    many: whether the function is a generator, whose values come as it yields them. resources: what a call needs;
+    looked at again while nothing finds a place. retries: of a call whose worker was lost, the first at once. Ray's own
+    are off: a task that Ray starts again waits for a place without a word, and for ever.
+    """
+
+    def __init__(
+        self,
+        pool: RayPool,
+        function: Function,
+        resources: Callable[[], Resources],
+        *,
+        many: bool = False,
+        retries: Retries = _NONE,
+        spread: bool = False,
+    ):
+        self._pool, self._function, self._many, self._retries = pool, function, many, retries
+        self._remote = pool._ray.remote(_telling(function, many))
+        self._options = {"name": function.__name__, "num_returns": "streaming", "max_retries": 0}
+        self._options |= {"scheduling_strategy": "SPREAD"} if spread else {}
+        self._resources, self._asked = resources, resources()
+        self._open: dict[Any, _Task] = {}  # the generator that Ray gives of a task -> the task
+
+    def __len__(self) -> int:
+        """Calls that have not ended."""
+        return len(self._open)
+
+    def begin(self, arguments: tuple, losses: int = 0) -> None:
+        asked = {"num_cpus": self._asked["CPU"], "num_gpus": self._asked["GPU"]}
+        stream = self._pool.call(self._remote.options(**self._options, **asked).remote, *arguments)
+        self._open[stream] = _Task(arguments, losses)
+
+    def step(self) -> Sequence[Any]:
+        """Wait until a call says something: the one value that it gave, or none where it began, ended or begins anew.
+
+        Raises:
+            Unplaced: no call has found a place in time, and none is at work.
+            WorkerLost: a worker was lost too often. Or what the function raised.
+        """
+        stream = self._next()
+        task = self._open[stream]
+        try:
+            value = self._pool._get(next(stream), code=self._function.__module__)
+        except StopIteration:
+            del self._open[stream]
+            return ()
+        except WorkerLost:
+            del self._open[stream]
+            if task.losses == self._retries.limit:
+                raise
+            if task.losses:
+                time.sleep(self._retries.wait(task.losses))
+            self.begin(task.arguments, task.losses + 1)
+            return ()
+        if not task.placed:
+            task.placed = True
+            return ()
+        if not self._many:
+            del self._open[stream]
+        return (value,)
+
+    def _next(self) -> Any:
+        limit = time.monotonic() + self._pool.start_timeout
+        while True:
+            at_work = any(task.placed for task in self._open.values())
+            stream, _ = self._pool._ready(list(self._open), float("inf") if at_work else min(limit, _soon()))
+            if stream is not None:
+                return stream
+            if time.monotonic() >= limit:
+                raise self._not_placed()
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        """Where what calls need has changed meanwhile, let those that wait for a place ask for that."""
+        if self._resources() == self._asked:
+            return
+        self._asked = self._resources()
+        for stream, task in list(self._open.items()):
+            self._pool._ray.cancel(stream)
+            del self._open[stream]
+            self.begin(task.arguments, task.losses)
+
+    def _not_placed(self) -> Unplaced:
+        return self._pool.not_placed(
+            "No node takes the work that is left",
+            wanted=f"a node with {short_resources(self._asked)} to give, in {self._pool.start_timeout:g} seconds "
+            f"({len(self._open)} x {self._function.__name__.strip('_')} waiting)",
+            next_step="start nodes again or free them, then run the same command again: finished layers and shards "
+            "are kept (cluster.start_timeout waits longer)",
+        )
+
+
+def _soon() -> float:
+    return time.monotonic() + 2.0
+
+
+def _telling(function: Function, many: bool) -> Callable[..., Iterator[Any]]:
+    """The function as a generator whose first value says that a worker has begun."""
+
+    def told(*arguments: Any) -> Iterator[Any]:
+        yield None
+        if many:
+            for value in function(*arguments):  # noqa: UP028 Ray sends, which not every iterator takes
+                yield value
+        else:
+            yield function(*arguments)
+
+    return told
+
+
+def short_resources(resources: Resources) -> str:
+    """`2 CPU, 1 GPU`; what there is none of is left out."""
+    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)) or "nothing"
+
+
+def offer(ray: Any) -> str:
+    """What is free in all, and what every node has."""
+    nodes = "; ".join(short_resources(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return f"free: {short_resources(ray.available_resources())}; nodes: {nodes}"
