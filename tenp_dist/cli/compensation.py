@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ def recheck(context: Context) -> dict[str, Any]:
         compensation=run_dir / FOLDER,
     )
     found = recheck_model(site_of(context, "verify", task.compute), task)
-    shutil.rmtree(task.folder)
     return {
         "ok": True,
         "experts_tried": found["tried"],

@@ -5,7 +5,6 @@ Where the job compensates, both compensate what they measure first, on the text 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from tenp_dist.budget.layouts import layouts_of
 from tenp_dist.budget.plan import control_budget
 from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
-from tenp_dist.cli.compensation import FOLDER, variants_of
+from tenp_dist.cli.compensation import variants_of
 from tenp_dist.cli.inputs import (
     CORPUS,
     HELD_OUT,
@@ -81,7 +80,6 @@ def select_stage(context: Context) -> Output:
     }
     path = context.run_dir / "selection.json"
     write_json(path, document)
-    shutil.rmtree(folder)  # what was not chosen can be made again from the scores
     return Output([path], digest_of(document), {key: document[key] for key in ("chosen", "criterion", "infeasible")})
 
 
@@ -165,9 +163,7 @@ def _measure(
     variants = variants_of(context, _part(site, 0, parts), plans, measured.folder)
     passes = [Pass(job.model, {SOURCE: Variant(), **variants}), *written]
     task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
-    figures = evaluate_model(_part(site, parts - 1, parts), task).summary()
-    shutil.rmtree(measured.folder / FOLDER, ignore_errors=True)  # large, and made again from the plans
-    return figures
+    return evaluate_model(_part(site, parts - 1, parts), task).summary()
 
 
 def _part(site: Site, number: int, parts: int) -> Site:

@@ -44,7 +44,7 @@ from tenp_dist.cli.inputs import (
 )
 from tenp_dist.cli.measuring import evaluate_needs, evaluate_stage, select_stage
 from tenp_dist.config import Job
-from tenp_dist.engine.checkpoints import verify_layout, write_layout
+from tenp_dist.engine.checkpoints import MARK, verify_layout, write_layout
 from tenp_dist.engine.coordinator import Context, Output, Stage
 from tenp_dist.engine.scoring import score_model
 from tenp_dist.engine.shard import ScoreTask
@@ -203,7 +203,7 @@ def stages_for(job: Job) -> list[Stage]:
     needs = _needs(job)
     asked = {"select": job.budget.auto, "evaluate": job.evaluation, "compensate": job.output.compensate}
     return [
-        Stage(name, title, needs[name], fields, run, owns, remote=name in _REMOTE)
+        Stage(name, title, needs[name], fields, run, owns, name in _REMOTE, _SCRATCH.get(name, ()))
         for name, title, fields, run, owns in _STAGES
         if asked.get(name, True)
     ]
@@ -221,6 +221,13 @@ _STAGES = (  # name, title, what it reads of the job, what it does, the paths th
     ("evaluate", "Evaluate on held-out text", evaluate_fields, evaluate_stage, ("evaluation", "evaluation.json")),
     ("report", "Write the report", no_fields, _report, ("report",)),
 )
+
+_SCRATCH = {  # what can be made again from what the stage reads
+    "select": ("selection",),
+    "write": (f"checkpoint/*/{MARK}",),
+    "verify": ("verify",),
+    "evaluate": ("evaluation/hidden", f"evaluation/{FOLDER}"),
+}
 
 
 def _needs(job: Job) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Write and verify checkpoints on a pool: one task per output shard, index and config last.
 
-An unfinished folder carries `.writing.json` with the key of what is being written; the same command
-finds it, keeps the shards that are complete and writes the rest.
+A folder carries `.writing.json` with the key of what is being written until the stage has its record; the same
+command finds it, keeps the shards that are complete and writes the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.local import Pool
 from tenp_dist.errors import DiskFullError, OutputError
 
-_MARK = ".writing.json"
+MARK = ".writing.json"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ def write_layout(
             stream.write(text.encode())
     drop_leftovers(folder)  # of writers that were killed and replaced
     finish_checkpoint(folder, shards, config, index.folder)
-    (folder / _MARK).unlink()
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra_files]
     names += [path.name for path in auxiliary_files(index.folder, ragged=layout == "ragged")]
     files = [folder / name for name in names]
@@ -136,7 +135,7 @@ def _reader(index: CheckpointIndex | None) -> AbstractContextManager[TensorReade
 
 def _is_ours(folder: Path, key: str) -> bool:
     """Whether an interrupted run of the same key left the folder."""
-    mark = folder / _MARK
+    mark = folder / MARK
     return mark.is_file() and read_json(mark).get("key") == key
 
 
@@ -156,7 +155,7 @@ def _claim(folder: Path, key: str, ours: bool) -> None:
     if folder.exists() and not ours:
         shutil.rmtree(folder)
     drop_leftovers(folder)
-    write_json(folder / _MARK, {"key": key})
+    write_json(folder / MARK, {"key": key})
 
 
 def _tree_bytes(folder: Path) -> int:

@@ -66,6 +66,7 @@ class Stage:
 
     needs: stages whose digests enter the key. fields: the job fields that the stage reads.
     owns: paths in the run directory that the stage replaces as a whole. remote: its work runs on the pool.
+    scratch: patterns of paths in the run directory that only the unfinished stage needs; they go after its record.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Stage:
     run: Callable[[Context], Output]
     owns: tuple[str, ...]
     remote: bool = False
+    scratch: tuple[str, ...] = ()
 
 
 class Listener:
@@ -137,6 +139,7 @@ class Coordinator:
         record = read_record(self.job.run_dir, stage.name)
         if record is not None and record.key == key and record.intact(self.job.run_dir):
             self.listener.skipped(stage, record)
+            self._tidy(stage)
             return record
         self._check_room(stage, record, inputs)
         self.listener.started(stage)
@@ -168,6 +171,7 @@ class Coordinator:
         record.write(self.job.run_dir)
         self.listener.finished(stage, record, time.monotonic() - started)
         self.journal.event("finished", stage.name, seconds=round(time.monotonic() - started, 3))
+        self._tidy(stage)
         return record
 
     def _progress(self, stage: Stage, progress: Progress) -> None:
@@ -239,6 +243,14 @@ class Coordinator:
             path = self.job.run_dir / name
             if path.is_dir():
                 shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _tidy(self, stage: Stage) -> None:
+        """After the record: a run that dies before would have to make again what is removed here."""
+        for path in [path for pattern in stage.scratch for path in self.job.run_dir.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 

@@ -92,7 +92,7 @@ class EvaluateTask:
 
 
 def evaluate_model(site: Site, task: EvaluateTask) -> Metrics:
-    """Run all passes on the site's shards, then the tail in one worker.
+    """Run all passes on the site's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
 
     Args:
         task: settled (no `auto` in it); its ranks are those of the site. compute.threads: of the tail's worker.
@@ -108,9 +108,12 @@ def evaluate_model(site: Site, task: EvaluateTask) -> Metrics:
     total = len(passes) * steps + waves
     for one in passes:
         drive(_shifted(site, one.number * steps, total), EvaluateShard, one)
-    metrics = _tail_on(_shifted(site, len(passes) * steps, total), passes)
+    return _tail_on(_shifted(site, len(passes) * steps, total), passes)
+
+
+def drop_hidden(task: EvaluateTask) -> None:
+    """Remove what an evaluation goes on from; for when its figures are in a file."""
     shutil.rmtree(task.folder / "hidden", ignore_errors=True)
-    return metrics
 
 
 def _shifted(site: Site, before: int, total: int) -> Site:
