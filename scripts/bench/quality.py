@@ -208,9 +208,10 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    lines, colors = list(dict.fromkeys(row["line"] for row in rows)), colormaps["tab20"]
+    least = {row["line"]: row["nll_added"] for row in sorted(rows, key=lambda row: -row["nll_added"])}
+    lines, colors = sorted(least, key=least.get, reverse=True), colormaps["tab20"]
     for place, line in enumerate(lines):
         for compensated, style in ((False, "-"), (True, "--")):
             points = {}
@@ -225,7 +226,7 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("share of routed-expert parameters kept")
     axes.set_ylabel("NLL added, nats per token")
-    axes.legend(fontsize="small", title="dashed: compensated", ncols=2)
+    figure.legend(loc="outside right upper", fontsize="small", title="dashed: compensated")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
