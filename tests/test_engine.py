@@ -19,11 +19,11 @@ from tenp_dist.config import Cluster
 from tenp_dist.engine.boundaries import Boundaries, GuardedBoundaries
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Controller, Ledger, Retries
-from tenp_dist.engine.drive import choose_mode, cores_per_rank, memory_per_rank
+from tenp_dist.engine.drive import choose_mode, cores_per_rank, cut_layers, memory_per_rank
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pool import RayPool
-from tenp_dist.engine.schedule import Unit, next_unit, split_layers, split_waves
-from tenp_dist.engine.scoring import layer_bytes, score_model
+from tenp_dist.engine.schedule import QUEUE, Unit, next_unit, split_layers, split_waves
+from tenp_dist.engine.scoring import active_bytes, layer_bytes, score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
 from tenp_dist.scoring.statistics import read_statistics
@@ -54,7 +54,7 @@ def test_waves_are_contiguous_and_even(batches, waves):
 
 
 @given(
-    st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.sampled_from(["resident", "streaming"]), st.randoms()
+    st.integers(1, 6), st.integers(1, 4), st.integers(1, 9), st.sampled_from(["resident", "streaming"]), st.randoms()
 )
 def test_any_order_of_completion_takes_every_wave_through_every_layer_in_order(layers, shards, waves, mode, random):
     """A layer sees wave 0 first, then 1, ...; every (layer, wave) runs once; nothing waits for ever."""
@@ -66,7 +66,7 @@ def test_any_order_of_completion_takes_every_wave_through_every_layer_in_order(l
 
 
 @given(
-    st.integers(1, 4), st.lists(st.integers(0, 6), min_size=1, max_size=5), st.sampled_from(["resident", "streaming"]),
+    st.integers(1, 4), st.lists(st.integers(0, 6), min_size=1, max_size=8), st.sampled_from(["resident", "streaming"]),
     st.randoms(),
 )  # fmt: skip
 def test_no_wave_passes_an_earlier_one_of_which_something_was_lost(shards, positions, mode, random):
@@ -80,10 +80,11 @@ def test_no_wave_passes_an_earlier_one_of_which_something_was_lost(shards, posit
 
 def run_through(ranges, positions, mode, random) -> list[tuple[int, int]]:
     """(layer, wave) in the order of completion; `positions` become the end."""
-    running, seen = {}, []
+    running, seen, fresh = {}, [], max(positions) == 0
     while min(positions) < ranges[-1].stop:
         for i, shard in enumerate(ranges):
-            unit = next_unit(shard, positions, mode) if i not in running else None
+            last = i + 1 == len(ranges)
+            unit = next_unit(shard, positions, mode, last=last) if i not in running else None
             if unit:
                 running[i] = unit
         assert running, "deadlock"
@@ -93,6 +94,8 @@ def run_through(ranges, positions, mode, random) -> list[tuple[int, int]]:
             assert positions[wave] == unit.start
             seen += [(layer, wave) for layer in range(unit.start, unit.stop)]
             positions[wave] = unit.stop
+        if fresh and mode == "resident":
+            assert max((positions.count(shard.stop) for shard in ranges[:-1]), default=0) <= QUEUE
     return seen
 
 
@@ -101,6 +104,28 @@ def test_resident_shards_work_at_the_same_time():
     assert next_unit(shards[1], [0, 0], "resident") is None
     assert next_unit(shards[0], [2, 0], "resident") == Unit(0, 2, (1,))
     assert next_unit(shards[1], [2, 0], "resident") == Unit(2, 4, (0,))
+
+
+def test_a_resident_shard_waits_for_one_that_is_slower():
+    behind = [2] * QUEUE + [0]
+    assert next_unit(range(0, 2), behind, "resident", last=False) is None
+    assert next_unit(range(0, 2), behind, "resident", last=True) == Unit(0, 2, (QUEUE,))
+    assert next_unit(range(0, 2), [4, *behind[1:]], "resident", last=False) == Unit(0, 2, (QUEUE,))
+
+
+def test_shards_are_balanced_by_bytes_and_compute():
+    """DeepSeek-V3's form in short: dense layers hold little, but every token passes all of it."""
+    facts = {
+        "num_layers": 5, "moe_layers": [2, 3, 4], "num_experts": 16, "top_k": 2, "dtypes": {"BF16": 1},
+        "parameters": {"routed": 3 * 16 * 100},
+        "bytes": {"per_layer": {"0": 800, "1": 800, "2": 3600, "3": 3600, "4": 3600}},
+    }  # fmt: skip
+    nbytes, active = layer_bytes(facts, 2), active_bytes(facts, 2)
+    assert nbytes == [800, 800, 3600, 3600, 3600]
+    assert active == [800, 800, 800, 800, 800]  # 400 beside the experts, 2 experts of 200
+    cluster = Cluster(shards=2)
+    assert cut_layers(cluster, nbytes) == [range(0, 3), range(3, 5)]
+    assert cut_layers(cluster, nbytes, [4000, 4000, 800, 800, 800]) == [range(0, 2), range(2, 5)]
 
 
 def test_a_resumed_wave_goes_on_inside_a_shard():

@@ -118,7 +118,7 @@ def describe(task, corpus) -> dict[str, Any]:
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
     from tenp_dist.engine.compute import microbatches
-    from tenp_dist.engine.scoring import layer_bytes
+    from tenp_dist.engine.scoring import active_bytes, layer_bytes
 
     write_corpus(task.corpus, corpus)
     index = open_index(task.model)
@@ -129,7 +129,8 @@ def describe(task, corpus) -> dict[str, Any]:
     click.echo(f"model     {task.model.name}, {index.nbytes / MEGABYTE:,.0f} MB, {task.compute.dtype}")
     click.echo(f"tokens    {tokens:,} in {batches} microbatches of at most {task.compute.batch_tokens}, {waves} waves")
     hidden = tokens * index.config["hidden_size"] * itemsize
-    layers = {"nbytes": layer_bytes(facts, itemsize), "moe": facts["moe_layers"]}
+    layers = {"nbytes": layer_bytes(facts, itemsize), "active": active_bytes(facts, itemsize)}
+    layers["moe"] = facts["moe_layers"]
     return {"tokens": tokens, "hidden": hidden, "batches": batches, **layers}
 
 
@@ -169,7 +170,7 @@ def measure_case(case: Case, task, facts) -> Measured:
     pool = WatchedPool()
     with tempfile.TemporaryDirectory(dir=task.corpus.parent) as folder:
         task = replace(task, folder=Path(folder) / "scores")
-        site = Site(pool, options, facts["nbytes"], Ledger(Path(folder) / "ledger.jsonl"))
+        site = Site(pool, options, facts["nbytes"], Ledger(Path(folder) / "ledger.jsonl"), active=facts["active"])
         score_model(site, task, facts["moe"])
         seconds = time.perf_counter() - pool.started
     pool.memory.__exit__()

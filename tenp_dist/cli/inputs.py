@@ -20,7 +20,7 @@ from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Ledger
 from tenp_dist.engine.coordinator import Context
 from tenp_dist.engine.drive import Site
-from tenp_dist.engine.scoring import layer_bytes
+from tenp_dist.engine.scoring import active_bytes, layer_bytes
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
 
@@ -100,6 +100,7 @@ def settled_compute(context: Context, batch_tokens: int) -> Compute:
 
 def site_of(context: Context, stage: str, compute: Compute) -> Site:
     """Where the stage's shards run. compute: settled."""
-    nbytes = layer_bytes(facts_of(context), compute.torch_dtype.itemsize)
+    facts, itemsize = facts_of(context), compute.torch_dtype.itemsize
+    nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
     ledger = Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")
-    return Site(context.pool, context.job.cluster, nbytes, ledger, context.progress)
+    return Site(context.pool, context.job.cluster, nbytes, ledger, context.progress, active)

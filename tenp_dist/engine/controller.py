@@ -112,7 +112,8 @@ class Controller:
         losses = [0] * len(self.groups)
         while min(positions, default=layers) < layers:
             for i, shard in enumerate(self.shards):
-                unit = next_unit(shard, positions, self.mode) if i not in running else None
+                last = i + 1 == len(self.shards)
+                unit = next_unit(shard, positions, self.mode, last=last) if i not in running else None
                 if unit is not None:
                     self.groups[i].start(unit)
                     running[i] = unit

@@ -26,7 +26,8 @@ _FILLED = 0.6  # share of a device's memory that resident weights may take
 class Site:
     """Where the shards of a model run, and who is told how it goes.
 
-    nbytes: of every decoder layer at its full width in compute dtype.
+    nbytes: of every decoder layer at its full width in compute dtype. active: of what a token passes of it, which is
+    what it costs to compute; as `nbytes` if it is not given.
     """
 
     pool: Pool
@@ -34,6 +35,7 @@ class Site:
     nbytes: Sequence[int]
     ledger: Ledger
     progress: Callable[[Progress], None] = lambda step: None
+    active: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Summary:
     resumed_share: float
 
 
-def cut_layers(cluster: Cluster, nbytes: Sequence[int]) -> list[range]:
-    """The decoder layers of every shard, balanced by their bytes.
+def cut_layers(cluster: Cluster, nbytes: Sequence[int], active: Sequence[int] = ()) -> list[range]:
+    """The decoder layers of every shard, balanced by bytes and compute: a layer's share of both, added.
 
     Raises:
         ClusterError: more shards than layers.
@@ -61,7 +63,9 @@ def cut_layers(cluster: Cluster, nbytes: Sequence[int]) -> list[range]:
             wanted=f"at most {len(nbytes)}",
             next_step="lower cluster.shards",
         )
-    return split_layers(nbytes, cluster.shards)
+    active = active or nbytes
+    costs = [own * sum(active) + passed * sum(nbytes) for own, passed in zip(nbytes, active, strict=True)]
+    return split_layers(costs, cluster.shards)
 
 
 def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool = False) -> Summary:
@@ -91,7 +95,7 @@ def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool 
 
 def _drive(site: Site, worker: type[Carrier], task: CarryTask, finished: bool) -> Summary:
     pool, cluster, waves, layers = site.pool, site.cluster, task.count_waves(), len(site.nbytes)
-    shards = cut_layers(cluster, site.nbytes)
+    shards = cut_layers(cluster, site.nbytes, site.active)
     mode = choose_mode(pool, cluster, site.nbytes, shards, task.compute.device)
     stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
     resumed = 1.0 if finished else sum(stored()) / (waves * layers)

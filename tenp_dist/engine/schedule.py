@@ -1,9 +1,9 @@
 """What each shard does next: a pure policy over how far every wave has come.
 
-Tokens are cut into waves; a wave's position is the layer it enters next. A shard owns a contiguous
-range of layers. `resident` shards hold their layers and take one wave through all of them, so waves
-pipeline through the shards; `streaming` shards take one layer over all waves. In both a layer sees the
-waves in order, so sums combine in wave order whatever the number of shards.
+Tokens are cut into waves; a wave's position is the layer it enters next. A shard owns a contiguous range of
+layers. `resident` shards hold their layers and take one wave through all of them, so waves pipeline through the
+shards, a bounded number of them waiting between two; `streaming` shards take one layer over all waves. In both a
+layer sees the waves in order, so sums combine in wave order whatever the number of shards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["resident", "streaming"]
+QUEUE = 4  # waves between two resident shards, the one at work included; hidden states on disk are bounded by it
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Unit:
         return f"{layers}, {waves}"
 
 
-def next_unit(shard: range, positions: Sequence[int], mode: Mode) -> Unit | None:
+def next_unit(shard: range, positions: list[int], mode: Mode, *, last: bool = True) -> Unit | None:
     """The unit that the shard owning layers `shard` can start now, None if it has to wait or is done.
 
     positions: layer that each wave enters next; never increasing, because earlier waves go first, unless what was
     stored of a wave is lost: the later ones then wait for it.
+    last: whether no other shard takes over what leaves this one.
     """
     here = [wave for wave, position in enumerate(positions) if shard.start <= position < shard.stop]
     if not here:
@@ -42,6 +44,8 @@ def next_unit(shard: range, positions: Sequence[int], mode: Mode) -> Unit | None
     if mode == "resident":
         wave = here[0]
         if min(positions[:wave], default=shard.start) < shard.start:
+            return None
+        if not last and positions[:wave].count(shard.stop) >= QUEUE:
             return None
         return Unit(positions[wave], shard.stop, (wave,))
     layer = min(positions)

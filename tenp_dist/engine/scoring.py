@@ -39,3 +39,11 @@ def layer_bytes(facts: Mapping[str, Any], itemsize: int) -> list[int]:
     ratio = itemsize / ITEM_SIZE[stored]
     per_layer = facts["bytes"]["per_layer"]
     return [int(per_layer[str(layer)] * ratio) for layer in range(facts["num_layers"])]
+
+
+def active_bytes(facts: Mapping[str, Any], itemsize: int) -> list[int]:
+    """Like `layer_bytes`, of routed experts only the `top_k` that a token goes to."""
+    nbytes, experts = layer_bytes(facts, itemsize), facts["num_experts"]
+    routed = facts["parameters"]["routed"] // max(1, len(facts["moe_layers"])) * itemsize
+    passed_by = routed * (experts - (facts["top_k"] or experts)) // max(1, experts)
+    return [size - passed_by * (layer in facts["moe_layers"]) for layer, size in enumerate(nbytes)]
