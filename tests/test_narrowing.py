@@ -40,6 +40,19 @@ def test_peaks_are_the_first_largest(size, monkeypatch):
         assert most_KE.tolist() == [worth_CE[start : start + found].max(axis=0).tolist() for start in starts]
 
 
+def best_sets(worth_CE: np.ndarray, limit: int, with_full: bool) -> list[tuple[int, ...]]:
+    """All sets of at most `limit` places that are worth most, by trying every set."""
+    places = range(len(worth_CE))
+    sets = [
+        chosen
+        for size in range(1, limit + 1)
+        for chosen in itertools.combinations(places, size)
+        if not with_full or chosen[-1] == places[-1]
+    ]
+    worths = np.array([worth_CE[list(chosen)].max(axis=0).sum() for chosen in sets])
+    return [sets[index] for index in np.flatnonzero(worths >= worths.max() - 1e-12)]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_no_width_of_any_best_set_is_left_out(seed, small_cells):
     rng, left, most, short = np.random.default_rng(seed), 0, 0, 0
@@ -47,16 +60,9 @@ def test_no_width_of_any_best_set_is_left_out(seed, small_cells):
         worth_CE = drawn_worth(rng, int(rng.integers(1, 7)), int(rng.integers(9, 22)))
         limit, with_full, full = int(rng.integers(1, 4)), bool(rng.integers(2)), len(worth_CE) - 1
         near, reach_C = near_widths(worth_CE, *cells(worth_CE, limit), limit, with_full)
-        sets = [
-            chosen
-            for size in range(1, limit + 1)
-            for chosen in itertools.combinations(range(full + 1), size)
-            if not with_full or chosen[-1] == full
-        ]
-        worths = np.array([worth_CE[list(chosen)].max(axis=0).sum() for chosen in sets])
-        for index in np.flatnonzero(worths >= worths.max() - 1e-12):
-            assert all(place in near[step] for step, place in enumerate(sets[index]))
-            assert all(low < high <= reach_C[low] for low, high in itertools.pairwise(sets[index]))
+        for best in best_sets(worth_CE, limit, with_full):
+            assert all(place in near[step] for step, place in enumerate(best))
+            assert all(low < high <= reach_C[low] for low, high in itertools.pairwise(best))
         left, most = left + sum(map(len, near)), most + limit * (full + 1)
         assert limit == 1 or (np.arange(full + 1) <= reach_C).all()
         short += limit > 1 and int((reach_C < full).sum())

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from test_narrowing import best_sets
 
 from tenp_dist.budget import narrowing, refining
 from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
@@ -50,14 +51,7 @@ def test_what_stays_is_what_best_sets_have(seed):
     for _ in range(6):
         worth_CE = drawn_worth(rng, int(rng.integers(2, 9)), int(rng.integers(6, 15)), ties=ties)
         full, limit, with_full = len(worth_CE) - 1, int(rng.integers(2, 5)), bool(rng.integers(2))
-        sets = [
-            chosen
-            for size in range(1, limit + 1)
-            for chosen in itertools.combinations(range(full + 1), size)
-            if not with_full or chosen[-1] == full
-        ]
-        worths = np.array([worth_CE[list(chosen)].max(axis=0).sum() for chosen in sets])
-        best = [sets[index] for index in np.flatnonzero(worths >= worths.max() - 1e-12)]
+        best = best_sets(worth_CE, limit, with_full)
         wanted = [sorted({chosen[step] for chosen in best if step < len(chosen)}) for step in range(limit)]
         # As far as the neighbours in best sets are apart, from any place, and as far as there are places.
         furthest = max((j - i for chosen in best for i, j in itertools.pairwise(chosen)), default=1)
