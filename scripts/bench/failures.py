@@ -26,7 +26,7 @@ from scoring import ROOT, make_corpus
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(path_type=Path), default=ROOT / "jobs/quickstart/moe-4m", show_default=True)
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, help="jsonl; default: stdlib")
-@click.option("--samples", default=256, show_default=True, help="sequences per text file")
+@click.option("--samples", default=128, show_default=True, help="sequences per text file")
 @click.option("--length", default=256, show_default=True, help="tokens per sequence")
 @click.option("--shards", default=2, show_default=True)
 @click.option("--mode", type=click.Choice(["resident", "streaming"]), default="resident", show_default=True)
