@@ -2,7 +2,8 @@
 
 Every row is a run of its own; starting processes, Ray and imports does not count, reading the source and
 writing the score files does (the plain model is loaded before its clock starts). Memory is the peak of anonymous
-resident memory of the largest process, sampled every 20 ms; `at open` is interpreter, libraries and skeleton.
+resident memory of the largest process, sampled every 20 ms (the workspace alone every 4 ms); `at open` is interpreter,
+libraries and skeleton.
 
 The bounds compare with two parts that are measured alone in one process, with the same threads: reading the files
 once (from the page cache, if they are in it), and computing scores, weight norms included, with a layer in memory.
@@ -222,7 +223,7 @@ def measure_alone(task) -> dict[str, float]:
             experts = shard.skeleton.experts_of(module)
             scored = experts is not None
             run = score_layer if scored else run_layer
-            with PeakMemory() as memory:
+            with PeakMemory(every=0.004) as memory:
                 started = time.perf_counter()
                 sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
                 run(shard.frame, layer, module, shard.batches, hidden, {}, *sums)
