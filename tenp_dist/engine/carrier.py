@@ -157,7 +157,7 @@ class Carrier:
     def warm(self) -> None:
         """Make resident layers ready while the first wave is on its way; what is wrong with one, its unit says."""
         if self.task.mode == "resident":
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(TenpError):
                 for layer in self.layers:
                     self._warm(layer, self.source.get(layer))
 

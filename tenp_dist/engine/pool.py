@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 from tenp_dist.engine.controller import Retries
 from tenp_dist.engine.local import GroupRequest, available_cores
 from tenp_dist.engine.pool_environment import import_error
-from tenp_dist.engine.pool_group import RayGroup
+from tenp_dist.engine.pool_group import START_SECONDS, RayGroup
 from tenp_dist.engine.pool_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
 from tenp_dist.engine.pool_tasks import Tasks, offer
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, Unplaced, WorkerLost, first_line
 
 T = TypeVar("T")
 _BEAT_SECONDS = 2.0  # between looks at what workers say of themselves
-_START_SECONDS = 120.0  # at least so long may a process take to start
 
 
 class RayPool:
@@ -133,7 +132,7 @@ class RayPool:
     def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
         """Nodes without cores and accelerators do no work and are not asked. Raises WorkerLost, or what it raised."""
         asked = self.on_each_node(function, *arguments)
-        return {name: self._get(one, _START_SECONDS, code=function.__module__) for name, one in asked.items()}
+        return {name: self._get(one, START_SECONDS, code=function.__module__) for name, one in asked.items()}
 
     def on_each_node(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """Name of a node that does work -> reference of what the function returns there."""

@@ -81,7 +81,7 @@ def _importer() -> Callable[[str], tuple[str, str | None]]:
 
         try:
             importlib.import_module(module)
-        except Exception as error:  # a broken library raises anything
+        except Exception as error:  # what it raises is the answer, and a broken library raises anything
             lines = str(error).strip().splitlines() or [""]
             return sys.executable, f"{type(error).__name__}: {lines[0]}"
         return sys.executable, None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenp_dist.engine.local import GroupRequest
 from tenp_dist.engine.logs import last_words
+from tenp_dist.engine.pool_head import POLL_SECONDS
 from tenp_dist.engine.pool_tasks import short_resources
 from tenp_dist.engine.pulse import Pulse, drop_pulse, read_pulse
 from tenp_dist.errors import ClusterError, TenpError, Unplaced, WorkerLost
@@ -17,8 +18,7 @@ from tenp_dist.errors import ClusterError, TenpError, Unplaced, WorkerLost
 if TYPE_CHECKING:
     from tenp_dist.engine.pool import RayPool
 
-_POLL_SECONDS = 1.0
-_START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
+START_SECONDS = 120.0  # at least so long may the processes of a placed group take to start
 
 
 class RayGroup:
@@ -42,7 +42,7 @@ class RayGroup:
         bundle = {"CPU": request.cores} | ({"GPU": request.gpus} if request.gpus else {})
         self._placement = call(lambda: placement_group([bundle] * request.ranks, strategy="STRICT_PACK"))
         limit = time.monotonic() + request.timeout
-        while not call(self._placement.wait, max(0.0, min(_POLL_SECONDS, limit - time.monotonic()))):
+        while not call(self._placement.wait, max(0.0, min(POLL_SECONDS, limit - time.monotonic()))):
             if time.monotonic() >= limit:
                 error = self._not_placed(bundle)
                 self.close()
@@ -71,7 +71,7 @@ class RayGroup:
 
     def begin_open(self) -> None:
         for rank, actor in enumerate(self._actors):  # its node may die between placement and start: no endless wait
-            self._get(actor.__ray_ready__.remote(), max(self._request.timeout, _START_SECONDS))
+            self._get(actor.__ray_ready__.remote(), max(self._request.timeout, START_SECONDS))
             if self._request.logs is not None:
                 actor.log_to.remote(self._log(rank))
         if len(self._actors) > 1:
