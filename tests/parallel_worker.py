@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tenp_dist.engine.parallel import check_parallel, join_ranks, parallelise_layer
+from tenp_dist.engine.parallel import check_parallel, join_ranks, listen, parallelise_layer
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
@@ -119,7 +119,9 @@ def score_model(folder: Path, out: Path, ranks, dtype: torch.dtype, padded: bool
 def main() -> None:
     job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     torch.set_num_threads(1)
-    ranks = join_ranks(rank, job["size"], "127.0.0.1", job["port"], "cpu", timeout=120)
+    meeting = ("127.0.0.1", job["port"])
+    own = listen(*meeting) if rank == 0 and job["size"] > 1 else None
+    ranks = join_ranks(rank, job["size"], *meeting, "cpu", own=own, timeout=120)
     result = {}
     for name, folder in job["models"].items():
         out = Path(job["out"]) / f"rank{rank}" / name

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +20,7 @@ from test_structure import SOURCES, imports_of
 from tenp_dist.budget.plan import MoeLayer, make_plan
 from tenp_dist.checkpoint.families import FAMILIES
 from tenp_dist.config import Budget
-from tenp_dist.engine.parallel import Ranks, check_parallel, join_ranks
+from tenp_dist.engine.parallel import Ranks, check_parallel, join_ranks, listen
 from tenp_dist.errors import ClusterError, UnsupportedModelError
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame
@@ -212,8 +213,13 @@ def test_a_rank_whose_peer_dies_fails_at_once(tiny_model, tmp_path):
 
 
 def test_ranks_that_do_not_meet_are_a_clear_error():
+    own = listen("127.0.0.1")
     with mock.patch.dict(os.environ), pytest.raises(ClusterError, match="rank 0 of 2"):
-        join_ranks(0, 2, "127.0.0.1", free_port(), timeout=1)
+        join_ranks(0, 2, own.host, own.port, own=own, timeout=1)
+    with mock.patch.dict(os.environ), pytest.raises(ClusterError, match="rank 1 of 2"):
+        join_ranks(1, 2, "127.0.0.1", free_port(), timeout=1)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ClusterError, match="did not meet"):
+        listen(*taken.getsockname())
 
 
 @pytest.mark.parametrize("num_experts", [8, 60, 256])

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from tenp_dist.engine.compute import Compute, embed_all, microbatches, open_skel
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.local import own_address
 from tenp_dist.engine.logs import log_line, log_to
-from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, parallelise_layer
+from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, listen, parallelise_layer
 from tenp_dist.engine.pulse import Pulse, resident_memory, start_pulse
 from tenp_dist.engine.schedule import Mode, Unit, split_waves
 from tenp_dist.engine.weights import LayerSource
@@ -100,6 +100,7 @@ class Carrier:
         self.boundaries = task.boundaries
         self.ranks = Ranks()
         self._meeting: tuple[str, int] | None = None
+        self._listening: Any = None  # in rank 0, where the ranks meet
         self._logs = False
         self._steps = self._tokens = 0
         self._seconds = 0.0
@@ -108,10 +109,9 @@ class Carrier:
         self._stores: dict[int, Future] = {}  # layer -> its results on their way to disk
 
     def meeting_point(self) -> tuple[str, int]:
-        """Address and a free port of this process's node, for the ranks to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return own_address(), probe.getsockname()[1]
+        """Address and port of this process, which listens there from now on for the other ranks."""
+        self._listening = listen(own_address())
+        return self._listening.host, self._listening.port
 
     def log_to(self, path: Path) -> None:
         """What this process prints goes to a file from now on; units are noted there, a pulse beside it."""
@@ -127,7 +127,7 @@ class Carrier:
         """Meet the other ranks, build the skeleton; everything that can fail does so here or in `run`."""
         task = self.task
         if self._meeting is not None:
-            self.ranks = join_ranks(self.rank, task.ranks, *self._meeting, task.compute.device)
+            self.ranks = join_ranks(self.rank, task.ranks, *self._meeting, task.compute.device, own=self._listening)
         task.compute.resolved()  # the accelerator that was promised is here
         corpus = read_corpus(task.corpus)
         self.domains = corpus.domains

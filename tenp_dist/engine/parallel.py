@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,7 +28,11 @@ from tenp_dist.checkpoint.families import FAMILIES, Family
 from tenp_dist.errors import ClusterError, UnsupportedModelError, first_line
 from tenp_dist.model.skeleton import Skeleton
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
+MEET_SECONDS = 600.0  # to wait for the other ranks
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,34 @@ def check_parallel(family: Family, config: Mapping[str, Any], size: int) -> None
             )
 
 
+def listen(address: str, port: int = 0, *, timeout: float = MEET_SECONDS) -> TCPStore:
+    """Where ranks meet, in this process from now on. port 0: one that is free; what is returned has it as `.port`.
+
+    Raises:
+        ClusterError: nobody can listen there.
+    """
+    from torch.distributed import TCPStore
+
+    with _meeting_at(f"{address}:{port}"):
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+
+
 def join_ranks(
-    rank: int, size: int, address: str, port: int, device: str | torch.device = "cpu", *, timeout: float = 600
+    rank: int,
+    size: int,
+    address: str,
+    port: int,
+    device: str | torch.device = "cpu",
+    *,
+    own: TCPStore | None = None,
+    timeout: float = MEET_SECONDS,
 ) -> Ranks:
     """Meet the other ranks of a shard, once per process; one rank alone needs nobody.
 
     Args:
-        address, port: where rank 0 listens; every shard has its own port.
+        address, port: where the ranks meet; every shard has its own port.
         device: the rank's accelerator as this process numbers it, or `cpu`.
+        own: what `listen` returned where this process is the one that listens there, rank 0 by convention.
         timeout: seconds to wait for the others, here and in every collective.
 
     Raises:
@@ -110,23 +134,30 @@ def join_ranks(
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        try:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=timeout),
-            )
-        except dist.DistError as error:
-            raise ClusterError(
-                "The ranks of a shard did not meet",
-                where=f"rank {rank} of {size} at {address}:{port}",
-                found=first_line(error),
-                next_step="check that all its workers started and reach this address",
-            ) from error
+        limit = timedelta(seconds=timeout)
+        limit = timedelta(seconds=timeout)
+        with _meeting_at(f"rank {rank} of {size} at {address}:{port}"):
+            store = own or dist.TCPStore(address, port, is_master=False, timeout=limit)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     with _quiet():
         _start_deepspeed()
     return ranks
+
+
+@contextlib.contextmanager
+def _meeting_at(where: str) -> Iterator[None]:
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        raise ClusterError(
+            "The ranks of a shard did not meet",
+            where=where,
+            found=first_line(error),
+            next_step="check that all its workers started and reach this address",
+        ) from error
 
 
 def barrier() -> None:
