@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -350,6 +351,25 @@ def test_a_position_is_read_while_its_wave_goes_on(tmp_path):
         Boundaries(folder, "key").write(0, 2, {})
         guard = [lambda: 9] if issubclass(kind, GuardedBoundaries) else []
         assert kind(folder, "key", *guard).position(0) == 4
+
+
+def test_a_name_that_is_listed_and_cannot_be_opened(tmp_path, monkeypatch):
+    """For ever: an error that names it. For a moment: the position."""
+    ours, link = Boundaries(tmp_path, "key"), tmp_path / "wave_000.layer_00004.safetensors"
+    ours.write(0, 2, {})
+    link.symlink_to(tmp_path / "nowhere")
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(StaleError, match="cannot be opened") as caught:
+        ours.position(0)
+    assert link.name in caught.value.found and 3 < sum(pauses) < 20
+    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "nowhere").exists() or target())
+
+    def target():
+        Boundaries(tmp_path / "other", "key").write(0, 4, {})
+        (tmp_path / "other" / link.name).rename(tmp_path / "nowhere")
+
+    assert ours.position(0) == 4
 
 
 def test_another_number_of_ranks_is_refused_in_a_run_that_was_begun(tiny_model, tmp_path):

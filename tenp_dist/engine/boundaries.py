@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.errors import StaleError, first_line
 
 _NAME = re.compile(r"wave_(\d+)\.layer_(\d+)\.safetensors$")
+_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds, between tries to open a file that is listed
 Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D], one tensor per microbatch
 
 
@@ -30,17 +33,26 @@ class Boundaries:
         self.key = key
 
     def position(self, wave: int) -> int:
-        """The layer that a wave enters next, 0 if nothing of it is stored."""
+        """The layer that a wave enters next, 0 if nothing of it is stored. Raises StaleError."""
         return self._furthest(wave, float("inf"))
 
     def _furthest(self, wave: int, limit: float) -> int:
-        """The wave's furthest file up to layer `limit`. Its worker may go on meanwhile, and drop what was listed."""
+        """The wave's furthest file up to layer `limit`. Its worker may go on meanwhile, and drop what was listed.
+
+        Raises StaleError where a file stays listed and there is none: a dangling link, a folder that is not told of it.
+        """
+        said, pauses = "", iter(())
         while True:
             try:
                 found = (layer for layer in self._layers(wave) if layer <= limit)
                 return max((layer for layer in found if self._ours(wave, layer)), default=0)
-            except FileNotFoundError:
-                continue
+            except FileNotFoundError as error:
+                if first_line(error) != said:  # another file than before: the wave goes on
+                    said, pauses = first_line(error), iter(_PAUSES)
+                pause = next(pauses, None)
+                if pause is None:
+                    raise _cannot_be_opened(self.folder, said) from error
+                time.sleep(pause)
 
     def write(self, wave: int, layer: int, hidden: Mapping[str, torch.Tensor]) -> None:
         """Store what enters `layer`, then drop the wave's earlier files."""
@@ -101,6 +113,16 @@ class GuardedBoundaries(Boundaries):
 
     def _needed_from(self, layer: int) -> int:
         return int(min(layer, self._unfinished()))
+
+
+def _cannot_be_opened(folder: Path, said: str) -> StaleError:
+    return StaleError(
+        "A file of hidden states is listed but cannot be opened",
+        where=folder,
+        found=said,
+        wanted="a file, or none",
+        next_step="remove it and run the same command again: the wave goes on from what else is stored of it",
+    )
 
 
 def named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
