@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -580,6 +582,43 @@ def test_cluster_that_cannot_be_reached(address, tenp, job_file, monkeypatch, tm
     monkeypatch.setenv("RAY_ADDRESS", address)
     result = tenp("run", job_file(), ray=True)
     refused(result, "ClusterError", "Ray cannot be reached", f"where:  {address}", "RAY_ADDRESS")
+    assert not (tmp_path / "run").exists(), "said before any work"
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "answers 'HTTP/1.1 400 Bad Request'"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "answers 'SSH-2.0-OpenSSH_9.2'"),
+        (b"", "hangs up"),
+        (None, "says nothing for 0.5 seconds"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.timeout(20)
+def test_somebody_else_listens_where_ray_should(scheme, answer, found, tenp, job_file, monkeypatch, tmp_path):
+    """A web server, a shell server, one that hangs up, one that is silent."""
+    from tenp_dist.engine import pool_head
+
+    monkeypatch.setattr(pool_head, "_CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            kept.append(connection)
+            if answer is not None:
+                connection.recv(1024)
+                connection.sendall(answer)
+                connection.close()
+
+        kept = []
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        result = tenp("run", job_file(), ray=True)
+    for connection in kept:
+        connection.close()
+    refused(result, "ClusterError", "Ray cannot be reached", f"where:  {address}", f"what listens there {found}")
     assert not (tmp_path / "run").exists(), "said before any work"
 
 

@@ -12,6 +12,7 @@ from test_engine import ray_pool, run_scores  # noqa: F401  a fixture
 
 from tenp_dist.engine.carrier import Carrier
 from tenp_dist.engine.pool import RayPool
+from tenp_dist.engine.pool_head import check_reachable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -53,3 +54,17 @@ def test_nobody_can_take_the_port_where_the_ranks_are_to_meet(ray_pool, made_of,
     assert run_scores(ray_pool, model, tmp_path / "squatted", tensor_parallel=2) == reference
     assert int((tmp_path / "port").read_text()) > 0
     assert '"lost"' not in (tmp_path / "squatted" / "stages" / "score.ledger.jsonl").read_text()
+
+
+def test_ray_is_known_by_its_answer(ray_pool):  # noqa: F811
+    """A head, and a Ray Client server."""
+    from ray.util.client.server.server import serve
+
+    check_reachable(ray_pool._ray.get_runtime_context().gcs_address)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = serve("127.0.0.1", port)
+    try:
+        check_reachable(f"ray://127.0.0.1:{port}")
+    finally:
+        server.stop(0)

@@ -1,7 +1,8 @@
-"""Whether Ray's head, and the driver's own node, are still there: somebody listens at their addresses."""
+"""Whether Ray's head, and the driver's own node, are there, and still are: somebody listens at their addresses."""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from tenp_dist.errors import ClusterError, first_line
 POLL_SECONDS = 1.0  # between looks
 _PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
 _CONNECT_SECONDS = 10.0
+_SETTINGS = b"\x04"  # type of a frame, its fourth byte
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0" * 5
 
 
 class HeadWatch:
@@ -60,7 +63,23 @@ def services_of(ray: Any) -> dict[str, tuple[str, int]]:
 
 
 def check_reachable(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes, then end the process."""
+    """Raise OSError where nobody listens, or what does is no Ray: Ray would try for minutes, then end the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+                _check_grpc(connection)
+
+
+def _check_grpc(connection: socket.socket) -> None:
+    """Ray's head and Ray Client are gRPC servers: they answer with the settings of HTTP/2 (RFC 9113, 3.4 and 4.1)."""
+    answer = b""
+    try:
+        connection.sendall(_HELLO)
+        while len(answer) < 4 and (more := connection.recv(64)):
+            answer += more
+    except TimeoutError as error:
+        raise TimeoutError(f"no Ray: what listens there says nothing for {_CONNECT_SECONDS:g} seconds") from error
+    if answer[3:4] != _SETTINGS:
+        said = answer.decode("ascii", errors="replace").splitlines()
+        raise ConnectionError(f"no Ray: what listens there {f'answers {said[0]!r}' if said else 'hangs up'}")
