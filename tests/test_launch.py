@@ -6,7 +6,9 @@ import json
 import os
 import shlex
 import subprocess
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -121,7 +123,7 @@ def test_no_sbatch_here(tenp, job_file, tmp_path, monkeypatch):
 
 def test_variables_in_paths(job_file, monkeypatch):
     job = job_file(run_dir="${TENP_RUNS:-here}/x")
-    monkeypatch.delenv("TENP_RUNS", raising=False)
+    monkeypatch.delenv("TENP_RUNS")
     assert job_files.load_job(job).run_dir == job.parent / "here" / "x"
     monkeypatch.setenv("TENP_RUNS", "")
     assert job_files.load_job(job).run_dir == job.parent / "here" / "x"
@@ -221,6 +223,65 @@ def test_text_that_is_too_large_stays_where_it_is(job_file, tmp_path, monkeypatc
     job = job_files.load_job(job_file())
     pack(job, tmp_path)
     assert job_files.load_job(tmp_path / "job.yaml").calibration == job.calibration
+
+
+BUSY = (500, "No available agent to submit job, please try again later.")  # as Ray 2.60 answers
+
+
+@pytest.fixture
+def job_server(monkeypatch):
+    """job_server(*answers): the address of what answers Ray's job client; the last answer is given for ever."""
+    servers = []
+
+    def start(*answers: tuple[int, str]) -> str:
+        left = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):  # the version, and that every package is there already
+                self.answer(200, json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": ""}))
+
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.answer(*(left.pop(0) if len(left) > 1 else left[0]))
+
+            def answer(self, status, text):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    monkeypatch.setattr("tenp_dist.launch.submit._PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("tenp_dist.launch.submit._AGENT_SECONDS", 0.3)
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_node_that_is_not_ready_yet_is_waited_for(tenp, job_file, job_server):
+    taken = (200, json.dumps({"job_id": None, "submission_id": "raysubmit_1"}))
+    found = tenp("submit", job_file(), "--address", job_server(BUSY, BUSY, taken), "--no-wait")
+    assert found.exit_code == 0, found.stderr
+    said = found.stderr.splitlines()
+    assert said[:2] == ["Waiting: no node is ready to start the job yet; again in 0.05 s"] * 2
+    assert said[2].split() == ["Job:", "raysubmit_1"]
+
+
+def test_nodes_that_are_never_ready_and_jobs_that_are_refused(tenp, job_file, job_server):
+    found = tenp("submit", job_file(), "--address", job_server(BUSY), "--no-wait")
+    assert found.exit_code == ClusterError.exit_code and 3 <= found.stderr.count("Waiting: ") <= 6
+    assert "No node is ready to start the job" in found.stderr and "No available agent" in found.stderr
+    assert "wanted: a node with a running agent in 0.3 seconds" in found.stderr
+    found = tenp("submit", job_file(), "--address", job_server((400, "no such thing")), "--no-wait")
+    assert found.exit_code == ClusterError.exit_code and "Waiting" not in found.stderr
+    assert "The job server refuses the job" in found.stderr and "no such thing" in found.stderr
 
 
 # status

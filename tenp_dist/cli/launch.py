@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def _submit(
     quieten()
     logging.disable(logging.INFO)  # Ray tells every package that it uploads, from loggers with levels of their own
     loaded = load_job(job, overrides, run_dir)
-    submission = submit(loaded, address or default_address(), ["--overwrite"] if overwrite else [])
+    options = ["--overwrite"] if overwrite else []
+    submission = submit(loaded, address or default_address(), options, partial(click.echo, err=True))
     click.echo(f"Job:     {submission.number}", err=True)
     for what, command in submission.commands.items():
         click.echo(f"{what + ':':<8} {command}", err=True)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tenp_dist.errors import ClusterError, Interrupted, first_line
 _MAX_TEXT_BYTES = 100 * 10**6  # of text files in an upload; beyond it they stay paths
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _PATIENCE_SECONDS = 60.0  # without an answer from the job server
+_AGENT_SECONDS, _PAUSE_SECONDS = 120.0, 5.0  # for a node to be ready to start the job; between tries
+_NOT_YET = ("No available agent", "try again later")  # a young or busy cluster, after some seconds of the server's own
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ def default_address() -> str:
     return os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
 
 
-def submit(job: Job, address: str, options: Sequence[str]) -> Submission:
-    """Upload and start a job. options: more words for `tenp-dist run`.
+def submit(job: Job, address: str, options: Sequence[str], tell: Callable[[str], None]) -> Submission:
+    """Upload and start a job, tried again where no node is ready to start it. options: more words for `tenp-dist run`.
+
+    tell: is told what is waited for.
 
     Raises:
-        ClusterError: no job server there, or it refuses the job.
+        ClusterError: no job server there, it refuses the job, or no node is ready in two minutes.
     """
     client = _client(address)
     with tempfile.TemporaryDirectory(prefix="tenp-submit-") as name:
@@ -61,15 +66,30 @@ def submit(job: Job, address: str, options: Sequence[str]) -> Submission:
             "env_vars": {key: os.environ[key] for key in _PASSED_ON if key in os.environ},
         }
         command = shlex.join(["python", "-m", "tenp_dist.cli.main", "run", "job.yaml", *options])
+        start = partial(
+            client.submit_job, entrypoint=command, runtime_env=environment, metadata={"run_dir": str(job.run_dir)}
+        )
+        return Submission(_started(start, address, tell), address)
+
+
+def _started(start: Callable[[], str], address: str, tell: Callable[[str], None]) -> str:
+    """The number of the job, once a node has taken it."""
+    limit = time.monotonic() + _AGENT_SECONDS
+    while True:
         try:
-            number = client.submit_job(
-                entrypoint=command, runtime_env=environment, metadata={"run_dir": str(job.run_dir)}
-            )
+            return start()
         except (RuntimeError, ValueError, OSError) as error:
-            raise ClusterError(
-                "The job server refuses the job", where=address, found=first_line(error), next_step="see its log"
-            ) from error
-    return Submission(number, address)
+            waiting = any(words in str(error) for words in _NOT_YET)
+            if not waiting or time.monotonic() + _PAUSE_SECONDS > limit:
+                raise ClusterError(
+                    "No node is ready to start the job" if waiting else "The job server refuses the job",
+                    where=address,
+                    found=first_line(error),
+                    wanted=f"a node with a running agent in {_AGENT_SECONDS:g} seconds" if waiting else None,
+                    next_step="see `ray status`, then the same command again" if waiting else "see its log",
+                ) from error
+        tell(f"Waiting: no node is ready to start the job yet; again in {_PAUSE_SECONDS:g} s")
+        time.sleep(_PAUSE_SECONDS)
 
 
 def pack(job: Job, folder: Path) -> None:
