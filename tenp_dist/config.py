@@ -211,6 +211,7 @@ class Cluster(_Part):
     host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
     commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
     start_timeout: float = Field(300.0, gt=0, description="seconds in which shards, and writers, must find a place")
+    stall_timeout: float = Field(1800.0, ge=5, description="seconds without any progress after which a worker hangs")
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default its cores")
     writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
 

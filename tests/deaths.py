@@ -54,12 +54,12 @@ def failing(function: Callable, call: int) -> Callable:
 
 @dataclass(frozen=True)
 class Death:
-    """A `kill -9` at one point of a worker's work.
+    """A `kill -9`, or a hang, at one point of a worker's work.
 
     point: `open`, before the ranks of the shard that begins with the layer meet; `pass`, when a wave is through the
     layer; `boundary`, when what a wave enters the layer with is stored; `result`, when a rank's sums of the layer are.
     ranks: of the shard, those that die together. whom: the process that each of them ends, itself or (`os.getppid`)
-    the raylet that it lives under.
+    the raylet that it lives under. signal: SIGSTOP stops the process, 0 lets it live with its work hanging.
     """
 
     point: str
@@ -67,6 +67,7 @@ class Death:
     wave: int | None = None
     ranks: Sequence[int] = (0,)
     whom: Callable[[], int] = os.getpid
+    signal: int = signal.SIGKILL
 
     def strike(self, point: str, layer: int, wave: int | None, rank: int, marks: Path) -> None:
         """Once a rank, and at once for all ranks."""
@@ -78,8 +79,9 @@ class Death:
         mine.touch()
         while not all(mark.exists() for mark in others):
             time.sleep(0.001)
-        os.kill(self.whom(), signal.SIGKILL)
-        time.sleep(5)  # a worker that lives on is still at its unit when its node counts as dead
+        os.kill(self.whom(), self.signal)
+        # a worker that lives on is still at its unit when its node counts as dead
+        time.sleep(5 if self.signal == signal.SIGKILL else 600)
 
 
 def mortal(worker: type[Carrier], deaths: Sequence[Death], marks: Path) -> type[Carrier]:

@@ -103,6 +103,7 @@ class Carrier:
         self._listening: Any = None  # in rank 0, where the ranks meet
         self._logs = False
         self._steps = self._tokens = 0
+        self._made = 0  # boundaries stored, experts solved or checked: work that no other counter shows
         self._seconds = 0.0
         self._hidden: dict[int, tuple[int, Hidden]] = {}  # wave -> (layer it enters, states)
         self._committed = time.monotonic()
@@ -215,8 +216,8 @@ class Carrier:
         """At any moment, from another thread than the one at work."""
         cuda = self.task.compute.device == "cuda"
         memory = resident_memory(), torch.cuda.memory_allocated() if cuda else 0
-        read = self.skeleton.reader.read_bytes if hasattr(self, "skeleton") else 0
-        return Pulse(self._steps, self._tokens, self._seconds, read, *memory)
+        read, passed = (self.skeleton.reader.read_bytes, self.frame.passed) if hasattr(self, "frame") else (0, 0)
+        return Pulse(self._steps, self._tokens, self._seconds, read, *memory, work=passed + self._made)
 
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
         """Replace the wave's hidden states by what leaves the layer."""
@@ -281,6 +282,7 @@ class Carrier:
             _, hidden = self._hidden[wave]
             if self.rank == 0:
                 self.boundaries.write(wave, layer, {} if dropped else named(hidden, self.waves[wave]))
+            self._made += 1
             if self._spill or layer == self.layers.stop:
                 del self._hidden[wave]
         self._committed = time.monotonic()

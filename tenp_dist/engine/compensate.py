@@ -97,6 +97,7 @@ class CompensateShard(LayerwiseShard):
                 copy_layer(same, path)
             else:
                 self._store(layer, kept, target, sums, down_EDF)
+            self._made += 1
 
     def _store(self, layer: int, kept: KeptNeurons, target: Target, sums: Moments, down_EDF: torch.Tensor) -> None:
         """Solve a plan's experts and store them one after another."""
@@ -115,6 +116,7 @@ class CompensateShard(LayerwiseShard):
             columns = (batch.token_count_B, batch.damping_B, batch.energy_B, batch.before_B, batch.after_B)
             rows = zip(*(column.tolist() for column in columns), strict=True)
             for expert, down_DW, row in zip(batch.experts, batch.down_BDW, rows, strict=True):
+                self._made += 1
                 yield CompensatedExpert(down_DW, (self._held.start + expert, *row))
 
     def _down(self, layer: int, loaded_EDF: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:

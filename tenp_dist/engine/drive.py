@@ -191,9 +191,9 @@ def fitted(pool: Pool, cluster: Cluster, device: str) -> Cluster:
 def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path | None = None) -> GroupRequest:
     """On accelerators one each; on CPU the most cores per rank with which every shard finds a node."""
     if device == "cuda":
-        return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout, logs)
+        return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout, logs, cluster.stall_timeout)
     cores = cores_per_rank(pool.node_cores, cluster.shards, cluster.tensor_parallel)
-    return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout, logs)
+    return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout, logs, cluster.stall_timeout)
 
 
 def cores_per_rank(node_cores: Sequence[int], shards: int, ranks: int) -> float:

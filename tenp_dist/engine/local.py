@@ -8,6 +8,7 @@ parallel and gives results in the order of completion; `groups` start workers th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ T = TypeVar("T")
 class GroupRequest:
     """What every group of workers asks for: ranks, cores and accelerators of a rank, seconds to be placed in.
 
-    logs: folder that gets a log file of every worker that is a process of its own.
+    logs: folder that gets a log file of every worker that is a process of its own. stall: seconds without any progress
+    at its work after which a group is given up.
     """
 
     ranks: int
@@ -32,6 +34,7 @@ class GroupRequest:
     gpus: int
     timeout: float
     logs: Path | None = None
+    stall: float = math.inf
 
 
 class Pool(Protocol):

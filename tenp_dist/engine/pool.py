@@ -17,10 +17,10 @@ from tenp_dist.engine.pool_environment import import_error
 from tenp_dist.engine.pool_group import START_SECONDS, RayGroup
 from tenp_dist.engine.pool_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
 from tenp_dist.engine.pool_tasks import Tasks, offer
+from tenp_dist.engine.stall import BEAT_SECONDS
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, Unplaced, WorkerLost, first_line
 
 T = TypeVar("T")
-_BEAT_SECONDS = 2.0  # between looks at what workers say of themselves
 
 
 class RayPool:
@@ -134,6 +134,10 @@ class RayPool:
         asked = self.on_each_node(function, *arguments)
         return {name: self._get(one, START_SECONDS, code=function.__module__) for name, one in asked.items()}
 
+    def node_name(self, identity: str) -> str:
+        names = {node["NodeID"]: _name_of(node) for node in self.call(self._ray.nodes)}
+        return names.get(identity, "a lost node")
+
     def on_each_node(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """Name of a node that does work -> reference of what the function returns there."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -172,7 +176,7 @@ class RayPool:
         return groups
 
     def wait(self, groups: Sequence[RayGroup]) -> RayGroup | None:
-        limit = time.monotonic() + _BEAT_SECONDS
+        limit = time.monotonic() + BEAT_SECONDS
         while True:
             for group in groups:
                 if group.ended:
@@ -180,7 +184,9 @@ class RayPool:
             pending = {reference: group for group in groups for reference in group.pending}
             done, _ = self._ready(list(pending), limit)
             if done is None:
-                return None
+                for group in groups:
+                    group.look()
+                return next((group for group in groups if group.ended), None)
             pending[done].settle(done)
 
     def publish(self, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:

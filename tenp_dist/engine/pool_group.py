@@ -13,6 +13,7 @@ from tenp_dist.engine.logs import last_words
 from tenp_dist.engine.pool_head import POLL_SECONDS
 from tenp_dist.engine.pool_tasks import short_resources
 from tenp_dist.engine.pulse import Pulse, drop_pulse, read_pulse
+from tenp_dist.engine.stall import BEAT_SECONDS, StallWatch
 from tenp_dist.errors import ClusterError, TenpError, Unplaced, WorkerLost
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class RayGroup:
         self._values: dict[int, Any] = {}  # rank -> its end of the unit
         self._error: BaseException | None = None
         self._stillborn: WorkerLost | None = None
+        self._stall = StallWatch(self._pulse)
 
     def place(self) -> None:
         from ray.util.placement_group import placement_group
@@ -83,7 +85,10 @@ class RayGroup:
     def finish_open(self) -> None:
         """In the order in which ranks are ready, or dead: the others of a dead one would wait for it for minutes."""
         while self.pending:
-            reference, self.pending = self._pool._first(self.pending)
+            reference, self.pending = self._pool._ready(self.pending, time.monotonic() + BEAT_SECONDS)
+            if reference is None:
+                self._check_progress(max(self._request.stall, START_SECONDS))
+                continue
             with self._quoted(self._ranks[reference]):
                 self._get(reference)
 
@@ -126,6 +131,7 @@ class RayGroup:
     def _begin(self, references: list[Any]) -> None:
         self.pending, self._values, self._error = references, {}, None
         self._ranks = {reference: rank for rank, reference in enumerate(references)}
+        self._stall.begin()
 
     def settle(self, reference: Any) -> None:
         """Take in one rank's end of the unit; the first error ends it for all ranks."""
@@ -135,6 +141,31 @@ class RayGroup:
                 self._values[self._ranks[reference]] = self._get(reference)
         except TenpError as error:
             self._error, self.pending = error, []
+
+    def look(self) -> None:
+        """Give the group up where the ranks at work have shown no progress for too long: its unit ends with that."""
+        try:
+            self._check_progress(self._request.stall)
+        except WorkerLost as error:
+            self.close()
+            self._error = error
+
+    def _check_progress(self, limit: float) -> None:
+        """Raises WorkerLost where no rank at work has moved for so many seconds, or none can say whether it does."""
+        rank = self._stall.look([self._ranks[reference] for reference in self.pending], limit)
+        if rank is not None and self._request.logs is not None:
+            with self._quoted(rank):
+                raise self._stall.error(rank, f"{self._name}, rank {rank}, on {self._node()}")
+
+    def _node(self) -> str:
+        """The node that the group lives on."""
+        from ray.util.placement_group import placement_group_table
+
+        placed = self._pool.call(placement_group_table, self._placement)["bundles_to_node_id"]
+        return self._pool.node_name(placed.get(0, ""))
+
+    def _pulse(self, rank: int) -> Pulse | None:
+        return read_pulse(self._log(rank)) if self._request.logs else None
 
     @property
     def ended(self) -> bool:
@@ -148,7 +179,7 @@ class RayGroup:
 
     def pulses(self) -> list[Pulse]:
         """The latest pulse of every rank, empty until all have given one."""
-        found = [read_pulse(self._log(rank)) for rank in range(self._request.ranks)] if self._request.logs else []
+        found = [self._pulse(rank) for rank in range(self._request.ranks)]
         return found if all(found) else []
 
     def restart(self) -> None:

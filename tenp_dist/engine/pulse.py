@@ -6,12 +6,13 @@ A file, because a Ray actor that can answer calls while it works does not work o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 _SECONDS = 2.0  # between pulses
@@ -23,6 +24,7 @@ class Pulse:
 
     steps: (wave, layer) pairs that went through; tokens: through layers; seconds: at work; read_bytes: of
     the checkpoint. memory: anonymous resident bytes of the process now; device_memory: of its accelerator.
+    work: microbatches through a layer, boundaries stored, experts solved or checked. beats: pulses written.
     """
 
     steps: int = 0
@@ -31,6 +33,13 @@ class Pulse:
     read_bytes: int = 0
     memory: int = 0
     device_memory: int = 0
+    work: int = 0
+    beats: int = 0
+
+    @property
+    def progress(self) -> tuple[float, ...]:
+        """All that counts work: it changes as long as the worker does not hang."""
+        return self.steps, self.tokens, self.seconds, self.read_bytes, self.work
 
 
 def start_pulse(log: Path, pulse: Callable[[], Pulse]) -> None:
@@ -38,9 +47,9 @@ def start_pulse(log: Path, pulse: Callable[[], Pulse]) -> None:
     path, new = _path(log), _path(log).with_name(f".{log.name}.{os.getpid()}.pulse")
 
     def beat() -> None:
-        while True:
+        for number in itertools.count(1):
             with contextlib.suppress(OSError):
-                new.write_text(json.dumps(asdict(pulse())))
+                new.write_text(json.dumps(asdict(replace(pulse(), beats=number))))
                 new.replace(path)
             time.sleep(_SECONDS)
 

@@ -127,8 +127,10 @@ class RecheckShard(LayerwiseShard):
             for expert, G_FF in sums.G_FF.items():
                 tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
                 worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
+                self._made += 1
             for expert in sums.damping:
                 left = max(left, self._try(layer, expert, sums, source, stored))
+                self._made += 1
         result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
         write_json(self.task.result(layer, self.rank), result | {"tried": len(sums.damping), "left": left})
 

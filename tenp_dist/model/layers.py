@@ -58,6 +58,7 @@ class Frame:
         self._recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
         self._cache: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.skeleton = skeleton
+        self.passed = 0  # microbatches through a layer so far
 
     def embed(self, batch: Microbatch) -> torch.Tensor:
         """Hidden states that enter the first layer, [B, S, D]."""
@@ -78,6 +79,7 @@ class Frame:
     def run_layer(self, layer: int, module: nn.Module, batch: Microbatch, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """One decoder layer over one microbatch, [B, S, D] -> [B, S, D]."""
         output = module(hidden_BSD, **self.arguments(batch, hidden_BSD, layer))
+        self.passed += 1
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,161 @@
+"""Workers that hang without dying are given up and their work done again; slow ones are left alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from deaths import Death, lives
+from test_engine import run_scores
+from test_operate import task_of
+
+from tenp_dist.config import Cluster
+from tenp_dist.engine import pool_group
+from tenp_dist.engine.local import InProcessPool
+from tenp_dist.engine.pool import RayPool
+from tenp_dist.engine.pulse import Pulse
+from tenp_dist.engine.schedule import Unit
+from tenp_dist.engine.shard import ScoreShard
+from tenp_dist.engine.stall import BEAT_SECONDS, StallWatch
+
+LIMIT = 10
+COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
+
+
+def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
+    """Look every so many seconds at ranks with these pulses: (second, who hangs) of the first look that finds one."""
+    time, ranks = [0.0], list(range(len(histories)))
+    watch = StallWatch(lambda rank: histories[rank][int(time[0] / seconds) - 1], lambda: time[0])
+    watch.begin()
+    for _ in histories[0]:
+        time[0] += seconds
+        found = watch.look(ranks, limit)
+        if found is not None:
+            return time[0], found, watch
+    return None
+
+
+@pytest.mark.parametrize("counter", COUNTERS)
+def test_a_slow_worker_is_never_given_up(counter):
+    """One counter moves by one every fourth look, 8 of 10 seconds; a fifth look in between would be the end."""
+    slow = [replace(Pulse(beats=i), **{counter: i // 4}) for i in range(100)]
+    assert watched(slow) is None
+    slower = [replace(Pulse(beats=i), **{counter: i // 6}) for i in range(100)]
+    assert watched(slower)[:2] == (12, 0)
+
+
+def test_a_worker_whose_counters_stand_still_hangs_whatever_else_moves():
+    """Seen to be there at 2 s, so the limit is reached at 12."""
+    alive = [Pulse(steps=3, read_bytes=7_000_000, work=9, beats=i, memory=100 + i) for i in range(20)]
+    second, rank, watch = watched(alive)
+    assert (second, rank) == (12, 0)
+    error = watch.error(0, "shard_0, rank 0, on here")
+    assert error.what == "A worker hangs" and "cluster.stall_timeout" in error.next_step
+    for part in ("for 10 seconds (cluster.stall_timeout)", "still gives pulses", "9 pieces of work", "7.0 MB"):
+        assert part in error.found, error.found
+    second, _, watch = watched([Pulse(steps=3, beats=4)] * 20)
+    assert second == 12 and "no pulses either" in watch.error(0, "").found
+
+
+def test_no_pulse_at_all_is_no_progress():
+    second, _, watch = watched([None] * 20)
+    assert second == 10 and watch.error(0, "").found.endswith("the run directory hangs")
+    assert watched([None] * 4 + [Pulse()] * 5) is None
+    assert watched([Pulse(), None, Pulse()] + [None] * 20)[0] == 12, "a file that comes back unchanged is no progress"
+
+
+def test_ranks_that_wait_for_another_are_not_blamed():
+    """Rank 0 stands still from the start and pulses; rank 1 is stopped when it has moved for a while."""
+    waiting = [Pulse(steps=3, beats=i) for i in range(40)]
+    stopped = [Pulse(steps=3, work=min(i, 10), beats=min(i, 10)) for i in range(40)]
+    assert watched(waiting, [Pulse(work=i, beats=i) for i in range(40)]) is None
+    assert watched(waiting, stopped)[:2] == (32, 1)  # last moved at the 11th look, 22 s
+    assert watched(waiting, [Pulse(work=min(i, 10), beats=i) for i in range(40)])[:2] == (32, 0)
+
+
+def test_whoever_was_stopped_himself_blames_nobody():
+    """Looks an hour apart count 10 seconds each: three looks later than the first, not at once."""
+    still = [Pulse(beats=i) for i in range(9)]
+    assert watched(still, seconds=3600, limit=25)[0] == 4 * 3600
+    moving = [Pulse(work=i, beats=i) for i in range(9)]
+    assert watched(moving, seconds=3600) is None
+
+
+def test_time_without_work_does_not_count():
+    time, pulse = [0.0], [Pulse(work=1)]
+    watch = StallWatch(lambda rank: pulse[0], lambda: time[0])
+    for _ in range(10):  # pieces of work that take 8 of 10 seconds each, with hours between them
+        watch.begin()
+        for _ in range(4):
+            time[0] += BEAT_SECONDS
+            assert watch.look([0], LIMIT) is None
+        time[0] += 3600
+
+
+def test_every_microbatch_and_boundary_counts(tiny_model, tmp_path):
+    """6 sequences of one microbatch each in 4 waves: 6 for a layer; 4 boundaries where they are stored."""
+    worker = ScoreShard(replace(task_of(tmp_path, tiny_model("deepseek_v3")), commit_seconds=0))
+    assert worker.pulse().progress == (0, 0, 0.0, 0, 0), "before it is open"
+    worker.open()
+    worker.run(Unit(0, 1, (0, 1, 2, 3)))
+    assert len(worker.batches) == 6 and worker.pulse().work == 6 + 4
+    before = worker.pulse()
+    worker.run(Unit(1, 2, (0, 1)))
+    assert worker.pulse().work - before.work == len([i for wave in (0, 1) for i in worker.waves[wave]]) + 2
+
+
+def test_five_seconds_at_least():
+    with pytest.raises(ValueError, match="stall_timeout"):
+        Cluster(stall_timeout=4.9)
+    assert Cluster(stall_timeout=5).stall_timeout == 5 and Cluster().stall_timeout == 1800
+
+
+@pytest.fixture(scope="module")
+def ray_pool():
+    pool = RayPool()
+    yield pool
+    pool.close()
+
+
+def lost(folder: Path) -> list[str]:
+    """What the ledger says of every worker that was lost."""
+    lines = map(json.loads, (folder / "stages" / "score.ledger.jsonl").read_text().splitlines())
+    return [f"{line['unit']}: {line['error']}: {line['found']}" for line in lines if line["event"] == "lost"]
+
+
+HANGS = {
+    "stopped": (Death("pass", 1, wave=1, signal=signal.SIGSTOP), {"shards": 2, "mode": "resident"}, "no pulses either"),
+    "alive": (Death("pass", 2, wave=1, signal=0), {"shards": 1, "mode": "streaming"}, "still gives pulses"),
+    "opening": (Death("open", 0, signal=signal.SIGSTOP), {"shards": 1}, "no pulses either"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", HANGS)
+def test_a_worker_that_hangs_is_replaced(case, ray_pool, tiny_model, tmp_path, monkeypatch):
+    """The same bytes as an undisturbed run in this process."""
+    model, (death, cluster, said) = tiny_model("deepseek_v3"), HANGS[case]
+    monkeypatch.setattr(pool_group, "START_SECONDS", 20.0)
+    reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference")
+    died = lives(monkeypatch, ray_pool, tmp_path / "deaths", death)
+    found = run_scores(ray_pool, model, tmp_path / "ray", threads=1, stall_timeout=8, commit_seconds=0, **cluster)
+    assert died() == 1 and found == reference
+    [loss] = lost(tmp_path / "ray")
+    assert "A worker hangs" in loss and "shard_0, rank 0, on " in loss and said in loss, loss
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stopped_rank_is_found_behind_those_that_wait_for_it(ray_pool, tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("deepseek_v3")
+    alone = run_scores(ray_pool, model, tmp_path / "alone", tensor_parallel=2)
+    hang = Death("pass", 1, wave=1, ranks=(1,), signal=signal.SIGSTOP)
+    died = lives(monkeypatch, ray_pool, tmp_path / "deaths", hang)
+    disturbed = run_scores(ray_pool, model, tmp_path / "ray", tensor_parallel=2, stall_timeout=10)
+    assert died() == 1 and disturbed == alone
+    [loss] = lost(tmp_path / "ray")
+    assert "shard_0, rank 1, on " in loss and "no pulses either" in loss, loss
