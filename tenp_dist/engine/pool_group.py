@@ -72,12 +72,13 @@ class RayGroup:
             self._actors.append(remote.remote(*self._arguments, rank))
 
     def begin_open(self) -> None:
-        for rank, actor in enumerate(self._actors):  # its node may die between placement and start: no endless wait
-            self._get(actor.__ray_ready__.remote(), max(self._request.timeout, START_SECONDS))
+        limit = max(self._request.timeout, START_SECONDS)  # a node may die between placement and start: no endless wait
+        for rank, actor in enumerate(self._actors):
+            self._get(actor.__ray_ready__.remote(), limit)
             if self._request.logs is not None:
                 actor.log_to.remote(self._log(rank))
         if len(self._actors) > 1:
-            meeting = self._get(self._actors[0].meeting_point.remote())
+            meeting = self._get(self._actors[0].meeting_point.remote(), limit)
             for actor in self._actors:
                 actor.join.remote(*meeting)
         self._begin([actor.open.remote() for actor in self._actors])
