@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import re
+import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -11,6 +16,7 @@ import pytest
 from test_engine import ray_pool, run_scores  # noqa: F401  a fixture
 
 from tenp_dist.engine.carrier import Carrier
+from tenp_dist.engine.local import own_address
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.pool_head import check_reachable
 
@@ -54,6 +60,48 @@ def test_nobody_can_take_the_port_where_the_ranks_are_to_meet(ray_pool, made_of,
     assert run_scores(ray_pool, model, tmp_path / "squatted", tensor_parallel=2) == reference
     assert int((tmp_path / "port").read_text()) > 0
     assert '"lost"' not in (tmp_path / "squatted" / "stages" / "score.ledger.jsonl").read_text()
+
+
+def doomed(worker: type[Carrier], point: str, mark: Path) -> type[Carrier]:
+    """The worker, which ends itself once where its method `point` begins, in the shard that begins at layer 2."""
+
+    def dying(self, *arguments, **options):
+        if (arguments[1] if point == "__init__" else self.layers).start == 2 and not mark.exists():
+            mark.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return getattr(worker, point)(self, *arguments, **options)
+
+    return type("Doomed", (worker,), {point: dying})
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        ("__init__", "it was starting on {host} ({address}, "),
+        ("open", "its log ends: {date} process {pid} starts on {host} ({address})"),
+        ("streams", "starts on {host} ({address}) | {date} opens {model}"),
+    ],
+)
+def test_a_worker_killed_while_it_starts_says_how_far_it_was(
+    point,
+    words,
+    ray_pool,
+    made_of,
+    tiny_model,
+    tmp_path,  # noqa: F811
+):
+    """In its constructor, before it opens anything, while it opens. After a run that left logs."""
+    model, ledger = tiny_model("deepseek_v3"), tmp_path / "stages" / "score.ledger.jsonl"
+    found = run_scores(ray_pool, model, tmp_path, shards=2)
+    ledger.unlink()
+    shutil.rmtree(tmp_path / "scores")
+    made_of(lambda worker: doomed(worker, point, tmp_path / "dead"))
+    assert run_scores(ray_pool, model, tmp_path, shards=2) == found
+    lost = [line for line in map(json.loads, ledger.read_text().splitlines()) if line["event"] == "lost"]
+    date = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    facts = {"host": socket.gethostname(), "address": own_address(), "pid": (tmp_path / "dead").read_text()}
+    wanted = re.escape(words.format(**facts, model=model, date="DATE")).replace("DATE", date)
+    assert len(lost) == 1 and re.search(wanted, lost[0]["found"]), lost
 
 
 def test_ray_is_known_by_its_answer(ray_pool):  # noqa: F811

@@ -10,7 +10,9 @@ Neither grows with the depth of the model. What is committed is what a run goes 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -119,6 +121,7 @@ class Carrier:
         log_to(path)
         start_pulse(path, self.pulse)
         self._logs = True
+        self._log(f"process {os.getpid()} starts on {socket.gethostname()} ({own_address()})")
 
     def join(self, address: str, port: int) -> None:
         """Tell where the ranks of this shard meet; they do in `open`."""
@@ -128,7 +131,9 @@ class Carrier:
         """Meet the other ranks, build the skeleton; everything that can fail does so here or in `run`."""
         task = self.task
         if self._meeting is not None:
+            self._log(f"rank {self.rank} meets the others at {self._meeting[0]}:{self._meeting[1]}")
             self.ranks = join_ranks(self.rank, task.ranks, *self._meeting, task.compute.device, own=self._listening)
+        self._log(f"opens {task.model}")
         task.compute.resolved()  # the accelerator that was promised is here
         corpus = read_corpus(task.corpus)
         self.domains = corpus.domains
@@ -153,6 +158,7 @@ class Carrier:
         width = int(self.skeleton.config_dict["hidden_size"])
         streams = max(len(self.streams(layer)) for layer in (*self.layers, self.layers.stop))
         self._spill = tokens * width * task.compute.torch_dtype.itemsize * streams > task.host_memory
+        self._log(f"is ready for layers {self.layers.start} to {self.layers.stop - 1}")
 
     @torch.inference_mode()
     def warm(self) -> None:
@@ -204,9 +210,12 @@ class Carrier:
             self._commit(unit.waves, unit.stop, force=unit.stop == self.layers.stop)
         self._seconds += time.monotonic() - started
         pulse = self.pulse()
-        if self._logs:
-            log_line(f"{unit}: {time.monotonic() - started:.2f} s, {pulse.memory / 1e6:,.0f} MB resident")
+        self._log(f"{unit}: {time.monotonic() - started:.2f} s, {pulse.memory / 1e6:,.0f} MB resident")
         return pulse
+
+    def _log(self, text: str) -> None:
+        if self._logs:
+            log_line(text)
 
     def _count(self, wave: int, layer: int) -> None:
         self._steps += 1

@@ -30,11 +30,19 @@ def log_line(text: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
 
-def last_words(path: Path) -> str:
-    """The last lines of a log, joined by ` | `; empty where there are none."""
+def size_of(path: Path) -> int:
+    """Bytes in a log, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def last_words(path: Path, start: int = 0) -> str:
+    """The last lines of a log after its first `start` bytes, joined by ` | `; empty where there are none."""
     try:
         with open(path, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _LAST_BYTES))
+            stream.seek(max(start, stream.seek(0, os.SEEK_END) - _LAST_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()
     except OSError:
         return ""

@@ -150,6 +150,10 @@ class RayPool:
                 references[_name_of(node)] = self.call(remote.remote, *arguments)
         return references
 
+    def name_of(self, node_id: str) -> str:
+        nodes = {node["NodeID"]: node for node in self.call(self._ray.nodes)}
+        return _name_of(nodes[node_id]) if node_id in nodes else node_id[:6]
+
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[RayGroup]:
         """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time.
 

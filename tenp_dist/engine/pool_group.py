@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenp_dist.engine.local import GroupRequest
-from tenp_dist.engine.logs import last_words
+from tenp_dist.engine.logs import last_words, size_of
 from tenp_dist.engine.pool_head import POLL_SECONDS
 from tenp_dist.engine.pool_tasks import short_resources
 from tenp_dist.engine.pulse import Pulse, drop_pulse, read_pulse
@@ -29,6 +29,7 @@ class RayGroup:
         self._pool, self._ray, self._name = pool, pool._ray, name
         self._worker, self._arguments, self._request = worker, arguments, request
         self._actors: list[Any] = []
+        self._logged: list[int] = []  # bytes that former workers left in the log of a rank
         self._placement: Any = None
         self.pending: list[Any] = []
         self._ranks: dict[Any, int] = {}  # reference of the unit at work -> rank
@@ -62,6 +63,7 @@ class RayGroup:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         request = self._request
+        self._logged = [size_of(self._log(rank)) if request.logs else 0 for rank in range(request.ranks)]
         for rank in range(request.ranks):
             remote = self._ray.remote(
                 num_cpus=request.cores,
@@ -74,11 +76,13 @@ class RayGroup:
     def begin_open(self) -> None:
         limit = max(self._request.timeout, START_SECONDS)  # a node may die between placement and start: no endless wait
         for rank, actor in enumerate(self._actors):
-            self._get(actor.__ray_ready__.remote(), limit)
+            with self._quoted(rank):
+                self._get(actor.__ray_ready__.remote(), limit)
             if self._request.logs is not None:
                 actor.log_to.remote(self._log(rank))
         if len(self._actors) > 1:
-            meeting = self._get(self._actors[0].meeting_point.remote(), limit)
+            with self._quoted(0):
+                meeting = self._get(self._actors[0].meeting_point.remote(), limit)
             for actor in self._actors:
                 actor.join.remote(*meeting)
         self._begin([actor.open.remote() for actor in self._actors])
@@ -106,15 +110,25 @@ class RayGroup:
 
     @contextlib.contextmanager
     def _quoted(self, rank: int) -> Iterator[None]:
-        """Say with the loss of a rank how its log ends."""
+        """Say with the loss of a rank how its log ends; a process that was starting had none yet."""
         try:
             yield
         except WorkerLost as error:
             if self._request.logs is not None and error.where != self._log(rank):
-                words = last_words(self._log(rank))
-                error.found = f"{error.found}; its log ends: {words}" if words else error.found
+                words = last_words(self._log(rank), self._logged[rank])
+                told = f"its log ends: {words}" if words else f"it was starting on {self._node()}, with no log yet"
+                error.found = f"{error.found}; {told}"
                 error.where = self._log(rank)
             raise
+
+    def _node(self) -> str:
+        """The node that the group was placed on, as far as that can still be told."""
+        from ray.util import placement_group_table
+
+        with contextlib.suppress(ClusterError):
+            nodes = self._pool.call(placement_group_table, self._placement)["bundles_to_node_id"]
+            return self._pool.name_of(nodes[0])
+        return "a node"
 
     @contextlib.contextmanager
     def loss_told_later(self) -> Iterator[None]:
