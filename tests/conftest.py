@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+pytest_plugins = ["ray_nodes"]
+
 EXPERTS, NEURONS, HIDDEN, VOCABULARY = 8, 24, 32, 320
 COMMON = {
     "vocab_size": VOCABULARY,

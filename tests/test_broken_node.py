@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_cluster import SMALL, finish, job, ledger, nodes, start  # noqa: F401  fixtures too
+import ray_nodes
+from commands import finish, ledger
+from ray.exceptions import RpcError
 
 from tenp_dist.errors import ClusterError
 
@@ -23,7 +26,7 @@ CASES = {  # what cannot be imported there -> where that is met
 
 
 @pytest.mark.parametrize("package", CASES)
-def test_the_node_is_named_and_nothing_tried_again(package, nodes, job, tmp_path, start, monkeypatch):  # noqa: F811
+def test_the_node_is_named_and_nothing_tried_again(package, nodes, job, tmp_path, start, monkeypatch):
     """Beside a node where all is well; two ranks meet on the node with two cores."""
     nodes.start(1)
     monkeypatch.chdir(tmp_path)  # Ray gives workers the folder that the driver stands in
@@ -32,7 +35,7 @@ def test_the_node_is_named_and_nothing_tried_again(package, nodes, job, tmp_path
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text(f"raise ImportError({words!r})\n")
     path = os.pathsep.join([str(broken.parent), str(ROOT)])
-    bad = nodes._cluster.add_node(num_cpus=2, env_vars={"PYTHONPATH": path}, **SMALL)
+    bad = nodes.add(cores=2, env_vars={"PYTHONPATH": path})
     started = time.monotonic()
     run = tmp_path / "run"
     stderr = finish(start(job, run, nodes.address, *CASES[package]), ClusterError.exit_code)
@@ -42,3 +45,27 @@ def test_the_node_is_named_and_nothing_tried_again(package, nodes, job, tmp_path
     assert bad.node_id[:6] in stderr or "and 1 more" in stderr  # here all nodes have one address
     assert f"(Python {sys.executable})" in stderr and "tenp-dist doctor" in stderr
     assert not ledger(run, "lost")
+
+
+@pytest.mark.parametrize("call", ["add_node", "remove_node"])
+@pytest.mark.parametrize("always", [False, True])
+def test_the_nodes_of_these_tests_bear_a_slow_head(call, always, nodes, monkeypatch):
+    """Where Ray's own calls to its head time out once, nodes come and go all the same; where always, it is told."""
+    nodes.start(1)
+    real, failed = getattr(nodes._cluster, call), []
+
+    def slow(*arguments, **options):
+        if not always:
+            done = real(*arguments, **options)  # the answer alone comes too late
+        if not failed or always:
+            failed.append(call)
+            raise RpcError("Deadline Exceeded", rpc_code=4)
+        return done
+
+    monkeypatch.setattr(ray_nodes, "PAUSES", (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes._cluster, call, slow)
+        with pytest.raises(RpcError) if always else contextlib.nullcontext():
+            nodes.start(1)
+    assert len(failed) == (3 if always else 1)
+    assert len(nodes._cluster.worker_nodes) == (0 if always and call == "add_node" else 1)

@@ -5,19 +5,16 @@ The nodes are raylets on this machine, with one or two cores each to give away; 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from test_interrupt import COMMAND, QUIET, bytes_of
+from commands import finish, kill, ledger, same_bytes, scoring, stopped, wait_for
+from ray_nodes import does
 
 from tenp_dist.config import Cluster
 from tenp_dist.engine.drive import fitted
@@ -25,174 +22,6 @@ from tenp_dist.engine.pool import RayPool
 from tenp_dist.errors import ClusterError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-PARTS = ("scores", "plan.json", "plan.safetensors", "checkpoint")
-SOON = {  # a dead node is noticed in about two seconds, not in twenty
-    "health_check_initial_delay_ms": 500,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
-SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-
-
-class Nodes:
-    """A head without cores and worker nodes that come and go."""
-
-    def __init__(self):
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": SOON} | SMALL, shutdown_at_exit=True
-        )
-        self.address = self._cluster.address
-
-    def start(self, *cores: int) -> None:
-        """Worker nodes with so many cores, and no others."""
-        for node in list(self._cluster.worker_nodes):
-            self._cluster.remove_node(node, allow_graceful=False)
-        for count in cores:
-            self._cluster.add_node(num_cpus=count, **SMALL)
-
-    def add(self, cores: int, gpus: int) -> None:
-        """A worker node more; Ray takes the accelerators on trust."""
-        self._cluster.add_node(num_cpus=cores, num_gpus=gpus, **SMALL)
-
-    def processes(self, name: str) -> dict[psutil.Process, list[psutil.Process]]:
-        """Raylet of a worker node -> the processes on it that now do what `name` says, for nodes that have any."""
-        found = {}
-        for node in self._cluster.worker_nodes:
-            with contextlib.suppress(psutil.Error):
-                raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-                found[raylet] = [worker for worker in raylet.children(recursive=True) if does(worker, name)]
-        return {raylet: workers for raylet, workers in found.items() if workers}
-
-    def alive(self) -> int:
-        """Nodes that the head believes in, itself included."""
-        return len(self._cluster.global_state._live_node_ids())
-
-    def lose(self, cores: int) -> None:
-        """One worker node with so many cores, until the head knows."""
-        before = self.alive()
-        node = next(one for one in self._cluster.worker_nodes if one._ray_params.num_cpus == cores)
-        psutil.Process(node.all_processes["raylet"][0].process.pid).kill()
-        while self.alive() == before:
-            time.sleep(0.1)
-
-    def close(self) -> None:
-        self._cluster.shutdown()
-
-
-def does(process: psutil.Process, name: str) -> bool:
-    try:
-        return " ".join(process.cmdline()).startswith(f"ray::{name}")
-    except psutil.Error:
-        return False
-
-
-@pytest.fixture(scope="module")
-def nodes():
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-
-    ensure_token_if_auth_enabled(None, create_token_if_missing=True)  # `ray start` does so for real clusters
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("RAY_TMPDIR", folder)  # another program's ray.init must not find this cluster
-        nodes = Nodes()
-        yield nodes
-        nodes.close()
-
-
-@pytest.fixture
-def job(job_file, text_files):
-    sources = [{"path": str(path), "domain": name, "samples": 24} for name, path in text_files.items()]
-    return job_file(
-        calibration={"sources": sources, "sequence_length": 128},
-        score={"batch_tokens": 128, "waves": 16},
-        output={"shard_size": "8KB"},
-        cluster={"shards": 2, "mode": "resident", "commit_seconds": 0},
-    )
-
-
-@pytest.fixture
-def reference(job, tenp, tmp_path):
-    """Undisturbed, in this process, one thread."""
-    run = tmp_path / "reference"
-    found = tenp("run", job, "--run-dir", run)
-    assert found.exit_code == 0, found.stderr
-    return run
-
-
-@pytest.fixture
-def start():
-    """start(job, run, address, *options, cores) -> process of a real `tenp-dist run`; it does not outlive the test."""
-    started = []
-
-    def launch(job: Path, run: Path, address: str | None, *options: str, cores: int | None = None) -> subprocess.Popen:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-        available = sorted(os.sched_getaffinity(0))[:cores]
-        process = subprocess.Popen(
-            [COMMAND, "run", job, "--run-dir", run, *options],
-            env=environment | QUIET | ({"RAY_ADDRESS": address} if address else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, available),
-        )
-        started.append(process)
-        return process
-
-    yield launch
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
-    return stderr
-
-
-def wait_for(process: subprocess.Popen, ready) -> None:
-    limit = time.monotonic() + 90
-    while not ready():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < limit, "does not get so far"
-        time.sleep(0.002)
-
-
-def ledger(run: Path, event: str) -> list[dict]:
-    path = run / "stages" / "score.ledger.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if line["event"] == event]
-
-
-def scoring(run: Path, units: int = 4):
-    return lambda: len(ledger(run, "unit")) >= units
-
-
-@contextlib.contextmanager
-def stopped(process: subprocess.Popen):
-    """The driver stands still meanwhile: whatever is killed is killed in the middle of the run."""
-    process.send_signal(signal.SIGSTOP)
-    yield
-    process.send_signal(signal.SIGCONT)
-
-
-def kill(*processes: psutil.Process) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def same_bytes(run: Path, reference: Path) -> None:
-    for part in PARTS:
-        assert bytes_of(run, part) == bytes_of(reference, part) != {}, part
 
 
 def test_two_shards_on_two_nodes_survive_the_loss_of_one_in_scoring_and_in_writing(

@@ -32,7 +32,6 @@ from tenp_dist.checkpoint.writer import OutputTensor
 from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model, outcome
 from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.layerwise import LayerwiseTask
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.probe import Probe
 from tenp_dist.engine.recheck import RecheckTask, recheck_model
 from tenp_dist.errors import NumericalError, VerifyError
@@ -446,13 +445,6 @@ def test_verify_finds_one_changed_weight_wherever_it_is_copied_to(job_file, tenp
     assert tenp("write", job).exit_code == 0
     refused = tenp("verify", job)
     assert refused.exit_code == VerifyError.exit_code and "changed after they were solved" in refused.stderr
-
-
-@pytest.fixture(scope="module")
-def ray_pool():
-    pool = RayPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

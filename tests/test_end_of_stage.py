@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_interrupt import QUIET
+from commands import QUIET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

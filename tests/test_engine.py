@@ -22,7 +22,6 @@ from tenp_dist.engine.compute import Compute
 from tenp_dist.engine.controller import Controller, Ledger, Retries
 from tenp_dist.engine.drive import choose_mode, cores_per_rank, cut_layers, memory_per_rank
 from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.schedule import QUEUE, Unit, next_unit, split_layers, split_waves
 from tenp_dist.engine.scoring import active_bytes, layer_bytes, score_model
 from tenp_dist.engine.shard import ScoreTask
@@ -384,13 +383,6 @@ def test_another_number_of_ranks_is_refused_in_a_run_that_was_begun(tiny_model, 
 def test_more_shards_than_layers_are_refused(tiny_model, tmp_path):
     with pytest.raises(ClusterError, match="More shards than decoder layers"):
         run_scores(InProcessPool(cores=1), tiny_model("deepseek_v3"), tmp_path, shards=5)
-
-
-@pytest.fixture(scope="module")
-def ray_pool():
-    pool = RayPool()
-    yield pool
-    pool.close()
 
 
 @pytest.mark.slow

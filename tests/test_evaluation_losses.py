@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import COMMAND, QUIET, bytes_of
 from deaths import Death, lives, only_the_units_in_flight_were_lost, work
 from test_checkpoint import random_kept
 from test_compensation import compensate
 from test_evaluation_shards import close_to, run
-from test_interrupt import COMMAND, QUIET, bytes_of
 
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
 from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.evaluation import streams
 from tenp_dist.evaluation.streams import Pass, run_tail
 from tenp_dist.evaluation.variants import Streams, Variant
@@ -55,13 +54,6 @@ def here(many, tmp_path_factory) -> dict:
     entering = [len(Streams(many.variants, LAYERS).entering(layer)) for layer in range(LAYERS + 1)]
     assert entering == [1, 1, 3, 4, 6]
     return found
-
-
-@pytest.fixture(scope="module")
-def ray_pool():
-    pool = RayPool()
-    yield pool
-    pool.close()
 
 
 def tail_dies_once(mark: Path):

@@ -6,7 +6,6 @@ import os
 
 import pytest
 from deaths import Death, lives, only_the_units_in_flight_were_lost
-from test_cluster import nodes  # noqa: F401  a fixture
 from test_evaluation_losses import LAYERS, WAVES, here, many  # noqa: F401  fixtures
 from test_evaluation_shards import run
 
@@ -16,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def pool(nodes):  # noqa: F811
+def pool(nodes):
     """On three nodes of one core each."""
     nodes.start(1, 1, 1)
     pool = RayPool(nodes.address)
@@ -33,7 +32,7 @@ def test_a_raylet_killed_in_the_middle_of_a_unit(mode, layer, pool, many, here, 
     only_the_units_in_flight_were_lost(tmp_path / "evaluate.ledger.jsonl", LAYERS, WAVES, deaths=1)
 
 
-def test_a_stream_on_what_is_left_where_the_largest_node_is_gone(nodes):  # noqa: F811
+def test_a_stream_on_what_is_left_where_the_largest_node_is_gone(nodes):
     """It asks for as many cores as the largest node has, which no other node could give."""
 
     def two():

@@ -4,16 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from commands import COMMAND, QUIET, bytes_of
 
 from tenp_dist.errors import Interrupted
-
-COMMAND = Path(sys.executable).with_name("tenp-dist")
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "NO_COLOR": "1"}  # idle threads do not spin: the cores are shared
 
 
 def start(job, run, *options):
@@ -37,11 +33,6 @@ def stop(process, path, send):
     send(process)
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
-
-
-def bytes_of(run, *parts):
-    files = [path for part in parts for path in (run / part, *(run / part).rglob("*")) if path.is_file()]
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
 def identity(path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from deaths import PowerCut, failing, work
-from test_engine import ray_pool, run_scores  # noqa: F401  a fixture
+from test_engine import run_scores
 
 from tenp_dist.engine import boundaries
 from tenp_dist.engine.carrier import Carrier
@@ -43,7 +43,7 @@ def robbed(worker: type[Carrier], mark: Path) -> type[Carrier]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_a_boundary_between_shards(mode, ray_pool, reference, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_a_boundary_between_shards(mode, ray_pool, reference, tiny_model, tmp_path, monkeypatch):
     """On Ray. The shard upstream makes it again, the later waves wait; it counts as one loss."""
     import sys
 

@@ -7,16 +7,7 @@ import time
 
 import psutil
 import pytest
-from test_cluster import (  # noqa: F401  fixtures too
-    finish,
-    job,
-    kill,
-    nodes,
-    reference,
-    same_bytes,
-    start,
-    wait_for,
-)
+from commands import finish, kill, same_bytes, wait_for
 
 from tenp_dist.engine.pool import RayPool
 from tenp_dist.errors import ClusterError, Unplaced, WorkerLost
@@ -25,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def pool_on(nodes):  # noqa: F811
+def pool_on(nodes):
     """pool_on(cores, start_timeout) -> a pool on worker nodes with so many cores."""
     pools = []
 
@@ -55,7 +46,7 @@ def begun(folder) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
-def test_no_worker_node_is_left(kind, nodes, pool_on):  # noqa: F811
+def test_no_worker_node_is_left(kind, nodes, pool_on):
     def count(upto):
         yield from range(upto)
 
@@ -84,7 +75,7 @@ def test_what_is_at_work_is_waited_for(pool_on, tmp_path):
     assert sorted(found) == [1, 2] == begun(tmp_path)
 
 
-def test_a_node_that_comes_back_in_time(nodes, pool_on, tmp_path):  # noqa: F811
+def test_a_node_that_comes_back_in_time(nodes, pool_on, tmp_path):
     """Killed with a task at work, which begins again on the new node; what was done is not done again."""
     pool = pool_on((1,), start_timeout=60)
     items = pool.map(resting(tmp_path, 3), [(1,), (2,), (3,)], limit=2)
@@ -114,7 +105,7 @@ def test_a_task_whose_workers_always_die_ends_after_six(pool_on, tmp_path):
     assert begun(tmp_path) == [1] * 6
 
 
-def test_a_stream_asks_for_less_when_the_largest_node_turns_out_to_be_gone(nodes, pool_on):  # noqa: F811
+def test_a_stream_asks_for_less_when_the_largest_node_turns_out_to_be_gone(nodes, pool_on):
     """The head does not know yet when it is asked for."""
     pool = pool_on((2, 1), start_timeout=100)
     node = next(one for one in nodes._cluster.worker_nodes if one._ray_params.num_cpus == 2)
@@ -122,7 +113,7 @@ def test_a_stream_asks_for_less_when_the_largest_node_turns_out_to_be_gone(nodes
     assert list(pool.stream(range, 3)) == [0, 1, 2]
 
 
-def test_all_nodes_lost_in_writing_and_the_same_command_again(nodes, job, reference, tmp_path, start):  # noqa: F811
+def test_all_nodes_lost_in_writing_and_the_same_command_again(nodes, job, reference, tmp_path, start):
     nodes.start(1, 1)
     run, soon = tmp_path / "run", ("--set", "cluster.start_timeout=5")
     process = start(job, run, nodes.address, *soon)

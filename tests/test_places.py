@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_interrupt import COMMAND, QUIET
+from commands import COMMAND, QUIET
 
 from tenp_dist.errors import ClusterError
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_interrupt import COMMAND, QUIET, bytes_of
+from commands import COMMAND, QUIET, bytes_of
 
 ROOT = Path(__file__).parents[1]
 BOX = ROOT / "scripts" / "slurm-in-a-box"

@@ -15,7 +15,6 @@ from test_operate import task_of
 from tenp_dist.config import Cluster
 from tenp_dist.engine import pool_group
 from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.engine.pulse import Pulse
 from tenp_dist.engine.schedule import Unit
 from tenp_dist.engine.shard import ScoreShard
@@ -111,13 +110,6 @@ def test_five_seconds_at_least():
     with pytest.raises(ValueError, match="stall_timeout"):
         Cluster(stall_timeout=4.9)
     assert Cluster(stall_timeout=5).stall_timeout == 5 and Cluster().stall_timeout == 1800
-
-
-@pytest.fixture(scope="module")
-def ray_pool():
-    pool = RayPool()
-    yield pool
-    pool.close()
 
 
 def lost(folder: Path) -> list[str]:

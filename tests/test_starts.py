@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_engine import ray_pool, run_scores  # noqa: F401  a fixture
+from test_engine import run_scores
 
 from tenp_dist.engine.carrier import Carrier
 from tenp_dist.engine.local import own_address
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def made_of(ray_pool, monkeypatch):  # noqa: F811
+def made_of(ray_pool, monkeypatch):
     """made_of(change): the pool's workers are of the class `change(worker)` from now on."""
     from ray import cloudpickle
 
@@ -53,7 +53,7 @@ def squatted(worker: type[Carrier], mark: Path) -> type[Carrier]:
     return Squatted
 
 
-def test_nobody_can_take_the_port_where_the_ranks_are_to_meet(ray_pool, made_of, tiny_model, tmp_path):  # noqa: F811
+def test_nobody_can_take_the_port_where_the_ranks_are_to_meet(ray_pool, made_of, tiny_model, tmp_path):
     model = tiny_model("deepseek_v3")
     reference = run_scores(ray_pool, model, tmp_path / "reference", tensor_parallel=2)
     made_of(lambda worker: squatted(worker, tmp_path / "port"))
@@ -88,7 +88,7 @@ def test_a_worker_killed_while_it_starts_says_how_far_it_was(
     ray_pool,
     made_of,
     tiny_model,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     """In its constructor, before it opens anything, while it opens. After a run that left logs."""
     model, ledger = tiny_model("deepseek_v3"), tmp_path / "stages" / "score.ledger.jsonl"
@@ -104,7 +104,7 @@ def test_a_worker_killed_while_it_starts_says_how_far_it_was(
     assert len(lost) == 1 and re.search(wanted, lost[0]["found"]), lost
 
 
-def test_ray_is_known_by_its_answer(ray_pool):  # noqa: F811
+def test_ray_is_known_by_its_answer(ray_pool):
     """A head, and a Ray Client server."""
     from ray.util.client.server.server import serve
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_interrupt import COMMAND, QUIET
+from commands import COMMAND, QUIET
 
 from tenp_dist.errors import BudgetError, Interrupted
 
