@@ -57,7 +57,7 @@ def here(many, tmp_path_factory) -> dict:
 
 
 def tail_dies_once(mark: Path):
-    """`run_tail`, whose worker is killed behind its first wave."""
+    """`run_tail`, whose worker is killed behind its first microbatch."""
 
     def tail(passes):
         for event in run_tail(passes):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from deaths import Death, lives
 from test_engine import run_scores
@@ -19,6 +23,7 @@ from tenp_dist.engine.pulse import Pulse
 from tenp_dist.engine.schedule import Unit
 from tenp_dist.engine.shard import ScoreShard
 from tenp_dist.engine.stall import BEAT_SECONDS, StallWatch
+from tenp_dist.errors import WorkerLost
 
 LIMIT = 10
 COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
@@ -26,14 +31,14 @@ COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
 
 def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
     """Look every so many seconds at ranks with these pulses: (second, who hangs) of the first look that finds one."""
-    time, ranks = [0.0], list(range(len(histories)))
-    watch = StallWatch(lambda rank: histories[rank][int(time[0] / seconds) - 1], lambda: time[0])
+    now, ranks = [0.0], list(range(len(histories)))
+    watch = StallWatch(lambda rank: histories[rank][int(now[0] / seconds) - 1], lambda: now[0])
     watch.begin()
     for _ in histories[0]:
-        time[0] += seconds
+        now[0] += seconds
         found = watch.look(ranks, limit)
         if found is not None:
-            return time[0], found, watch
+            return now[0], found, watch
     return None
 
 
@@ -84,14 +89,14 @@ def test_whoever_was_stopped_himself_blames_nobody():
 
 
 def test_time_without_work_does_not_count():
-    time, pulse = [0.0], [Pulse(work=1)]
-    watch = StallWatch(lambda rank: pulse[0], lambda: time[0])
+    now = [0.0]
+    watch = StallWatch(lambda rank: Pulse(work=1), lambda: now[0])
     for _ in range(10):  # pieces of work that take 8 of 10 seconds each, with hours between them
         watch.begin()
         for _ in range(4):
-            time[0] += BEAT_SECONDS
+            now[0] += BEAT_SECONDS
             assert watch.look([0], LIMIT) is None
-        time[0] += 3600
+        now[0] += 3600
 
 
 def test_every_microbatch_and_boundary_counts(tiny_model, tmp_path):
@@ -151,3 +156,49 @@ def test_a_stopped_rank_is_found_behind_those_that_wait_for_it(ray_pool, tiny_mo
     assert died() == 1 and disturbed == alone
     [loss] = lost(tmp_path / "ray")
     assert "shard_0, rank 1, on " in loss and "no pulses either" in loss, loss
+
+
+def hanging_once(folder: Path, number: int) -> int:
+    """A task that is stopped when it is first begun with 1."""
+    mark = folder / f"{number}-{os.getpid()}"
+    mark.touch()
+    if number == 1 and len(list(folder.glob("1-*"))) == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+
+
+@pytest.fixture
+def impatient(ray_pool, monkeypatch):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import what lies in tests/
+    monkeypatch.setattr(ray_pool, "stall_timeout", 6.0)
+    return ray_pool
+
+
+@pytest.mark.slow
+def test_a_writer_that_hangs_is_replaced(impatient, tmp_path):
+    """One at a time: the second finds a place only because the stopped one is gone."""
+    assert list(impatient.map(hanging_once, [(tmp_path, 1), (tmp_path, 2)], limit=1)) == [1, 2]
+    first, second = sorted(tmp_path.glob("1-*"), key=lambda path: path.stat().st_mtime)
+    assert first != second and not psutil.pid_exists(int(first.name.removeprefix("1-")))
+    assert len(list(tmp_path.glob("2-*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_stream_may_be_slow_but_not_silent(impatient):
+    """Values 4 seconds apart are fine in 6, also for a consumer that does not ask for longer than that."""
+
+    def slow(pause):
+        for number in range(3):
+            time.sleep(pause)
+            yield number
+
+    found = []
+    for number in impatient.stream(slow, 4):
+        found.append(number)
+        time.sleep(7 if number == 0 else 0)
+    assert found == [0, 1, 2]
+    with pytest.raises(WorkerLost, match="A worker hangs") as caught:
+        list(impatient.stream(slow, 60))
+    assert caught.value.where.startswith("slow on ") and "cluster.stall_timeout" in caught.value.found

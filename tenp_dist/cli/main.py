@@ -112,7 +112,8 @@ def _execute_stages(
     for name in set(chosen) - {stage.name for stage in stages}:
         raise _not_asked_for(name, job)
     with View(total=len(chosen)) as view:
-        make_pool = InProcessPool if debug else functools.partial(RayPool, address, loaded.cluster.start_timeout)
+        limits = loaded.cluster.start_timeout, loaded.cluster.stall_timeout
+        make_pool = InProcessPool if debug else functools.partial(RayPool, address, *limits)
         make_pool = checked(make_pool, loaded, facts, scratch(loaded, facts))
         coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
         records = coordinator.run(chosen)

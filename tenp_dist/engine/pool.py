@@ -16,7 +16,7 @@ from tenp_dist.engine.local import GroupRequest, available_cores
 from tenp_dist.engine.pool_environment import import_error
 from tenp_dist.engine.pool_group import START_SECONDS, RayGroup
 from tenp_dist.engine.pool_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
-from tenp_dist.engine.pool_tasks import Tasks, offer
+from tenp_dist.engine.pool_tasks import Tasks, end_process, offer
 from tenp_dist.engine.stall import BEAT_SECONDS
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, Unplaced, WorkerLost, first_line
 
@@ -27,9 +27,10 @@ class RayPool:
     """Runs on a Ray cluster: the one in `address` or RAY_ADDRESS, otherwise a local one of its own.
 
     start_timeout: seconds in which one of the tasks of `map` and `stream` must find a place where none is at work.
+    stall_timeout: seconds without a word of such a task at work after which its worker hangs.
     """
 
-    def __init__(self, address: str | None = None, start_timeout: float = 300.0):
+    def __init__(self, address: str | None = None, start_timeout: float = 300.0, stall_timeout: float = 1800.0):
         import ray
 
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,7 +55,7 @@ class RayPool:
             ) from error
         self._ray = ray
         self._address = address
-        self.start_timeout = start_timeout
+        self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self._watch = HeadWatch(services_of(ray))
         self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
@@ -138,16 +139,29 @@ class RayPool:
         names = {node["NodeID"]: _name_of(node) for node in self.call(self._ray.nodes)}
         return names.get(identity, "a lost node")
 
-    def on_each_node(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """Name of a node that does work -> reference of what the function returns there."""
+    @staticmethod
+    def whereabouts() -> tuple[str, int]:
+        """Node and process of the worker that asks; for `end`."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def end(self, node: str, process: int) -> None:
+        """Kill one of Ray's workers on a node. Nobody waits for it: the node may hang as well."""
+        self.call(self._pinned(end_process, node).remote, process)
+
+    def _pinned(self, function: Callable[..., Any], node: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return self._ray.remote(function).options(num_cpus=0, max_retries=1, scheduling_strategy=strategy)
+
+    def on_each_node(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """Name of a node that does work -> reference of what the function returns there."""
         references = {}
         for node in self.call(self._ray.nodes):
             if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU")):
-                pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                remote = self._ray.remote(function).options(num_cpus=0, max_retries=1, scheduling_strategy=pinned)
-                references[_name_of(node)] = self.call(remote.remote, *arguments)
+                references[_name_of(node)] = self.call(self._pinned(function, node["NodeID"]).remote, *arguments)
         return references
 
     def name_of(self, node_id: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tenp_dist.engine.controller import Retries
+from tenp_dist.engine.stall import BEAT_SECONDS, looked_for
 from tenp_dist.errors import Unplaced, WorkerLost
 
 if TYPE_CHECKING:
@@ -20,11 +24,15 @@ _NONE = Retries(limit=0)
 
 @dataclass
 class _Task:
-    """arguments: of the call; losses: of its workers so far; placed: whether a worker has begun it."""
+    """arguments: of the call; losses: of its workers so far.
+
+    place: node and process that have begun it, None before; silent: seconds without a word of it since.
+    """
 
     arguments: tuple
     losses: int
-    placed: bool = False
+    place: tuple[str, int] | None = None
+    silent: float = 0.0
 
 
 class Tasks:
@@ -46,11 +54,12 @@ class Tasks:
         spread: bool = False,
     ):
         self._pool, self._function, self._many, self._retries = pool, function, many, retries
-        self._remote = pool._ray.remote(_telling(function, many))
+        self._remote = pool._ray.remote(_telling(function, many, pool.whereabouts))
         self._options = {"name": function.__name__, "num_returns": "streaming", "max_retries": 0}
         self._options |= {"scheduling_strategy": "SPREAD"} if spread else {}
         self._resources, self._asked = resources, resources()
         self._open: dict[Any, _Task] = {}  # the generator that Ray gives of a task -> the task
+        self._looked = time.monotonic()
 
     def __len__(self) -> int:
         """Calls that have not ended."""
@@ -75,31 +84,60 @@ class Tasks:
         except StopIteration:
             del self._open[stream]
             return ()
-        except WorkerLost:
-            del self._open[stream]
-            if task.losses == self._retries.limit:
-                raise
-            if task.losses:
-                time.sleep(self._retries.wait(task.losses))
-            self.begin(task.arguments, task.losses + 1)
+        except WorkerLost as error:
+            self._again(stream, error)
             return ()
-        if not task.placed:
-            task.placed = True
+        task.silent = 0.0
+        if task.place is None:
+            task.place = value
             return ()
         if not self._many:
             del self._open[stream]
         return (value,)
 
+    def _again(self, stream: Any, error: WorkerLost) -> None:
+        """Begin a call whose worker was lost anew; raises the error where that was one too many."""
+        task = self._open.pop(stream)
+        if task.losses == self._retries.limit:
+            raise error
+        if task.losses:
+            time.sleep(self._retries.wait(task.losses))
+        self.begin(task.arguments, task.losses + 1)
+
     def _next(self) -> Any:
         limit = time.monotonic() + self._pool.start_timeout
         while True:
-            at_work = any(task.placed for task in self._open.values())
-            stream, _ = self._pool._ready(list(self._open), float("inf") if at_work else min(limit, _soon()))
+            self._look()
+            at_work = any(task.place for task in self._open.values())
+            if at_work:
+                limit = time.monotonic() + self._pool.start_timeout
+            stream, _ = self._pool._ready(list(self._open), min(limit, _soon()))
             if stream is not None:
                 return stream
             if time.monotonic() >= limit:
                 raise self._not_placed()
-            self._ask_again()
+            if not at_work:
+                self._ask_again()
+
+    def _look(self) -> None:
+        """End calls that have a worker but have said nothing for too long, and begin them anew."""
+        now = time.monotonic()
+        passed, self._looked = looked_for(now - self._looked), now
+        for stream, task in list(self._open.items()):
+            task.silent += passed if task.place else 0.0
+            if task.silent >= self._pool.stall_timeout and self._pool._ready([stream], _soon())[0] is None:
+                self._pool.end(*task.place)
+                self._again(stream, self._hangs(task))
+
+    def _hangs(self, task: _Task) -> WorkerLost:
+        node, process = task.place
+        return WorkerLost(
+            "A worker hangs",
+            where=f"{self._function.__name__.strip('_')} on {self._pool.node_name(node)}, process {process}",
+            found=f"no word of it for {task.silent:.0f} seconds (cluster.stall_timeout)",
+            next_step="run the same command again: finished layers and shards are kept; raise cluster.stall_timeout "
+            "if the work is only that slow",
+        )
 
     def _ask_again(self) -> None:
         """Where what calls need has changed meanwhile, let those that wait for a place ask for that."""
@@ -122,14 +160,25 @@ class Tasks:
 
 
 def _soon() -> float:
-    return time.monotonic() + 2.0
+    return time.monotonic() + BEAT_SECONDS
 
 
-def _telling(function: Function, many: bool) -> Callable[..., Iterator[Any]]:
-    """The function as a generator whose first value says that a worker has begun."""
+def end_process(process: int) -> None:
+    """End a worker of Ray on this node, stopped or not; another program that has its number by now is left alone."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        if " ".join(psutil.Process(process).cmdline()).startswith("ray::"):
+            os.kill(process, signal.SIGKILL)
+
+
+def _telling(
+    function: Function, many: bool, whereabouts: Callable[[], tuple[str, int]]
+) -> Callable[..., Iterator[Any]]:
+    """The function as a generator whose first value says which node and process have begun it."""
 
     def told(*arguments: Any) -> Iterator[Any]:
-        yield None
+        yield whereabouts()
         if many:
             for value in function(*arguments):  # noqa: UP028 Ray sends, which not every iterator takes
                 yield value

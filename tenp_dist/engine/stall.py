@@ -18,6 +18,11 @@ BEAT_SECONDS = 2.0  # between looks
 _LONGEST = 5 * BEAT_SECONDS  # what the time between two looks counts at most
 
 
+def looked_for(seconds: float) -> float:
+    """What the seconds between two looks count."""
+    return min(seconds, _LONGEST)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What is known of a rank. still: seconds without progress; mute: without a pulse at all."""
@@ -65,7 +70,7 @@ class StallWatch:
     def look(self, ranks: Sequence[int], limit: float) -> int | None:
         """Which of the ranks at work hangs: none of them has moved in `limit` seconds of looking."""
         now = self.clock()
-        passed, self._looked = min(now - self._looked, _LONGEST), now
+        passed, self._looked = looked_for(now - self._looked), now
         for rank in ranks:
             self._seen[rank] = self._seen.get(rank, Seen()).later(passed, self.read(rank))
         worst = hanging([self._seen[rank] for rank in ranks], limit)

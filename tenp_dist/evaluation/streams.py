@@ -139,7 +139,7 @@ def _tail_on(site: Site, passes: Sequence[PassTask]) -> Metrics:
 
 @torch.inference_mode()
 def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
-    """Norm and head over the final hidden states of all passes, wave by wave; the Metrics last."""
+    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last."""
     first = passes[0]
     compute = first.compute.resolved()
     corpus = read_corpus(first.corpus)
@@ -148,16 +148,17 @@ def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
     frame, metrics = open_tail(first.model, compute), Metrics(corpus.domains)
     leaders = [_final_streams(one) for one in passes]
     for wave, numbers in enumerate(waves):
-        started = time.monotonic()
         with contextlib.ExitStack() as files:
             final = {}
             for one, streams in zip(passes, leaders, strict=True):
                 stored = files.enter_context(one.boundaries.open(wave, one.layers))
                 final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
-            compare(metrics, frame, {i: batches[i] for i in numbers}, final)
+            for count, i in enumerate(numbers, start=1):  # each may take minutes, with many variants
+                started = time.monotonic()
+                compare(metrics, frame, {i: batches[i]}, final)
+                done, tokens = wave + count / len(numbers), batches[i].tokens_BS.numel() * len(final)
+                yield Progress(done, len(waves), tokens, time.monotonic() - started, "norm and head")
         metrics.check_finite()
-        tokens = sum(batches[i].tokens_BS.numel() for i in numbers) * len(final)
-        yield Progress(wave + 1, len(waves), tokens, time.monotonic() - started, "norm and head")
     yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})
 
 
