@@ -109,15 +109,15 @@ class Tasks:
         while True:
             self._look()
             at_work = any(task.place for task in self._open.values())
-            if at_work:
-                limit = time.monotonic() + self._pool.start_timeout
-            stream, _ = self._pool._ready(list(self._open), min(limit, _soon()))
+            stream, _ = self._pool._ready(list(self._open), _soon() if at_work else min(limit, _soon()))
             if stream is not None:
                 return stream
+            if at_work:
+                limit = time.monotonic() + self._pool.start_timeout
+                continue
             if time.monotonic() >= limit:
                 raise self._not_placed()
-            if not at_work:
-                self._ask_again()
+            self._ask_again()
 
     def _look(self) -> None:
         """End calls that have a worker but have said nothing for too long, and begin them anew."""
@@ -172,9 +172,7 @@ def end_process(process: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def _telling(
-    function: Function, many: bool, whereabouts: Callable[[], tuple[str, int]]
-) -> Callable[..., Iterator[Any]]:
+def _telling(function: Function, many: bool, whereabouts: Function) -> Callable[..., Iterator[Any]]:
     """The function as a generator whose first value says which node and process have begun it."""
 
     def told(*arguments: Any) -> Iterator[Any]:
