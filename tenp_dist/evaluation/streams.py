@@ -156,9 +156,9 @@ def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
             for count, i in enumerate(numbers, start=1):  # each may take minutes, with many variants
                 started = time.monotonic()
                 compare(metrics, frame, {i: batches[i]}, final)
+                metrics.check_finite()
                 done, tokens = wave + count / len(numbers), batches[i].tokens_BS.numel() * len(final)
                 yield Progress(done, len(waves), tokens, time.monotonic() - started, "norm and head")
-        metrics.check_finite()
     yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})
 
 
