@@ -13,13 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 from deaths import Death, lives
+from test_compensation import compensate, random_kept, recheck
 from test_engine import run_scores
 from test_operate import task_of
+from test_scoring import random_corpus
 
+from tenp_dist.checkpoint.compensated import read_table
 from tenp_dist.config import Cluster
 from tenp_dist.engine import pool_group
+from tenp_dist.engine.compensate import CompensateShard
 from tenp_dist.engine.local import InProcessPool
 from tenp_dist.engine.pulse import Pulse
+from tenp_dist.engine.recheck import SAMPLE, RecheckShard
 from tenp_dist.engine.schedule import Unit
 from tenp_dist.engine.shard import ScoreShard
 from tenp_dist.engine.stall import BEAT_SECONDS, StallWatch
@@ -202,3 +207,30 @@ def test_a_stream_may_be_slow_but_not_silent(impatient):
     with pytest.raises(WorkerLost, match="A worker hangs") as caught:
         list(impatient.stream(slow, 60))
     assert caught.value.where.startswith("slow on ") and "cluster.stall_timeout" in caught.value.found
+
+
+def test_every_expert_that_is_solved_or_checked_counts(tiny_model, tmp_path, monkeypatch):
+    """Each narrow expert by 1, the plan's file too; in the check once more where it is in the sample."""
+    counted = {}
+
+    def counting(shard):
+        finish = shard._finish
+
+        def counted_finish(self, layer, sums, weights):
+            before = self.pulse().work
+            finish(self, layer, sums, weights)
+            counted[shard.__name__, layer] = self.pulse().work - before
+
+        monkeypatch.setattr(shard, "_finish", counted_finish)
+
+    counting(CompensateShard)
+    counting(RecheckShard)
+    model = tiny_model("deepseek_v3")
+    kept = random_kept(model)
+    task = compensate(model, tmp_path, kept, corpus=random_corpus(256, sequences=12))
+    recheck(task, tmp_path / "verify")
+    for layer in kept:
+        solved = len(read_table(task.file(task.targets[0], layer, 0))["experts"])
+        assert solved
+        assert counted["CompensateShard", layer] == solved + 1
+        assert counted["RecheckShard", layer] == solved + min(solved, SAMPLE)
