@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tenp_dist.engine.pulse import resident_memory
-from tenp_dist.model.skeleton import _zeros
+from tenp_dist.model.memory import own_zeros
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 LAYERS, LAYER_BYTES = 10, 32 * 3 * 512 * 512 * 2  # MoE layers of the model below, and the experts of one in bfloat16
@@ -68,7 +68,7 @@ def used(model: Path, folder: Path, mode: str) -> list[int]:
 
 def test_weights_count_as_memory_and_go_back():
     before = resident_memory()
-    weights = _zeros((64, 1 << 20), torch.uint8)
+    weights = own_zeros((64, 1 << 20), torch.uint8)
     weights.fill_(1)
     assert resident_memory() - before > 60 << 20
     del weights

@@ -17,6 +17,7 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_PIECE_BYTES = 4 << 20  # converted at a time; a multiple of every item size
 
 
 class TensorReader:
@@ -52,11 +53,32 @@ class TensorReader:
             return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         return torch.frombuffer(self.raw(name), dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
-    def _fill(self, entry: TensorEntry, view: memoryview) -> None:
+    def into(self, name: str, target: torch.Tensor) -> None:
+        """Read a tensor into one of its shape on the CPU, of any dtype and layout.
+
+        Nothing of its size is needed beside a contiguous target: it is read in place, or converted piece by piece.
+        """
+        entry = self.index.entry(name)
+        dtype = TORCH_DTYPES[entry.dtype]
+        if not target.is_contiguous():
+            target.copy_(self.tensor(name))
+        elif target.dtype == dtype:
+            self._fill(entry, memoryview(target.view(-1).view(torch.uint8).numpy()))
+        else:
+            flat, size = target.view(-1), dtype.itemsize
+            buffer = memoryview(bytearray(min(entry.nbytes, _PIECE_BYTES)))
+            for start in range(0, entry.nbytes, _PIECE_BYTES):
+                piece = buffer[: entry.nbytes - start]
+                self._fill(entry, piece, start)
+                part = flat[start // size : (start + len(piece)) // size]
+                part.copy_(torch.frombuffer(piece, dtype=dtype))
+
+    def _fill(self, entry: TensorEntry, view: memoryview, start: int = 0) -> None:
+        """Read as many bytes of a tensor as the view has, from `start` on."""
         path, done = self.index.folder / entry.file, 0
-        while done < entry.nbytes:
+        while done < len(view):
             try:
-                count = os.preadv(self._open(entry.file), [view[done:]], entry.start + done)
+                count = os.preadv(self._open(entry.file), [view[done:]], entry.start + start + done)
             except OSError as error:
                 raise SourceError(
                     "Checkpoint shard cannot be read",
@@ -69,7 +91,7 @@ class TensorReader:
                 raise SourceError(
                     "Checkpoint shard became shorter while it was read",
                     where=path,
-                    found=f"{done} bytes",
+                    found=f"{start + done} bytes",
                     wanted=f"{entry.nbytes} bytes of {entry.name}",
                     next_step="download the shard again, then run again",
                 )

@@ -19,6 +19,7 @@ import torch
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.errors import StaleError, first_line
+from tenp_dist.model.memory import own_copy
 
 _NAME = re.compile(r"wave_(\d+)\.layer_(\d+)\.safetensors$")
 _PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds, between tries to open a file that is listed
@@ -144,4 +145,4 @@ def read_hidden(
 ) -> Hidden:
     """A wave's hidden states of all streams from its boundary file."""
     stored = boundaries.read(wave, layer)
-    return {stream: [stored.pop(tensor_name(stream, i)).to(device) for i in batches] for stream in streams}
+    return {stream: [own_copy(stored.pop(tensor_name(stream, i)), device) for i in batches] for stream in streams}

@@ -15,6 +15,7 @@ from tenp_dist.calibration.corpus import Corpus
 from tenp_dist.errors import DeviceError, NumericalError
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.model.memory import own_copy
 from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.scoring.accumulate import LayerAccumulator
 from tenp_dist.scoring.compensation import Moments
@@ -131,7 +132,7 @@ def embed_all(frame: Frame, batches: Sequence[Microbatch]) -> list[torch.Tensor]
     """Hidden states [B, S, D] that enter the first layer, one tensor per microbatch."""
     name = next(n for n, m in frame.model.named_modules() if m is frame.model.get_input_embeddings())
     frame.skeleton.load_module(name)
-    hidden = [frame.embed(batch) for batch in batches]
+    hidden = [own_copy(frame.embed(batch)) for batch in batches]
     frame.model.get_submodule(name).to("meta")
     return hidden
 
@@ -141,18 +142,21 @@ def run_layer(
     layer: int,
     module: nn.Module,
     batches: Sequence[Microbatch],
-    hidden: list[torch.Tensor],
+    hidden: Sequence[torch.Tensor],
     state: Mapping[str, Any],
     accumulator: LayerAccumulator | Moments | None = None,
 ) -> None:
-    """Run a layer over microbatches; `hidden` becomes what leaves it. state: of the experts (`Ranks.share`, a mask)."""
+    """Run a layer over microbatches; what leaves it overwrites `hidden`.
+
+    state: of the experts (`Ranks.share`, a mask). accumulator: sees what every microbatch does.
+    """
     experts = frame.skeleton.experts_of(module)
     for i, batch in enumerate(batches):
         if accumulator is not None:
             accumulator.domain = batch.domain
         if experts is not None:
             experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator, **state)
-        hidden[i] = frame.run_layer(layer, module, batch, hidden[i])
+        hidden[i].copy_(frame.run_layer(layer, module, batch, hidden[i]))
     if experts is not None:
         experts.tenp_state = None
 

@@ -112,9 +112,7 @@ class RecheckShard(LayerwiseShard):
         try:
             for i, batch in enumerate(batches):
                 tap.valid_T, tap.weight = batch.valid_T, self._weights[batch.domain]
-                one = [states[i]]
-                run_layer(self.frame, layer, module, [batch], one, self._share, tap.probe)
-                states[i] = one[0]
+                run_layer(self.frame, layer, module, [batch], [states[i]], self._share, tap.probe)
         finally:
             hook.remove()
 

@@ -21,6 +21,7 @@ from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden
 from tenp_dist.engine.compute import all_finite, check_finite, of_variants, run_layer
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
+from tenp_dist.model.memory import own_copy
 from tenp_dist.model.routing import restricted_router
 
 
@@ -68,7 +69,7 @@ class EvaluateShard(Carrier):
         for stream, after in self._streams.split(layer).items():
             entered = hidden.pop(stream)
             for name in after:
-                states = entered if name == after[-1] else list(entered)
+                states = entered if name == after[-1] else [own_copy(state) for state in entered]
                 self._run_variant(name, layer, module, wave, states)
                 hidden[name] = states
 

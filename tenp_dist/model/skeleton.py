@@ -8,8 +8,6 @@ afterwards; routed experts arrive in the fused tensors that the modeling code us
 from __future__ import annotations
 
 import copy
-import math
-import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from tenp_dist.checkpoint.families import DOWN, GATE, UP, Family, family_of
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
+from tenp_dist.model.memory import own_zeros
 
 _NOT_IN_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store this constant
 
@@ -133,7 +132,9 @@ class Skeleton:
 
     def _read(self, name: str, parameter: torch.Tensor, path: str) -> torch.Tensor:
         check_shape(self.index.entry(name), parameter.shape, self.index.folder)
-        return self.reader.tensor(name).to(self._dtype_of(path))
+        tensor = own_zeros(parameter.shape, self._dtype_of(path))
+        self.reader.into(name, tensor)
+        return tensor
 
     def _dtype_of(self, path: str) -> torch.dtype:
         kept = (self.model._keep_in_fp32_modules or set()) | (self.model._keep_in_fp32_modules_strict or set())
@@ -148,8 +149,8 @@ class Skeleton:
         used.update(names.values())
         full = experts.down_proj.shape[2]
         share = range(num_experts) if share is None else share
-        gate_up_EPD = _zeros((len(share), 2 * full, hidden), self.dtype)
-        down_EDF = _zeros((len(share), hidden, full), self.dtype)
+        gate_up_EPD = own_zeros((len(share), 2 * full, hidden), self.dtype)
+        down_EDF = own_zeros((len(share), hidden, full), self.dtype)
         for row, e in enumerate(share):
             width = self._expert_width(names[e, GATE], full)
             for matrix, target, wanted in (
@@ -158,7 +159,7 @@ class Skeleton:
                 (DOWN, down_EDF[row, :, :width], (hidden, width)),
             ):
                 check_shape(self.index.entry(names[e, matrix]), wanted, self.index.folder)
-                target.copy_(self.reader.tensor(names[e, matrix]))
+                self.reader.into(names[e, matrix], target)
         return {f"{self.family.experts}.gate_up_proj": gate_up_EPD, f"{self.family.experts}.down_proj": down_EDF}
 
     def _expert_width(self, name: str, width: int) -> int:
@@ -194,16 +195,6 @@ def _build(config_dict: Mapping, dtype: torch.dtype, experts_implementation: str
             config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts_implementation
         )
     return model.eval().requires_grad_(False)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in an anonymous mapping of their own, which goes back to the system with the tensor.
-
-    Weights of layer after layer would otherwise fragment the heap, and memory would grow with depth.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _restore_rotary(model: nn.Module, device: torch.device) -> None:
