@@ -20,10 +20,12 @@ def own_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     Reading weights into small pages takes four times as long: most of it is the system's making of pages.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes == 0:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # not on this system, or not in its kernel
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 def own_copy(tensor: torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import embedding_bag
 
 from tenp_dist.model.experts import Dispatch, grouped
+from tenp_dist.model.memory import own_zeros
 from tenp_dist.scoring.statistics import LayerStatistics
 
 BLOCK = 256
@@ -187,13 +188,17 @@ def weight_norms(experts: nn.Module, column_norm_EF: torch.Tensor) -> torch.Tens
 
 
 def _norms(weights_EXY: torch.Tensor, dim: int) -> torch.Tensor:
-    """Norms along a dimension, summed in float32; a few experts at a time, for the CPU copies what it converts.
+    """Norms along a dimension, summed in float32; on the CPU a few experts at a time are converted to it.
 
-    The norms have their place beforehand: allocated between two copies, they would keep the allocator from using the
-    first one's memory for the second, as it asks for aligned memory, and the heap would grow by a layer in float32.
+    Both have their place beforehand: with copies and results allocated in turns the heap would grow by a layer in
+    float32, because the allocator, asked for aligned memory, does not use one copy's for the next.
     """
     size = max(1, _CONVERTED_ELEMENTS // weights_EXY[0].numel())
     norms_EZ = weights_EXY.new_empty((len(weights_EXY), weights_EXY.shape[3 - dim]), dtype=torch.float32)
+    converted = weights_EXY.device.type == "cpu" and weights_EXY.dtype != torch.float32
+    room_EXY = own_zeros((size, *weights_EXY.shape[1:]), torch.float32) if converted else None
     for part_EXY, part_EZ in zip(weights_EXY.split(size), norms_EZ.split(size), strict=True):
+        if room_EXY is not None:
+            part_EXY = room_EXY[: len(part_EXY)].copy_(part_EXY)
         torch.linalg.vector_norm(part_EXY, dim=dim, dtype=torch.float32, out=part_EZ)
     return norms_EZ.double()
