@@ -96,8 +96,8 @@ def score_model(folder: Path, out: Path, ranks, dtype: torch.dtype, padded: bool
     check_parallel(skeleton.family, skeleton.config_dict, ranks.size)
     num_experts = skeleton.family.num_experts(skeleton.config_dict)
     read: list[str] = []
-    raw = skeleton.reader.raw
-    skeleton.reader.raw = lambda name: read.append(name) or raw(name)
+    into = skeleton.reader.into
+    skeleton.reader.into = lambda name, target: read.append(name) or into(name, target)
     frame, inputs = Frame(skeleton), batches(padded)
     hidden, seconds, kept, dense = embed(frame, inputs), [], set(), []
     out.mkdir(parents=True)
