@@ -2,8 +2,7 @@
 
 Every row is a run of its own; starting processes, Ray and imports does not count, reading the source and
 writing the score files does (the plain model is loaded before its clock starts). Memory is the peak of anonymous
-resident memory of the largest process, sampled every 20 ms (the workspace alone every 4 ms); `at open` is interpreter,
-libraries and skeleton.
+resident memory of the largest process, sampled every 20 ms; `at open` is interpreter, libraries and skeleton.
 
 The bounds compare with two parts that are measured alone in one process, with the same threads: reading the files
 once (from the page cache, if they are in it), and computing scores, weight norms included, with a layer in memory.
@@ -202,7 +201,10 @@ def measure_plain(task) -> dict[str, float]:
 
 
 def measure_alone(task) -> dict[str, float]:
-    """Reading the files; then layer by layer reading and scoring, one after the other, and scoring's workspace."""
+    """Reading the files; then layer by layer reading and scoring, one after the other, and what that takes beside them.
+
+    workspace: of the whole pass, beyond what is open, the hidden states and the largest layer.
+    """
     import torch
 
     from tenp_dist.engine.compute import embed_all, run_layer
@@ -211,25 +213,26 @@ def measure_alone(task) -> dict[str, float]:
     files = timed(lambda: read_files(task.model))
     shard = ScoreShard(task)
     shard.open()
-    reading = computing = workspace = 0.0
-    with torch.inference_mode():
+    reading = computing = 0.0
+    largest = 0
+    with torch.inference_mode(), PeakMemory() as memory:
         hidden = embed_all(shard.frame, shard.batches)
         for layer in shard.layers:
             started = time.perf_counter()
             state = shard.skeleton.read_layer(layer)
             reading += time.perf_counter() - started
+            largest = max(largest, sum(tensor.nbytes for tensor in state.values()))
             module = shard.skeleton.load_layer(layer, state)
             del state
             experts = shard.skeleton.experts_of(module)
             scored = experts is not None
             run = score_layer if scored else run_layer
-            with PeakMemory(every=0.004) as memory:
-                started = time.perf_counter()
-                sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
-                run(shard.frame, layer, module, shard.batches, hidden, {}, *sums)
-                computing += time.perf_counter() - started
-            workspace = max(workspace, memory.peak - memory.first)
+            started = time.perf_counter()
+            sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
+            run(shard.frame, layer, module, shard.batches, hidden, {}, *sums)
+            computing += time.perf_counter() - started
             shard.skeleton.unload_layer(layer)
+    workspace = memory.peak - memory.first - largest - sum(tensor.nbytes for tensor in hidden)
     return {"files": files, "reading": reading, "computing": computing, "workspace": workspace}
 
 
@@ -259,7 +262,7 @@ def report(rounds: list[dict], facts: dict) -> None:
     parts = {name: middle("alone", name) for name in ("files", "reading", "computing", "workspace")}
     click.echo(
         f"alone: reading the files {parts['files']:.2f} s, reading layers into compute dtype {parts['reading']:.2f} s, "
-        f"computing {parts['computing']:.2f} s, a microbatch's workspace {parts['workspace'] / MEGABYTE:,.0f} MB"
+        f"computing {parts['computing']:.2f} s, its workspace {parts['workspace'] / MEGABYTE:,.0f} MB"
     )
     report_bounds(rounds, facts)
 

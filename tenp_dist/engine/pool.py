@@ -1,4 +1,4 @@
-"""Work on Ray: a cluster, or a local one of our own. Only this module and `pool_group` import Ray."""
+"""Work on Ray: a cluster, or a local one of our own. Only this module, `pool_group` and `pool_nodes` import Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tenp_dist.engine.local import GroupRequest, available_cores
 from tenp_dist.engine.pool_environment import import_error
 from tenp_dist.engine.pool_group import START_SECONDS, RayGroup
 from tenp_dist.engine.pool_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
-from tenp_dist.engine.pool_tasks import Tasks, end_process, offer
+from tenp_dist.engine.pool_nodes import Nodes
+from tenp_dist.engine.pool_tasks import Tasks, offer
 from tenp_dist.engine.stall import BEAT_SECONDS
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, Unplaced, WorkerLost, first_line
 
@@ -57,10 +58,11 @@ class RayPool:
         self._address = address
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self._watch = HeadWatch(services_of(ray))
+        self.nodes = Nodes(self)
         self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
-        self._nodes: set[str] = set()
+        self._known: set[str] = set()
         self._look()
         self.threads = max(1, *self.node_cores, 1)
 
@@ -69,7 +71,7 @@ class RayPool:
 
     def shrunk(self) -> bool:
         alive = {node["NodeID"] for node in self.call(self._ray.nodes) if node["Alive"]}
-        if self._nodes <= alive:
+        if self._known <= alive:
             return False
         self._look()
         return True
@@ -77,7 +79,7 @@ class RayPool:
     def _look(self) -> None:
         """What every node has that is there now."""
         nodes = [node for node in self.call(self._ray.nodes) if node["Alive"]]
-        self._nodes = self._nodes or {node["NodeID"] for node in nodes}
+        self._known = self._known or {node["NodeID"] for node in nodes}
         self.node_cores, self.node_gpus = (
             [int(node["Resources"].get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU")
         )
@@ -132,41 +134,8 @@ class RayPool:
 
     def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
         """Nodes without cores and accelerators do no work and are not asked. Raises WorkerLost, or what it raised."""
-        asked = self.on_each_node(function, *arguments)
+        asked = self.nodes.each(function, *arguments)
         return {name: self._get(one, START_SECONDS, code=function.__module__) for name, one in asked.items()}
-
-    def node_name(self, identity: str) -> str:
-        names = {node["NodeID"]: _name_of(node) for node in self.call(self._ray.nodes)}
-        return names.get(identity, "a lost node")
-
-    @staticmethod
-    def whereabouts() -> tuple[str, int]:
-        """Node and process of the worker that asks; for `end`."""
-        import ray
-
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
-    def end(self, node: str, process: int) -> None:
-        """Kill one of Ray's workers on a node. Nobody waits for it: the node may hang as well."""
-        self.call(self._pinned(end_process, node).remote, process)
-
-    def _pinned(self, function: Callable[..., Any], node: str) -> Any:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        return self._ray.remote(function).options(num_cpus=0, max_retries=1, scheduling_strategy=strategy)
-
-    def on_each_node(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """Name of a node that does work -> reference of what the function returns there."""
-        references = {}
-        for node in self.call(self._ray.nodes):
-            if node["Alive"] and any(node["Resources"].get(kind) for kind in ("CPU", "GPU")):
-                references[_name_of(node)] = self.call(self._pinned(function, node["NodeID"]).remote, *arguments)
-        return references
-
-    def name_of(self, node_id: str) -> str:
-        nodes = {node["NodeID"]: node for node in self.call(self._ray.nodes)}
-        return _name_of(nodes[node_id]) if node_id in nodes else node_id[:6]
 
     def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[RayGroup]:
         """Raises DeviceError where there is no accelerator, ClusterError where a group is not placed in time.
@@ -276,11 +245,6 @@ class RayPool:
                 found=first_line(error),
                 next_step="run the same command again: finished layers and shards are kept",
             ) from error
-
-
-def _name_of(node: Mapping[str, Any]) -> str:
-    """Host name and address of a node; two nodes may share a host name."""
-    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
 
 
 @contextlib.contextmanager

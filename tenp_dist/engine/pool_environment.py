@@ -48,7 +48,7 @@ class _Answer:
 
 def _ask(pool: RayPool, module: str) -> list[_Answer]:
     answers = []
-    for node, reference in pool.on_each_node(_importer(), module).items():
+    for node, reference in pool.nodes.each(_importer(), module).items():
         with contextlib.suppress(ClusterError):  # a node that has gone meanwhile
             answers.append(_Answer(node, *pool._get(reference, _ANSWER_SECONDS)))
     return answers

@@ -127,7 +127,7 @@ class RayGroup:
 
         with contextlib.suppress(ClusterError):
             nodes = self._pool.call(placement_group_table, self._placement)["bundles_to_node_id"]
-            return self._pool.name_of(nodes[0])
+            return self._pool.nodes.name(nodes.get(0, ""))
         return "a node"
 
     @contextlib.contextmanager
@@ -171,13 +171,6 @@ class RayGroup:
         if rank is not None and self._request.logs is not None:
             with self._quoted(rank):
                 raise self._stall.error(rank, f"{self._name}, rank {rank}, on {self._node()}")
-
-    def _node(self) -> str:
-        """The node that the group lives on."""
-        from ray.util.placement_group import placement_group_table
-
-        placed = self._pool.call(placement_group_table, self._placement)["bundles_to_node_id"]
-        return self._pool.node_name(placed.get(0, ""))
 
     def _pulse(self, rank: int) -> Pulse | None:
         return read_pulse(self._log(rank)) if self._request.logs else None

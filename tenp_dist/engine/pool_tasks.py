@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tenp_dist.engine.controller import Retries
+from tenp_dist.engine.pool_nodes import whereabouts
 from tenp_dist.engine.stall import BEAT_SECONDS, looked_for
 from tenp_dist.errors import Unplaced, WorkerLost
 
@@ -54,7 +52,7 @@ class Tasks:
         spread: bool = False,
     ):
         self._pool, self._function, self._many, self._retries = pool, function, many, retries
-        self._remote = pool._ray.remote(_telling(function, many, pool.whereabouts))
+        self._remote = pool._ray.remote(_telling(function, many))
         self._options = {"name": function.__name__, "num_returns": "streaming", "max_retries": 0}
         self._options |= {"scheduling_strategy": "SPREAD"} if spread else {}
         self._resources, self._asked = resources, resources()
@@ -126,14 +124,14 @@ class Tasks:
         for stream, task in list(self._open.items()):
             task.silent += passed if task.place else 0.0
             if task.silent >= self._pool.stall_timeout and self._pool._ready([stream], _soon())[0] is None:
-                self._pool.end(*task.place)
+                self._pool.nodes.end(*task.place)
                 self._again(stream, self._hangs(task))
 
     def _hangs(self, task: _Task) -> WorkerLost:
         node, process = task.place
         return WorkerLost(
             "A worker hangs",
-            where=f"{self._function.__name__.strip('_')} on {self._pool.node_name(node)}, process {process}",
+            where=f"{self._function.__name__.strip('_')} on {self._pool.nodes.name(node)}, process {process}",
             found=f"no word of it for {task.silent:.0f} seconds (cluster.stall_timeout)",
             next_step="run the same command again: finished layers and shards are kept; raise cluster.stall_timeout "
             "if the work is only that slow",
@@ -163,16 +161,7 @@ def _soon() -> float:
     return time.monotonic() + BEAT_SECONDS
 
 
-def end_process(process: int) -> None:
-    """End a worker of Ray on this node, stopped or not; another program that has its number by now is left alone."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error, OSError):
-        if " ".join(psutil.Process(process).cmdline()).startswith("ray::"):
-            os.kill(process, signal.SIGKILL)
-
-
-def _telling(function: Function, many: bool, whereabouts: Function) -> Callable[..., Iterator[Any]]:
+def _telling(function: Function, many: bool) -> Callable[..., Iterator[Any]]:
     """The function as a generator whose first value says which node and process have begun it."""
 
     def told(*arguments: Any) -> Iterator[Any]:

@@ -62,8 +62,7 @@ class Frame:
 
     def embed(self, batch: Microbatch) -> torch.Tensor:
         """Hidden states that enter the first layer, [B, S, D]."""
-        self._record(input_ids=batch.tokens_BS, mask_BS=batch.mask_BS)
-        return self._recorders[0].hidden
+        return self._record(input_ids=batch.tokens_BS, mask_BS=batch.mask_BS)
 
     def arguments(self, batch: Microbatch, hidden_BSD: torch.Tensor, layer: int) -> Mapping[str, Any]:
         """Keyword arguments of a layer for a microbatch; kept per shape where nothing is padded."""
@@ -93,12 +92,14 @@ class Frame:
         finally:
             last.inject = None
 
-    def _record(self, *, mask_BS: torch.Tensor | None, **inputs: torch.Tensor) -> None:
+    def _record(self, *, mask_BS: torch.Tensor | None, **inputs: torch.Tensor) -> torch.Tensor:
+        """Have every recorder keep its layer's arguments; returns what enters the first layer."""
         mask = None if mask_BS is None else mask_BS.to(torch.int64)
         norm, self.model.base_model.norm = self.model.base_model.norm, nn.Identity()
         try:
             with self._recording():
                 self.model.base_model(**inputs, attention_mask=mask, use_cache=False)
+                return self._recorders[0].hidden
         finally:
             self.model.base_model.norm = norm
 
@@ -117,3 +118,5 @@ class _Swapped:
 
     def __exit__(self, *_: object) -> None:
         self.base.layers = self.layers
+        for recorder in self.recorders:
+            recorder.hidden = None  # which would stay in memory
