@@ -16,73 +16,28 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
-from tenp_dist.engine.boundaries import Boundaries, Hidden, named, read_hidden
-from tenp_dist.engine.compute import Compute, embed_all, microbatches, open_skeleton, side_thread
+from tenp_dist.engine.boundaries import Hidden, named, read_hidden
+from tenp_dist.engine.carry_task import CarryTask
+from tenp_dist.engine.compute import embed_all, microbatches, open_skeleton, side_thread
 from tenp_dist.engine.fence import Fence
 from tenp_dist.engine.local import own_address
 from tenp_dist.engine.logs import log_line, log_to
 from tenp_dist.engine.parallel import Ranks, barrier, join_ranks, listen, parallelise_layer
 from tenp_dist.engine.pulse import Pulse, resident_memory, start_pulse
-from tenp_dist.engine.schedule import Mode, Unit, split_waves
+from tenp_dist.engine.schedule import Unit, split_waves
 from tenp_dist.engine.weights import LayerSource
 from tenp_dist.errors import TenpError, WorkerLost, first_line
 from tenp_dist.model.layers import Frame, Microbatch
 
-DEFAULT_WAVES = 8
 PLAIN = ""  # the stream of a model that goes through its layers once, as it is
 _PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class CarryTask:
-    """What a worker needs to carry tokens through a model.
-
-    folder: of the stage's own files. key: of the stage; with device, dtype and ranks it is stored in every file.
-    waves: the tokens are cut into at most so many. mode: see `schedule.py`.
-    host_memory: bytes that hidden states may take in a process. commit_seconds: how much work a streaming
-    shard may lose; boundaries are stored no more often than this, and always at the end of a shard.
-    """
-
-    model: Path
-    corpus: Path
-    folder: Path
-    key: str
-    compute: Compute
-    waves: int = DEFAULT_WAVES
-    mode: Mode = "streaming"
-    host_memory: int = 1 << 62
-    commit_seconds: float = 10.0
-    ranks: int = 1
-
-    @property
-    def file_key(self) -> str:
-        return digest_of([self.key, self.compute.device, self.compute.dtype, self.waves, self.ranks])
-
-    @property
-    def logs(self) -> Path:
-        """Where the workers' logs go: beside the folder, for they outlive it."""
-        return self.folder.parent / "logs" / self.folder.name
-
-    @property
-    def boundaries(self) -> Boundaries:
-        return Boundaries(self.folder / "hidden", self.file_key)
-
-    def side_by_side(self) -> int:
-        """How many of the model's forms go through a layer side by side, at most."""
-        return 1
-
-    def count_waves(self) -> int:
-        """Waves that the corpus is cut into, at most `waves`."""
-        return len(split_waves(len(microbatches(read_corpus(self.corpus), self.compute.batch_tokens)), self.waves))
 
 
 class Carrier:

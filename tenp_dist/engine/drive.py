@@ -10,7 +10,8 @@ from tenp_dist.artifacts import read_json, write_json
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
-from tenp_dist.engine.carrier import Carrier, CarryTask
+from tenp_dist.engine.carrier import Carrier
+from tenp_dist.engine.carry_task import CarryTask
 from tenp_dist.engine.compute import Progress
 from tenp_dist.engine.controller import Controller, Ledger
 from tenp_dist.engine.local import GroupRequest, Pool

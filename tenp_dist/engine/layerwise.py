@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from tenp_dist.engine.boundaries import GuardedBoundaries
-from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden
+from tenp_dist.engine.carrier import PLAIN, Carrier, Hidden
+from tenp_dist.engine.carry_task import CarryTask
 from tenp_dist.engine.compute import check_finite, run_layer
 from tenp_dist.engine.drive import Site, Summary, drive
 from tenp_dist.model.layers import Microbatch

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenp_dist.engine.carrier import PLAIN, Carrier, CarryTask, Hidden
+from tenp_dist.engine.carrier import PLAIN, Carrier, Hidden
+from tenp_dist.engine.carry_task import CarryTask
 from tenp_dist.engine.compute import check_finite, run_layer
 from tenp_dist.engine.parts import Parts
 from tenp_dist.errors import NumericalError

@@ -17,7 +17,8 @@ from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.engine.boundaries import Boundaries
-from tenp_dist.engine.carrier import Carrier, CarryTask, Hidden
+from tenp_dist.engine.carrier import Carrier, Hidden
+from tenp_dist.engine.carry_task import CarryTask
 from tenp_dist.engine.compute import all_finite, check_finite, of_variants, run_layer
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant

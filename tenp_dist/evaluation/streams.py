@@ -22,7 +22,7 @@ from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.engine.boundaries import tensor_name
-from tenp_dist.engine.carrier import DEFAULT_WAVES
+from tenp_dist.engine.carry_task import DEFAULT_WAVES
 from tenp_dist.engine.compute import Compute, Progress, microbatches
 from tenp_dist.engine.controller import Retries
 from tenp_dist.engine.drive import Site, drive
