@@ -38,8 +38,8 @@ def wait_for(process: subprocess.Popen, ready) -> None:
         time.sleep(0.002)
 
 
-def ledger(run: Path, event: str) -> list[dict]:
-    path = run / "stages" / "score.ledger.jsonl"
+def ledger(run: Path, event: str, stage: str = "score") -> list[dict]:
+    path = run / "stages" / f"{stage}.ledger.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in map(json.loads, lines) if line["event"] == event]
 

@@ -47,6 +47,7 @@ def test_two_shards_on_two_nodes_survive_the_loss_of_one_in_scoring_and_in_writi
     assert len(ledger(run, "lost")) == 1
     finish(process)
     assert written < len(list(folder.glob("*.safetensors"))), "killed in the middle of writing"
+    assert {loss["worker"] for loss in ledger(run, "lost", "write")} == {"A worker of `write_one`"}
     same_bytes(run, reference)
 
 

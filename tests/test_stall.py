@@ -168,6 +168,7 @@ def hanging_once(folder: Path, number: int) -> int:
     mark = folder / f"{number}-{os.getpid()}"
     mark.touch()
     if number == 1 and len(list(folder.glob("1-*"))) == 1:
+        time.sleep(1)  # what it said when it began goes out on another thread
         os.kill(os.getpid(), signal.SIGSTOP)
     return number
 
@@ -182,12 +183,16 @@ def impatient(ray_pool, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_writer_that_hangs_is_replaced(impatient, tmp_path):
-    """One at a time: the second finds a place only because the stopped one is gone."""
+def test_a_writer_that_hangs_is_replaced(impatient, tmp_path, monkeypatch):
+    """One at a time: the second finds a place only because the stopped one is gone. And it is told of."""
+    told = []
+    monkeypatch.setattr(impatient, "on_loss", lambda *loss: told.append(loss))
     assert list(impatient.map(hanging_once, [(tmp_path, 1), (tmp_path, 2)], limit=1)) == [1, 2]
     first, second = sorted(tmp_path.glob("1-*"), key=lambda path: path.stat().st_mtime)
     assert first != second and not psutil.pid_exists(int(first.name.removeprefix("1-")))
     assert len(list(tmp_path.glob("2-*"))) == 1
+    [(function, losses, error)] = told
+    assert (function, losses, error.what) == ("hanging_once", 1, "A worker hangs")
 
 
 @pytest.mark.slow

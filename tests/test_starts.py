@@ -105,14 +105,4 @@ def test_a_worker_killed_while_it_starts_says_how_far_it_was(
 
 
 def test_ray_is_known_by_its_answer(ray_pool):
-    """A head, and a Ray Client server."""
-    from ray.util.client.server.server import serve
-
     check_reachable(ray_pool._ray.get_runtime_context().gcs_address)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    server = serve("127.0.0.1", port)
-    try:
-        check_reachable(f"ray://127.0.0.1:{port}")
-    finally:
-        server.stop(0)

@@ -15,7 +15,7 @@ from tenp_dist.calibration.corpus import Corpus
 from tenp_dist.errors import DeviceError, NumericalError
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
-from tenp_dist.model.memory import own_copy
+from tenp_dist.model.memory import keep_heap, own_copy
 from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.scoring.accumulate import LayerAccumulator
 from tenp_dist.scoring.compensation import Moments
@@ -92,6 +92,7 @@ class Progress:
 def open_skeleton(folder: Path, compute: Compute) -> Skeleton:
     """The model without weights, its experts open to observers; sets this process's threads."""
     register()
+    keep_heap()
     torch.set_num_threads(compute.threads)
     return Skeleton(
         folder,

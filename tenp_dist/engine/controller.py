@@ -57,6 +57,11 @@ class Ledger:
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
 
+    def lost(self, who: str, where: str, losses: int, error: WorkerLost) -> None:
+        """A worker was lost at a unit, for so many times in a row."""
+        found = None if error.found is None else str(error.found)
+        self.append("lost", worker=who, unit=where, attempt=losses, error=error.what, found=found)
+
 
 @dataclass(frozen=True)
 class Retries:
@@ -74,8 +79,7 @@ class Retries:
         self, losses: int, error: WorkerLost, who: str, where: str, ledger: Ledger, sleep: Callable[[float], None]
     ) -> None:
         """Wait after loss number `losses`; raises ClusterError where that was one too many."""
-        found = None if error.found is None else str(error.found)
-        ledger.append("lost", worker=who, unit=where, attempt=losses, error=error.what, found=found)
+        ledger.lost(who, where, losses, error)
         if losses > self.limit:
             raise ClusterError(
                 f"{who} was lost {losses} times in a row",

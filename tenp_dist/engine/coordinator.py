@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, StageRecord, digest_of, exclusive, read_record, record_path, sizes
 from tenp_dist.config import Job
 from tenp_dist.engine.compute import Progress
+from tenp_dist.engine.controller import Ledger
+from tenp_dist.engine.differences import difference, plain
 from tenp_dist.engine.journal import Journal
 from tenp_dist.engine.local import Pool
-from tenp_dist.errors import OutputError, StaleError
+from tenp_dist.errors import OutputError, StaleError, WorkerLost
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Coordinator:
         self.journal = Journal(job.run_dir)
         self._make_pool = make_pool
         self._pool: Pool | None = None
+        self._at_work: Stage | None = None
+        self._losses = 0  # of the stage's tasks
 
     def run(self, names: Sequence[str]) -> dict[str, StageRecord]:
         """Run the named stages in order, skipping finished ones; returns their records.
@@ -131,6 +135,7 @@ class Coordinator:
     def pool(self) -> Pool:
         if self._pool is None:
             self._pool = self._make_pool()
+            self._pool.on_loss = self._task_lost
         return self._pool
 
     def _run_one(self, stage: Stage) -> StageRecord:
@@ -142,6 +147,7 @@ class Coordinator:
             self._tidy(stage)
             return record
         self._check_room(stage, record, inputs)
+        self._at_work, self._losses = stage, 0
         self.listener.started(stage)
         self.journal.started(stage.name)
         started = time.monotonic()
@@ -174,8 +180,15 @@ class Coordinator:
         self._tidy(stage)
         return record
 
+    def _task_lost(self, function: str, losses: int, error: WorkerLost) -> None:
+        """A task's worker was lost and it begins anew: noted as a shard's loss is."""
+        self._losses += 1
+        ledger = Ledger(self.job.run_dir / "stages" / f"{self._at_work.name}.ledger.jsonl")
+        ledger.lost(f"A worker of `{function}`", str(error.where), losses, error)
+
     def _progress(self, stage: Stage, progress: Progress) -> None:
         """To the terminal, the journal and whoever collects metrics."""
+        progress = replace(progress, retries=progress.retries + self._losses)
         self.listener.progress(stage, progress)
         figures = self.journal.progress(stage.name, progress)
         if self._pool is not None:
@@ -200,11 +213,11 @@ class Coordinator:
                 next_step=f"run `tenp-dist {name}` first, or `tenp-dist run` for everything",
             )
         inputs = self.inputs(stage)
-        if record.inputs != _plain(inputs):
+        if record.inputs != plain(inputs):
             raise StaleError(
                 f"Stage `{name}` was made from something else",
                 where=record_path(run_dir, name),
-                found=difference(record.inputs, _plain(inputs)),
+                found=difference(record.inputs, plain(inputs)),
                 next_step=f"run `tenp-dist {name} --overwrite`, or choose another --run-dir",
             )
         if not record.intact(run_dir):
@@ -226,11 +239,11 @@ class Coordinator:
 
     def _check_room(self, stage: Stage, record: StageRecord | None, inputs: Mapping) -> None:
         """Refuse to replace finished work that differs, unless asked to."""
-        if record is not None and record.inputs != _plain(inputs) and not self.overwrite:
+        if record is not None and record.inputs != plain(inputs) and not self.overwrite:
             raise OutputError(
                 f"Stage `{stage.name}` is already there, made from other settings",
                 where=self.job.run_dir,
-                found=difference(record.inputs, _plain(inputs)),
+                found=difference(record.inputs, plain(inputs)),
                 next_step="add --overwrite to replace it, or --run-dir to keep both",
             )
 
@@ -253,32 +266,3 @@ class Coordinator:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def difference(old: Any, new: Any) -> str:
-    """The places at which two inputs differ, as `path: old -> new`, three at most."""
-    found = list(_differences(old, new, ""))
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".strip("."))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (left, right) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(left, right, f"{path}.{i}")
-    elif old != new:
-        yield f"{path.removeprefix('fields.')}: {_short(old)} -> {_short(new)}"
-
-
-def _plain(value: Any) -> Any:
-    """The value as it comes back from a JSON file."""
-    import json
-
-    return json.loads(json.dumps(value, default=str))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."

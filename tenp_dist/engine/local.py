@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from tenp_dist.errors import ClusterError
+from tenp_dist.errors import ClusterError, WorkerLost
 
 T = TypeVar("T")
+OnLoss = Callable[[str, int, WorkerLost], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Pool(Protocol):
     tasks once; pass what it returns as an argument. groups: start one group of workers per tuple of arguments (see
     `controller.Group`); wait: the first of them whose unit has ended, None if there was none for a while. publish:
     name -> value, for whoever collects metrics of this place. each_node: call a function once on every node that can
-    do work; name of the node -> what it returned.
+    do work; name of the node -> what it returned. on_loss: is told which function's task lost its worker, for how many
+    times in a row and how, before the task begins anew.
     """
 
     cores: int
@@ -53,6 +55,7 @@ class Pool(Protocol):
     threads: int
     node_cores: Sequence[int]
     node_gpus: Sequence[int]
+    on_loss: OnLoss
 
     def shrunk(self) -> bool: ...
 
@@ -75,10 +78,15 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
+def unheard(function: str, losses: int, error: WorkerLost) -> None:
+    """Nobody asks about losses."""
+
+
 class InProcessPool:
-    """Runs everything here, one thing at a time."""
+    """Runs everything here, one thing at a time; nothing is lost."""
 
     def __init__(self, cores: int | None = None):
+        self.on_loss: OnLoss = unheard
         self.cores = self.threads = cores or available_cores()
         self.node_cores = [self.cores]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tenp_dist.engine.controller import Retries
-from tenp_dist.engine.local import GroupRequest, available_cores
+from tenp_dist.engine.local import GroupRequest, OnLoss, available_cores, unheard
 from tenp_dist.engine.pool_environment import import_error
 from tenp_dist.engine.pool_group import START_SECONDS, RayGroup
 from tenp_dist.engine.pool_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
@@ -36,29 +36,13 @@ class RayPool:
 
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = address or os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if not address:
-            options |= {"num_cpus": available_cores(), "include_dashboard": False}
-        try:
-            if address:
-                check_reachable(address)
-            with _own_sigterm():
-                ray.init(address=address or "local", **options)  # None would take any cluster found in /tmp
-        except (OSError, OverflowError, RuntimeError, ValueError) as error:
-            raise ClusterError(
-                "Ray cannot be reached" if address else "Local Ray does not start",
-                where=address or "this machine",
-                found=first_line(error),
-                wanted="a running Ray cluster" if address else None,
-                next_step="check `ray status`, RAY_ADDRESS and the cluster's token"
-                if address
-                else "check free memory, and space in /tmp and /dev/shm",
-            ) from error
+        _connect(ray, address)
         self._ray = ray
         self._address = address
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self._watch = HeadWatch(services_of(ray))
         self.nodes = Nodes(self)
+        self.on_loss: OnLoss = unheard
         self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -245,6 +229,35 @@ class RayPool:
                 found=first_line(error),
                 next_step="run the same command again: finished layers and shards are kept",
             ) from error
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """To a cluster, or to a local one that this starts. Raises ClusterError."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not address:
+        options |= {"num_cpus": available_cores(), "include_dashboard": False}
+    if address and address.startswith("ray://"):
+        raise ClusterError(
+            "Ray Client cannot run this",
+            where=address,
+            wanted="the address of the Ray head, from a machine of the cluster: Ray Client has no streaming tasks",
+            next_step="run there with --address HOST:6379, or use `tenp-dist submit --address http://HOST:8265`",
+        )
+    try:
+        if address:
+            check_reachable(address)
+        with _own_sigterm():
+            ray.init(address=address or "local", **options)  # None would take any cluster found in /tmp
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            "Ray cannot be reached" if address else "Local Ray does not start",
+            where=address or "this machine",
+            found=first_line(error),
+            wanted="a running Ray cluster" if address else None,
+            next_step="check `ray status`, RAY_ADDRESS and the cluster's token"
+            if address
+            else "check free memory, and space in /tmp and /dev/shm",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def services_of(ray: Any) -> dict[str, tuple[str, int]]:
 
 def check_reachable(address: str) -> None:
     """Raise OSError where nobody listens, or what does is no Ray: Ray would try for minutes, then end the process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as connection:
             if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
@@ -72,7 +72,7 @@ def check_reachable(address: str) -> None:
 
 
 def _check_grpc(connection: socket.socket) -> None:
-    """Ray's head and Ray Client are gRPC servers: they answer with the settings of HTTP/2 (RFC 9113, 3.4 and 4.1)."""
+    """Ray's head is a gRPC server: it answers with the settings of HTTP/2 (RFC 9113, 3.4 and 4.1)."""
     answer = b""
     try:
         connection.sendall(_HELLO)

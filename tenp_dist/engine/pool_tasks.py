@@ -52,6 +52,7 @@ class Tasks:
         spread: bool = False,
     ):
         self._pool, self._function, self._many, self._retries = pool, function, many, retries
+        self._name = function.__name__.strip("_")
         self._remote = pool._ray.remote(_telling(function, many))
         self._options = {"name": function.__name__, "num_returns": "streaming", "max_retries": 0}
         self._options |= {"scheduling_strategy": "SPREAD"} if spread else {}
@@ -98,6 +99,7 @@ class Tasks:
         task = self._open.pop(stream)
         if task.losses == self._retries.limit:
             raise error
+        self._pool.on_loss(self._name, task.losses + 1, error)
         if task.losses:
             time.sleep(self._retries.wait(task.losses))
         self.begin(task.arguments, task.losses + 1)
@@ -131,7 +133,7 @@ class Tasks:
         node, process = task.place
         return WorkerLost(
             "A worker hangs",
-            where=f"{self._function.__name__.strip('_')} on {self._pool.nodes.name(node)}, process {process}",
+            where=f"{self._name} on {self._pool.nodes.name(node)}, process {process}",
             found=f"no word of it for {task.silent:.0f} seconds (cluster.stall_timeout)",
             next_step="run the same command again: finished layers and shards are kept; raise cluster.stall_timeout "
             "if the work is only that slow",
@@ -151,7 +153,7 @@ class Tasks:
         return self._pool.not_placed(
             "No node takes the work that is left",
             wanted=f"a node with {short_resources(self._asked)} to give, in {self._pool.start_timeout:g} seconds "
-            f"({len(self._open)} x {self._function.__name__.strip('_')} waiting)",
+            f"({len(self._open)} x {self._name} waiting)",
             next_step="start nodes again or free them, then run the same command again: finished layers and shards "
             "are kept (cluster.start_timeout waits longer)",
         )

@@ -7,11 +7,26 @@ parts: a process would grow with microbatches and layers. An anonymous mapping g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
 
 import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+def keep_heap() -> None:
+    """Have this process keep what one microbatch frees for the next, where its allocator is glibc's.
+
+    With nothing that stays on top of it, the heap would be given back after every operation and taken again, page by
+    page: a third of the time of scoring on the CPU. Blocks of more than 32 MB are given back in any case.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most it takes, and what it would come to by itself
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def own_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
