@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -87,3 +88,25 @@ def test_interrupt_terminate_and_kill_then_the_same_bytes(job_file, text_files, 
     for part in parts:
         assert bytes_of(run, part) == bytes_of(undisturbed, part) != {}, part
     shutil.rmtree(run)
+
+
+def test_a_signal_where_python_lets_no_exception_out_is_not_lost(tmp_path):
+    """In the callback of a weak reference, which prints what is raised there and goes on."""
+    script = """
+import os, signal, time, weakref
+from tenp_dist.cli.outcome import told
+
+class Thing:
+    pass
+
+with told():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)])
+    del thing
+    for _ in range(100):
+        time.sleep(0.05)
+    print("went on")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (Interrupted.exit_code, "")
+    assert ended.stderr.startswith("Error: Interrupted") and "Traceback" not in ended.stderr

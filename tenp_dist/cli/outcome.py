@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ def told(*, as_json: bool = False, debug: bool = False) -> Iterator[None]:
     """Run a command's body; errors are printed and become the exit code. debug: they come through instead."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
+        sys.unraisablehook = _unheard
         yield
     except (TenpError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
@@ -57,3 +60,11 @@ def _fail(error: TenpError, as_json: bool) -> None:
 
 def _terminate(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _unheard(unraisable: Any) -> None:
+    """A signal that came while Python lets no exception out, as in a callback of its import system, comes once more."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main, (signal.SIGTERM,)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
