@@ -52,12 +52,11 @@ class Nodes:
 
         def add() -> Any:
             before = set(self._cluster.worker_nodes)
-            try:
-                return self._cluster.add_node(num_cpus=cores, num_gpus=gpus, **SMALL, **settings)
-            except Exception:
-                for begun in self._cluster.worker_nodes - before:
-                    self._remove(begun)
-                raise
+            with contextlib.ExitStack() as half_made:
+                half_made.callback(lambda: [self._remove(begun) for begun in self._cluster.worker_nodes - before])
+                node = self._cluster.add_node(num_cpus=cores, num_gpus=gpus, **SMALL, **settings)
+                half_made.pop_all()
+            return node
 
         return patiently(add)
 
