@@ -215,15 +215,17 @@ def test_displacement_by_hand():
     assert torch.isfinite(found).all()
 
 
-def test_weight_norms_of_every_expert(monkeypatch):
-    """A few experts at a time; with gate, up and down of each."""
-    monkeypatch.setattr("tenp_dist.scoring.accumulate._CONVERTED_ELEMENTS", 2 * 6 * 4)
-    experts = SimpleNamespace(gate_up_proj=torch.randn(5, 12, 4), down_proj=torch.randn(5, 4, 6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_norms_of_every_expert(monkeypatch, dtype):
+    """A few experts at a time; with gate, up and down of each; of the weights as they are, squared in float32."""
+    monkeypatch.setattr("tenp_dist.scoring.accumulate._CONVERTED_ELEMENTS", 2 * 300 * 200)
+    gate_up, down = torch.randn(5, 600, 200).to(dtype), torch.randn(5, 200, 300).to(dtype)
+    experts = SimpleNamespace(gate_up_proj=gate_up.clone(), down_proj=down.clone())
     column_norm_EF = column_norms(experts)
-    gate_EFD, up_EFD = experts.gate_up_proj[:, :6], experts.gate_up_proj[:, 6:]
-    torch.testing.assert_close(column_norm_EF, experts.down_proj.double().norm(dim=1))
-    expected_EF = gate_EFD.double().norm(dim=2) * up_EFD.double().norm(dim=2) * column_norm_EF
+    torch.testing.assert_close(column_norm_EF, down.double().norm(dim=1), rtol=1e-6, atol=0)
+    expected_EF = gate_up[:, :300].double().norm(dim=2) * gate_up[:, 300:].double().norm(dim=2) * column_norm_EF
     torch.testing.assert_close(weight_norms(experts, column_norm_EF), expected_EF, rtol=1e-6, atol=0)
+    assert torch.equal(experts.gate_up_proj, gate_up) and torch.equal(experts.down_proj, down)
 
 
 def test_bfloat16_scores_stay_close(tiny_model, tmp_path):
