@@ -24,9 +24,10 @@ def bytes_of(run: Path, *parts: str) -> dict[str, bytes]:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    _, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
+    assert "(raylet)" not in f"{stdout}{stderr}", "Ray's own messages among ours"
     return stderr
 
 

@@ -246,6 +246,8 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         if address:
             check_reachable(address)
+        # Ray prints what befalls workers among our results, whatever `log_to_driver` says; the watch tells it
+        ray._private.worker.listen_error_messages = lambda *_: None
         with _own_sigterm():
             ray.init(address=address or "local", **options)  # None would take any cluster found in /tmp
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
