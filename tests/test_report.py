@@ -148,7 +148,7 @@ def facts(layers, experts, neurons, name):
         "vocab_size": 4096,
         "dtypes": {"BF16": 5000},
         "parameters": {"total": 24_600_000, "routed": 16_500_000},
-        "bytes": {"total": 5000, "routed": 4000, "per_layer": {"0": 1}},
+        "bytes": {"total": 5000, "stored": 5000, "routed": 4000, "per_layer": {"0": 1}},
         "shards": 1,
         "tensors": 540,
     }

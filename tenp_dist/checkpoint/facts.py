@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tenp_dist.artifacts import SCHEMA_VERSION
+from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.families import NEURON_AXIS, Family, family_of
-from tenp_dist.checkpoint.index import CheckpointIndex, TensorEntry
+from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.reader import check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
 
@@ -127,7 +128,7 @@ def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> N
             what,
             where=f"{index.folder / entry.file}: {entry.name}",
             found=entry.dtype,
-            wanted=f"one of {', '.join(_FLOATS)}",
+            wanted=f"one of {', '.join(_FLOATS)}, or FP8 in blocks: `weight_scale_inv`, and their size in config.json",
             next_step="dequantise the checkpoint to bf16 first",
         )
 
@@ -166,7 +167,10 @@ def _number(index: CheckpointIndex, key: str) -> int:
 
 
 def checkpoint_facts(index: CheckpointIndex) -> dict:
-    """Everything `facts.json` holds. Sizes in bytes, parameters in numbers."""
+    """Everything `facts.json` holds. Sizes in bytes, parameters in numbers.
+
+    Sizes are those in the dtypes that the source is read in; `stored` is what lies on the disk, less where it is FP8.
+    """
     family = family_of(index.config)
     layers = expert_layers(index, family)
     routed = len(layers.moe_layers) * layers.num_experts * 3 * layers.intermediate_size * layers.hidden_size
@@ -194,6 +198,7 @@ def checkpoint_facts(index: CheckpointIndex) -> dict:
         "parameters": {"total": _parameters(index.tensors), "routed": routed},
         "bytes": {
             "total": index.nbytes,
+            "stored": sum(entry.stored_bytes for entry in index.tensors.values()),
             "routed": sum(index.tensors[name].nbytes for name in experts),
             "per_layer": {
                 str(layer): sum(index.tensors[name].nbytes for name in names)

@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tenp_dist.checkpoint.entries import TensorEntry, parse_entry
 from tenp_dist.checkpoint.families import stock_config
+from tenp_dist.checkpoint.fp8 import fold_scales, plain_config
 from tenp_dist.errors import SourceError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own limit
 
-ITEM_SIZE: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: file name, safetensors dtype, shape, first byte in the file, size in bytes."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """An opened checkpoint folder. tensors: name -> entry; files: file name -> size in bytes."""
+    """An opened checkpoint folder. tensors: name -> entry; files: file name -> size in bytes.
+
+    One in block-scaled FP8 is seen as the bfloat16 one that it stands for (`fp8.py`).
+    """
 
     folder: Path
     config: Mapping
@@ -87,8 +74,9 @@ def open_index(folder: Path) -> CheckpointIndex:
             wanted=absent[0],
             next_step="download the shard and the index again",
         )
+    tensors = fold_scales(folder, config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
-    return CheckpointIndex(folder, config, ordered, files, digest.hexdigest())
+    return CheckpointIndex(folder, plain_config(config), ordered, files, digest.hexdigest())
 
 
 def index_files(folder: Path, files: Sequence[str], skip: Collection[str] = ()) -> CheckpointIndex:
@@ -113,7 +101,7 @@ def _read_files(
         sizes[file] = size
         digest.update(_canonical([file, size, header]))
         tensors.update(
-            (name, _entry(folder / file, file, name, value, data, size))
+            (name, parse_entry(folder / file, file, name, value, data, size))
             for name, value in header.items()
             if wanted(name, file)
         )
@@ -222,47 +210,6 @@ def _header(path: Path, text: bytes) -> dict:
             next_step="download the shard again",
         )
     return header
-
-
-def _entry(path: Path, file: str, name: str, value: dict, data: int, size: int) -> TensorEntry:
-    try:
-        dtype, shape, (begin, end) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
-        if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
-            raise ValueError("not a count")
-    except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(
-            "Malformed safetensors entry",
-            where=f"{path}: {name}",
-            found=value,
-            wanted="dtype, shape and data_offsets, counts from 0",
-            next_step="download the shard again",
-        ) from error
-    if dtype not in ITEM_SIZE:
-        raise SourceError(
-            "Unknown tensor dtype",
-            where=f"{path}: {name}",
-            found=dtype,
-            wanted=f"one of {', '.join(ITEM_SIZE)}",
-            next_step="download the shard again, or save the model in one of these",
-        )
-    expected = math.prod(shape) * ITEM_SIZE[dtype]
-    if end - begin != expected:
-        raise SourceError(
-            "Tensor size contradicts its shape",
-            where=f"{path}: {name}",
-            found=f"{end - begin} bytes",
-            wanted=f"{expected} bytes for {dtype} {list(shape)}",
-            next_step="download the shard again",
-        )
-    if data + end > size:
-        raise SourceError(
-            "Checkpoint shard is truncated",
-            where=path,
-            found=f"{size} bytes",
-            wanted=f"at least {data + end} bytes ({name} ends there)",
-            next_step="download the shard again",
-        )
-    return TensorEntry(name, file, dtype, shape, data + begin, expected)
 
 
 def _load_json(path: Path) -> dict:

@@ -8,7 +8,9 @@ from types import TracebackType
 
 import torch
 
-from tenp_dist.checkpoint.index import CheckpointIndex, TensorEntry
+from tenp_dist.checkpoint.entries import Scaled, TensorEntry
+from tenp_dist.checkpoint.fp8 import unscale
+from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.errors import SourceError
 
 TORCH_DTYPES = {
@@ -39,12 +41,15 @@ class TensorReader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def raw(self, name: str) -> bytearray:
-        """The bytes of a tensor as they lie in the file."""
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a tensor: as they lie in the file, or of what they stand for in its dtype."""
         entry = self.index.entry(name)
-        buffer = bytearray(entry.nbytes)
-        self._fill(entry, memoryview(buffer))
-        return buffer
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)  # not filled with zeros first, as a bytearray is
+        if entry.scaled is None:
+            self._fill(entry, memoryview(buffer.numpy()))
+        else:
+            self._unscaled(entry, entry.scaled, buffer.view(torch.bfloat16).view(entry.shape))
+        return memoryview(buffer.numpy())
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype and shape, on the CPU."""
@@ -60,7 +65,9 @@ class TensorReader:
         """
         entry = self.index.entry(name)
         dtype = TORCH_DTYPES[entry.dtype]
-        if not target.is_contiguous():
+        if entry.scaled is not None:
+            self._unscaled(entry, entry.scaled, target)
+        elif not target.is_contiguous():
             target.copy_(self.tensor(name))
         elif target.dtype == dtype:
             self._fill(entry, memoryview(target.view(-1).view(torch.uint8).numpy()))
@@ -72,6 +79,24 @@ class TensorReader:
                 self._fill(entry, piece, start)
                 part = flat[start // size : (start + len(piece)) // size]
                 part.copy_(torch.frombuffer(piece, dtype=dtype))
+
+    def _unscaled(self, entry: TensorEntry, scaled: Scaled, target_RC: torch.Tensor) -> None:
+        """Read an FP8 matrix into a target of any dtype and layout, a row of blocks at a time."""
+        (rows, columns), width = scaled.block, entry.shape[1]
+        factors_AB = self._factors(scaled.factors)
+        buffer = memoryview(bytearray(min(rows, entry.shape[0]) * width))
+        for factors_B, part_RC, start in zip(
+            factors_AB, target_RC.split(rows), range(0, entry.shape[0] * width, rows * width), strict=False
+        ):
+            piece = buffer[: part_RC.numel()]
+            self._fill(entry, piece, start)
+            stored_RC = torch.frombuffer(piece, dtype=TORCH_DTYPES[scaled.dtype]).view(part_RC.shape)
+            part_RC.copy_(unscale(stored_RC, factors_B, columns))
+
+    def _factors(self, entry: TensorEntry) -> torch.Tensor:
+        buffer = bytearray(entry.nbytes)
+        self._fill(entry, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape).float()
 
     def _fill(self, entry: TensorEntry, view: memoryview, start: int = 0) -> None:
         """Read as many bytes of a tensor as the view has, from `start` on."""

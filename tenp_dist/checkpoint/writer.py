@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from tenp_dist.artifacts import atomic_write, write_json
+from tenp_dist.checkpoint.entries import ITEM_SIZE
 from tenp_dist.checkpoint.families import NEURON_AXIS, Family
-from tenp_dist.checkpoint.index import INDEX_NAME, ITEM_SIZE, CheckpointIndex
+from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
 
@@ -154,7 +155,7 @@ def tensor_bytes(
     if tensor.rows_of is not None:
         return _flat(_integers(reader, name)[kept[tensor.rows_of].experts])
     if tensor.pruning is None and tensor.shape == shape:
-        return memoryview(reader.raw(name))
+        return reader.raw(name)
     if tensor.pruning is None:
         source = _integers(reader, name)
         filled = np.zeros(tensor.shape, dtype=source.dtype)

@@ -6,6 +6,7 @@ arrow is a file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,20 @@ def _inspect(context: Context) -> Output:
     keys = ("model", "family", "num_layers", "num_experts", "intermediate_size", "top_k")
     summary = {key: facts[key] for key in keys} | {
         "moe_layers": len(facts["moe_layers"]),
-        "bytes": facts["bytes"]["total"],
+        "bytes": facts["bytes"]["stored"],
+        "warnings": _fp8_warnings(facts),
     }
     return Output([path], digest_of(facts), summary)
+
+
+def _fp8_warnings(facts: Mapping[str, Any]) -> list[str]:
+    stored, read = facts["bytes"]["stored"], facts["bytes"]["total"]
+    if stored == read:
+        return []
+    return [
+        f"the source is in FP8 ({stored / 1e6:,.1f} MB): it is read as bfloat16 ({read / 1e6:,.1f} MB), "
+        "and that is what checkpoints are written in"
+    ]
 
 
 def _calibrate(context: Context) -> Output:
@@ -136,7 +148,7 @@ def _write(context: Context) -> Output:
         summary[layout] = {
             "folder": f"checkpoint/{layout}",
             "bytes": written.nbytes,
-            "bytes_before": facts["bytes"]["total"],
+            "bytes_before": facts["bytes"]["stored"],
             "shards": written.shards,
             "reused_shards": written.reused,
         }

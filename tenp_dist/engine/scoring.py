@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tenp_dist.artifacts import drop_leftovers
-from tenp_dist.checkpoint.index import ITEM_SIZE
+from tenp_dist.checkpoint.entries import ITEM_SIZE
 from tenp_dist.engine.drive import Site, Summary, drive
 from tenp_dist.engine.parts import check_ranks
 from tenp_dist.engine.shard import ScoreShard, ScoreTask

@@ -181,7 +181,7 @@ def _headline(facts, plan, checkpoints, evaluation, verify) -> dict[str, Any]:
         "retention_realised": plan["retention"]["realised"],
         "activated": plan["retention"]["activated"],
         "layout": layout,
-        "bytes_before": facts["bytes"]["total"],
+        "bytes_before": facts["bytes"]["stored"],
         "bytes_after": checkpoints[layout]["bytes"] if layout else None,
         "nll_before": mean("source", "nll"),
         "nll_after": mean("pruned", "nll"),

@@ -73,7 +73,7 @@ def headline_cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
             f"{text.size(head['bytes_before'])} → {text.size(head['bytes_after'])}"
             if head["layout"]
             else text.size(head["bytes_before"]),
-            f"{text.percent(saved, 1)} smaller, {head['layout']} layout"
+            f"{text.percent(abs(saved), 1)} {'smaller' if saved >= 0 else 'larger'}, {head['layout']} layout"
             if head["layout"]
             else "no pruned checkpoint yet",
         ),
