@@ -161,16 +161,16 @@ def tensor_bytes(
         filled = np.zeros(tensor.shape, dtype=source.dtype)
         filled[tuple(map(slice, shape))] = source
         return _flat(filled)
-    neurons = kept[tensor.pruning.layer].of(tensor.pruning.expert)
-    if compensated is not None and name in compensated.index.tensors:
-        selected = _integers(compensated, name)
-    else:
-        selected = np.take(_integers(reader, name), neurons, axis=tensor.pruning.axis)
+    axis, neurons = tensor.pruning.axis, kept[tensor.pruning.layer].of(tensor.pruning.expert)
+    solved = _integers(compensated, name) if compensated is not None and name in compensated.index.tensors else None
     if tensor.pruning.narrow:
-        return _flat(selected)
-    zeroed = np.zeros(tensor.shape, dtype=selected.dtype)
-    zeroed[(slice(None),) * tensor.pruning.axis + (neurons,)] = selected
-    return _flat(zeroed)
+        return _flat(np.take(_integers(reader, name), neurons, axis=axis) if solved is None else solved)
+    whole, ones = _integers(reader, name), np.zeros(shape[axis], dtype=f"u{ITEM_SIZE[tensor.dtype]}")
+    if solved is not None:
+        whole[(slice(None),) * axis + (neurons,)] = solved
+    ones[neurons] = 1
+    whole *= ones if axis == 1 else ones[:, None]
+    return _flat(whole)
 
 
 def _integers(reader: TensorReader, name: str) -> np.ndarray:
