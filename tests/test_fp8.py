@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tenp_dist.checkpoint.facts import checkpoint_facts
+from tenp_dist.checkpoint.fp8 import unscale
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.errors import SourceError, UnsupportedModelError
@@ -136,6 +137,19 @@ def test_any_shape_and_block(tmp_path_factory, shape, block, dtype, factors, see
         assert torch.equal(found, stands_for(stored, scales, block).float())
         assert list(reader.index.tensors) == ["x.weight"]
         assert reader.read_bytes == stored.nbytes + scales.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("factor", [1.0, 3e-4, 2.0**-140, 1e36])
+def test_every_float8_there_is(dtype, factor):
+    """Subnormals, both zeros, Inf and NaN too: one row of finite ones, one of all."""
+    every = torch.arange(256).to(torch.uint8).view(dtype)
+    finite = every[torch.isfinite(every.float())]
+    for stored in (finite, every):
+        found = unscale(stored[None], torch.tensor([factor]), 256)
+        wanted = (stored.double() * torch.tensor(factor).double()).float().bfloat16()[None]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.signbit() & ~found.isnan(), wanted.signbit() & ~wanted.isnan())
 
 
 def test_transformers_reads_the_same_weights(tmp_path, tiny_model):
