@@ -20,6 +20,7 @@ from tenp_dist.checkpoint.families import DOWN, GATE, UP, Family, family_of
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
+from tenp_dist.model.attention import register_attention
 from tenp_dist.model.memory import own_zeros
 
 _NOT_IN_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store this constant
@@ -192,7 +193,7 @@ def _build(config_dict: Mapping, dtype: torch.dtype, experts_implementation: str
     config = CONFIG_MAPPING[config_dict["model_type"]].from_dict(dict(config_dict))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts_implementation
+            config, dtype=dtype, attn_implementation=register_attention(), experts_implementation=experts_implementation
         )
     return model.eval().requires_grad_(False)
 

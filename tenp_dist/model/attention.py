@@ -1,0 +1,43 @@
+"""Attention on the CPU where a head's values are narrower than its keys, as in DeepSeek's MLA.
+
+torch's fused kernel for the CPU wants all of one width. Without it every head's S x S scores are made: a quarter of
+the speed at 1,024 tokens. Values are filled up with zeros instead, and the zeros cut off what comes out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+IMPLEMENTATION = "tenp_sdpa"
+
+
+def register_attention() -> str:
+    """Make the attention known to transformers, with the masks of its `sdpa`; returns its name there."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, even_sdpa)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    return IMPLEMENTATION
+
+
+def even_sdpa(
+    module: torch.nn.Module,
+    query_BHSK: torch.Tensor,
+    key_BHSK: torch.Tensor,
+    value_BHSV: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa_attention_forward`, values on the CPU at the width of keys; [B, S, H, V]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    width, wanted = value_BHSV.shape[-1], key_BHSK.shape[-1]
+    if value_BHSV.device.type != "cpu" or width >= wanted:
+        return sdpa_attention_forward(module, query_BHSK, key_BHSK, value_BHSV, attention_mask, **options)
+    filled_BHSK = functional.pad(value_BHSV, (0, wanted - width))
+    output_BSHK, _ = sdpa_attention_forward(module, query_BHSK, key_BHSK, filled_BHSK, attention_mask, **options)
+    return output_BSHK[..., :width], None
