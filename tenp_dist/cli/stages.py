@@ -50,6 +50,7 @@ from tenp_dist.engine.coordinator import Context, Output, Stage
 from tenp_dist.engine.scoring import score_model
 from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.report.page import write_report
+from tenp_dist.report.text import size
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 from tenp_dist.runtime.transformers import modeling_source
 
@@ -75,7 +76,7 @@ def _fp8_warnings(facts: Mapping[str, Any]) -> list[str]:
     if stored == read:
         return []
     return [
-        f"the source is in FP8 ({stored / 1e6:,.1f} MB): it is read as bfloat16 ({read / 1e6:,.1f} MB), "
+        f"the source is in FP8 ({size(stored)}): it is read as bfloat16 ({size(read)}), "
         "and that is what checkpoints are written in"
     ]
 
