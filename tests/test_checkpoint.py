@@ -121,6 +121,24 @@ def test_shards_respect_their_size_and_the_index_states_the_total(tiny_model, tm
         assert sum(sizes) <= SHARD_SIZE or len(sizes) == 1
 
 
+def test_a_shard_goes_to_the_disk_while_it_is_written(tiny_model, tmp_path, monkeypatch):
+    """Part after part, each where the last one ended; less than a part is left for the end."""
+    shards, part = [], 1500
+
+    def told(file, start, size, advice):
+        shards.extend([[]] if start == 0 else [])
+        shards[-1].append((start, size))
+
+    monkeypatch.setattr("tenp_dist.checkpoint.writer._BEHIND_BYTES", part)
+    monkeypatch.setattr("os.posix_fadvise", told)
+    model = tiny_model()
+    write(model, random_kept(model), tmp_path / "out", "ragged")
+    for path, parts in zip(sorted((tmp_path / "out").glob("*.safetensors")), shards, strict=True):
+        starts, ends = zip(*((start, start + size) for start, size in parts), strict=True)
+        assert starts == (0, *ends[:-1])
+        assert min(size for _, size in parts) >= part > path.stat().st_size - ends[-1] >= 0
+
+
 def test_tokenizer_and_auxiliary_files_come_along(tiny_model, tmp_path):
     model = tiny_model("deepseek_v3")
     write(model, random_kept(model), tmp_path / "out", "padded")
