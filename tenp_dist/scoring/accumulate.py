@@ -188,16 +188,18 @@ def weight_norms(experts: nn.Module, column_norm_EF: torch.Tensor) -> torch.Tens
 
 
 def _norms(weights_EXY: torch.Tensor, dim: int) -> torch.Tensor:
-    """Norms along a dimension, summed in float32; on the CPU a few experts at a time are squared in one place.
+    """Norms along a dimension, summed in float32, a few experts at a time; on the CPU these are squared in one place.
 
     There `vector_norm` would take ten times as long along dimension 1, and with copies and results allocated in turns
     the heap would grow by a layer in float32: asked for aligned memory, it does not use one copy's for the next.
     """
-    if weights_EXY.device.type != "cpu":
-        return torch.linalg.vector_norm(weights_EXY, dim=dim, dtype=torch.float32).double()
     size = max(1, _CONVERTED_ELEMENTS // weights_EXY[0].numel())
-    sums_EZ = weights_EXY.new_empty((len(weights_EXY), weights_EXY.shape[3 - dim]), dtype=torch.float32)
-    room_EXY = own_zeros((size, *weights_EXY.shape[1:]), torch.float32)
-    for part_EXY, part_EZ in zip(weights_EXY.split(size), sums_EZ.split(size), strict=True):
-        torch.sum(room_EXY[: len(part_EXY)].copy_(part_EXY).square_(), dim=dim, out=part_EZ)
-    return sums_EZ.sqrt_().double()
+    norms_EZ = weights_EXY.new_empty((len(weights_EXY), weights_EXY.shape[3 - dim]), dtype=torch.float32)
+    on_cpu = weights_EXY.device.type == "cpu"
+    room_EXY = own_zeros((size, *weights_EXY.shape[1:]), torch.float32) if on_cpu else None
+    for part_EXY, part_EZ in zip(weights_EXY.split(size), norms_EZ.split(size), strict=True):
+        if room_EXY is None:
+            torch.linalg.vector_norm(part_EXY, dim=dim, dtype=torch.float32, out=part_EZ)
+        else:
+            torch.sum(room_EXY[: len(part_EXY)].copy_(part_EXY).square_(), dim=dim, out=part_EZ).sqrt_()
+    return norms_EZ.double()
