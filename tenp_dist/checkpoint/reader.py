@@ -44,12 +44,11 @@ class TensorReader:
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor: as they lie in the file, or of what they stand for in its dtype."""
         entry = self.index.entry(name)
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)  # not filled with zeros first, as a bytearray is
         if entry.scaled is None:
-            self._fill(entry, memoryview(buffer.numpy()))
-        else:
-            self._unscaled(entry, entry.scaled, buffer.view(torch.bfloat16).view(entry.shape))
-        return memoryview(buffer.numpy())
+            return self._stored(entry)
+        tensor_RC = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        self._unscaled(entry, entry.scaled, tensor_RC)
+        return memoryview(tensor_RC.view(-1).view(torch.uint8).numpy())
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype and shape, on the CPU."""
@@ -83,7 +82,8 @@ class TensorReader:
     def _unscaled(self, entry: TensorEntry, scaled: Scaled, target_RC: torch.Tensor) -> None:
         """Read an FP8 matrix into a target of any dtype and layout, a row of blocks at a time."""
         (rows, columns), width = scaled.block, entry.shape[1]
-        factors_AB = self._factors(scaled.factors)
+        factors = scaled.factors
+        factors_AB = torch.frombuffer(self._stored(factors), dtype=TORCH_DTYPES[factors.dtype]).view(factors.shape)
         buffer = memoryview(bytearray(min(rows, entry.shape[0]) * width))
         for factors_B, part_RC, start in zip(
             factors_AB, target_RC.split(rows), range(0, entry.shape[0] * width, rows * width), strict=False
@@ -91,12 +91,13 @@ class TensorReader:
             piece = buffer[: part_RC.numel()]
             self._fill(entry, piece, start)
             stored_RC = torch.frombuffer(piece, dtype=TORCH_DTYPES[scaled.dtype]).view(part_RC.shape)
-            part_RC.copy_(unscale(stored_RC, factors_B, columns))
+            part_RC.copy_(unscale(stored_RC, factors_B.float(), columns))
 
-    def _factors(self, entry: TensorEntry) -> torch.Tensor:
-        buffer = bytearray(entry.nbytes)
-        self._fill(entry, memoryview(buffer))
-        return torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape).float()
+    def _stored(self, entry: TensorEntry) -> memoryview:
+        """The bytes of a tensor as they lie in the file."""
+        buffer = memoryview(torch.empty(entry.nbytes, dtype=torch.uint8).numpy())  # a bytearray would be zeroed first
+        self._fill(entry, buffer)
+        return buffer
 
     def _fill(self, entry: TensorEntry, view: memoryview, start: int = 0) -> None:
         """Read as many bytes of a tensor as the view has, from `start` on."""

@@ -185,11 +185,11 @@ def tensor_bytes(
     solved = _integers(compensated, name) if compensated is not None and name in compensated.index.tensors else None
     if tensor.pruning.narrow:
         return _flat(np.take(_integers(reader, name), neurons, axis=axis) if solved is None else solved)
-    whole, ones = _integers(reader, name), np.zeros(shape[axis], dtype=f"u{ITEM_SIZE[tensor.dtype]}")
+    whole, stays = _integers(reader, name), np.zeros(shape[axis], dtype=f"u{ITEM_SIZE[tensor.dtype]}")
     if solved is not None:
         whole[(slice(None),) * axis + (neurons,)] = solved
-    ones[neurons] = 1
-    whole *= ones if axis == 1 else ones[:, None]
+    stays[neurons] = 1
+    whole *= stays if axis == 1 else stays[:, None]  # bits as they were, or none
     return _flat(whole)
 
 

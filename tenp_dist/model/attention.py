@@ -1,7 +1,7 @@
 """Attention on the CPU where a head's values are narrower than its keys, as in DeepSeek's MLA.
 
 torch's fused kernel for the CPU wants all of one width. Without it every head's S x S scores are made: a quarter of
-the speed at 1,024 tokens. Values are filled up with zeros instead, and the zeros cut off what comes out.
+the speed at 1,024 tokens. Values are filled up with zeros instead, which are cut off what comes out.
 """
 
 from __future__ import annotations
