@@ -93,10 +93,12 @@ def test_weights_count_as_memory_and_go_back():
 
 
 def test_what_a_microbatch_frees_is_kept_for_the_next():
-    """Else its 60 MB are, unless something happens to lie on top of them, given back and taken again every time."""
-    faults = int(subprocess.run([sys.executable, "-c", FAULTS], check=True, stdout=subprocess.PIPE).stdout)
+    """Else its 60 MB are given back and taken again every time, but where chance has put something on top of them."""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS], check=True, stdout=subprocess.PIPE).stdout) for _ in range(4)
+    ]
     touched = 20 * 4 * (15 << 20) // resource.getpagesize()
-    assert faults < touched / 10
+    assert max(faults) < touched / 10, faults
 
 
 @pytest.mark.slow
