@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register_configs(module):
-    from tenp_dist.runtime.transformers import register_configs
+    from tenp_dist.runtime.auto_classes import register_configs
 
     register_configs(module)
 
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register_models(module):
-    from tenp_dist.runtime.transformers import register_models
+    from tenp_dist.runtime.auto_classes import register_models
 
     register_models(module)

@@ -125,9 +125,10 @@ def tenp(monkeypatch):
 
     from click.testing import CliRunner
 
-    from tenp_dist.cli import inputs
     from tenp_dist.cli.main import cli
-    from tenp_dist.engine import local, pool
+    from tenp_dist.pool import base as local
+    from tenp_dist.pool import ray_pool as pool
+    from tenp_dist.stages import run as inputs
 
     handler = signal.getsignal(signal.SIGTERM)
 

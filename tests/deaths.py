@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.engine.carrier import Carrier
+from tenp_dist.passes.layer_worker import Carrier
 
 
 class PowerCut(Exception):

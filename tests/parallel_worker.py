@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from tenp_dist.engine.parallel import check_parallel, join_ranks, listen, parallelise_layer
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.passes.ranks import check_parallel, join_ranks, listen, parallelise_layer
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
 from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
 

@@ -176,7 +176,7 @@ def start():
 @pytest.fixture(scope="module")
 def ray_pool():
     """Local Ray, all cores of this machine."""
-    from tenp_dist.engine.pool import RayPool
+    from tenp_dist.pool.ray_pool import RayPool
 
     pool = RayPool()
     yield pool

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from tenp_dist.budget import allocation
-from tenp_dist.budget.allocation import Curves, allocate, smallest, steepest, total_neurons
-from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
-from tenp_dist.budget.floors import floor_places
-from tenp_dist.budget.leftover import spend
+from tenp_dist.budget.widths import prices as allocation
+from tenp_dist.budget.widths.floors import floor_places
+from tenp_dist.budget.widths.layer_optimum import best_widths, kept_energy, legal_widths
+from tenp_dist.budget.widths.leftover import spend
+from tenp_dist.budget.widths.prices import Curves, allocate, smallest, steepest, total_neurons
 from tenp_dist.errors import BudgetError
 
 

@@ -567,7 +567,7 @@ def test_no_gpu_where_one_was_asked_for(tenp, job_file):
 
 
 def test_no_gpu_in_the_cluster():
-    from tenp_dist.engine.pool import RayPool
+    from tenp_dist.pool.ray_pool import RayPool
 
     pool = RayPool.__new__(RayPool)  # as after connecting to a cluster of CPU nodes
     pool.gpus, pool.cores, pool._address = 0, 4, "head:6379"
@@ -597,7 +597,7 @@ def test_cluster_that_cannot_be_reached(address, tenp, job_file, monkeypatch, tm
 @pytest.mark.timeout(20)
 def test_somebody_else_listens_where_ray_should(answer, found, tenp, job_file, monkeypatch, tmp_path):
     """A web server, a shell server, one that hangs up, one that is silent."""
-    from tenp_dist.engine import pool_head
+    from tenp_dist.pool import ray_head as pool_head
 
     monkeypatch.setattr(pool_head, "_CONNECT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -667,7 +667,7 @@ def test_overwrite_that_cannot_succeed_costs_nothing(finished, tenp, tmp_path, m
         ("calibrate", "--set", "calibration.sequence_length=100000", "CalibrationError"),
     ):
         refused(tenp(*arguments[:1], finished, *arguments[1:], "--overwrite"), error)
-    monkeypatch.setattr("tenp_dist.engine.checkpoints.free_bytes", lambda folder: -(10**9))
+    monkeypatch.setattr("tenp_dist.stages.written.free_bytes", lambda folder: -(10**9))
     result = tenp("write", finished, "--set", "output.shard_size=50KB", "--overwrite")
     refused(result, "DiskFullError", "Not enough space", "free", "nothing was written yet")
     assert contents(tmp_path / "run") == before
@@ -675,7 +675,7 @@ def test_overwrite_that_cannot_succeed_costs_nothing(finished, tenp, tmp_path, m
 
 
 def test_not_enough_space_is_seen_before_writing(tenp, job_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("tenp_dist.engine.checkpoints.free_bytes", lambda folder: 100_000)
+    monkeypatch.setattr("tenp_dist.stages.written.free_bytes", lambda folder: 100_000)
     job = job_file()
     refused(
         tenp("run", job), "DiskFullError", "Not enough space", "0.1 MB free", "checkpoint/ragged", "larger file system"
@@ -730,7 +730,7 @@ def test_real_file_system_without_space(tenp, job_file, tmp_path, monkeypatch):
         refused(result, "DiskFullError", "Not enough space for the run", "node ", str(folder / "run"), "MB free")
         assert not (folder / "run" / "facts.json").exists(), "before any work"
         with monkeypatch.context() as patch:
-            patch.setattr("tenp_dist.engine.places.room_needed", lambda job, facts: 0)
+            patch.setattr("tenp_dist.preflight.node_checks.room_needed", lambda job, facts: 0)
             result = tenp("run", job, "--run-dir", folder / "run")
         refused(result, "DiskFullError", "No space left", "small/run/scores")
         assert not list(folder.rglob("*.tmp"))
@@ -816,7 +816,7 @@ def test_unexpected_exception_is_one_line(tenp, job_file, monkeypatch):
     def bug(*_, **__):
         raise ZeroDivisionError("a bug\nwith a second line")
 
-    monkeypatch.setattr("tenp_dist.cli.stages.checkpoint_facts", bug)
+    monkeypatch.setattr("tenp_dist.stages.catalogue.checkpoint_facts", bug)
     result = tenp("inspect", job_file())
     refused(result, "TenpError", "Unexpected ZeroDivisionError: a bug", "run again with --debug for the traceback")
     assert "second line" not in result.stderr

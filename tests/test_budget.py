@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tenp_dist.budget.shape import MoeLayer, plan_shape, shape_warnings
+from tenp_dist.budget.kinds.narrow import MoeLayer, plan_shape, shape_warnings
 from tenp_dist.budget.trapezoid import (
     aligned_width,
     apportion,

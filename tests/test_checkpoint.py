@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from tenp_dist.checkpoint.families import family_of
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.recipes import OutputTensor
 from tenp_dist.checkpoint.verify import check_names, verify_tensors
-from tenp_dist.checkpoint.writer import OutputTensor, assign_shards, output_tensors, shard_bytes
-from tenp_dist.engine.checkpoints import verify_layout, write_layout
-from tenp_dist.engine.local import InProcessPool
+from tenp_dist.checkpoint.writer import assign_shards, output_tensors, shard_bytes
 from tenp_dist.errors import OutputError, SourceError, VerifyError
+from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.runtime.ragged_config import ragged_config
+from tenp_dist.stages.written import verify_layout, write_layout
 
 SHARD_SIZE = 20_000
 
@@ -150,7 +151,7 @@ def test_an_interrupted_checkpoint_has_no_index_and_is_finished_by_the_same_comm
     model = tiny_model("deepseek_v3")
     kept = random_kept(model)
     write(model, kept, tmp_path / "whole", "ragged")
-    real, calls = __import__("tenp_dist.engine.checkpoints", fromlist=["write_shard"]).write_shard, []
+    real, calls = __import__("tenp_dist.stages.written", fromlist=["write_shard"]).write_shard, []
 
     def dies_at_the_third(*arguments):
         calls.append(arguments)
@@ -158,7 +159,7 @@ def test_an_interrupted_checkpoint_has_no_index_and_is_finished_by_the_same_comm
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("tenp_dist.engine.checkpoints.write_shard", dies_at_the_third)
+    monkeypatch.setattr("tenp_dist.stages.written.write_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         write(model, kept, tmp_path / "out", "ragged")
     assert not (tmp_path / "out" / "config.json").exists()

@@ -17,9 +17,9 @@ from commands import finish, kill, ledger, same_bytes, scoring, stopped, wait_fo
 from ray_nodes import does
 
 from tenp_dist.config import Cluster
-from tenp_dist.engine.drive import fitted
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.errors import ClusterError
+from tenp_dist.passes.placement import fitted
+from tenp_dist.pool.ray_pool import RayPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

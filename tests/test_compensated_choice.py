@@ -19,10 +19,11 @@ from tenp_dist.checkpoint import compensated as compensated_module
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import read_kept
-from tenp_dist.cli.room import columns_held, states_held
-from tenp_dist.engine import boundaries, places
 from tenp_dist.evaluation.plans import NamedPlan, in_forms
 from tenp_dist.job_file import load_job
+from tenp_dist.passes import hidden_states as boundaries
+from tenp_dist.preflight import node_checks as places
+from tenp_dist.preflight.disk_space import columns_held, states_held
 
 SOLVED = ("--set", "output.compensate=true")
 

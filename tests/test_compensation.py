@@ -24,19 +24,20 @@ from tenp_dist.checkpoint.compensated import (
     read_table,
     write_layer,
 )
-from tenp_dist.checkpoint.families import DOWN, family_of
+from tenp_dist.checkpoint.families.base import DOWN
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.writer import OutputTensor
-from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model, outcome
-from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.layerwise import LayerwiseTask
-from tenp_dist.engine.probe import Probe
-from tenp_dist.engine.recheck import RecheckTask, recheck_model
+from tenp_dist.checkpoint.recipes import OutputTensor
+from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model, outcome
+from tenp_dist.compensation.moments import ENOUGH, _factorise
+from tenp_dist.compensation.random_vectors import Probe
+from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.errors import NumericalError, VerifyError
 from tenp_dist.model.experts import Dispatch
-from tenp_dist.scoring.compensation import ENOUGH, _factorise
+from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.layer_sums import LayerwiseTask
 
 RIDGE = 0.01
 
@@ -237,7 +238,7 @@ def test_the_same_bytes_for_every_number_of_shards(cluster, tiny_model, tmp_path
 def test_a_run_cut_anywhere_ends_with_the_same_bytes(where, spill, tiny_model, tmp_path, monkeypatch):
     """Cut at the n-th write of a layer or a boundary, for every n; resumed with 1 or 2 shards."""
     from tenp_dist.checkpoint import compensated
-    from tenp_dist.engine import boundaries
+    from tenp_dist.passes import hidden_states as boundaries
 
     model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
     memory = {"host_memory": 1000} if spill else {}
@@ -311,7 +312,7 @@ def test_recheck_finds(fault, tiny_model, tmp_path):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_recheck_tries_the_experts_that_are_not_in_the_sample(fault, tiny_model, tmp_path, monkeypatch):
     """An empty sample: the random vectors alone pass what was solved, and find each fault."""
-    monkeypatch.setattr("tenp_dist.engine.recheck.sample", lambda experts, layer: [])
+    monkeypatch.setattr("tenp_dist.compensation.recheck_pass.sample", lambda experts, layer: [])
     task = compensate(tiny_model("deepseek_v3"), tmp_path, corpus=random_corpus(256, sequences=24))
     found = recheck(task, tmp_path / "verify")
     assert found["experts"] == 0 and found["left"] < 1e-6

@@ -15,13 +15,14 @@ from test_scoring import random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import layer_file, read_table
-from tenp_dist.checkpoint.families import DOWN, family_of
+from tenp_dist.checkpoint.families.base import DOWN
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
-from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
-from tenp_dist.engine.pool import RayPool
-from tenp_dist.scoring import compensation
-from tenp_dist.scoring.compensation import Moments, union_of
+from tenp_dist.compensation import moments as compensation
+from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
+from tenp_dist.compensation.moments import Moments, union_of
+from tenp_dist.pool.ray_pool import RayPool
 
 
 def compensate_all(model, folder, plans, *, corpus, weights=None, pool=None, **cluster) -> CompensateTask:
@@ -149,7 +150,7 @@ def test_plans_that_remove_experts_have_nothing_to_solve_and_change_nothing(tiny
 def test_a_pass_of_several_plans_cut_anywhere_ends_with_the_same_bytes(where, tiny_model, tmp_path, monkeypatch):
     """Cut at the n-th write, for every n: between the plans of a layer too; resumed with 1 or 2 shards."""
     from tenp_dist.checkpoint import compensated
-    from tenp_dist.engine import boundaries
+    from tenp_dist.passes import hidden_states as boundaries
 
     model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
     plans = three_plans(model)

@@ -17,15 +17,23 @@ from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
-from tenp_dist.engine.boundaries import Boundaries, GuardedBoundaries
-from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.controller import Controller, Ledger, Retries
-from tenp_dist.engine.drive import choose_mode, cores_per_rank, cut_layers, memory_per_rank
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.schedule import QUEUE, Unit, next_unit, split_layers, split_waves
-from tenp_dist.engine.scoring import active_bytes, layer_bytes, score_model
-from tenp_dist.engine.shard import ScoreTask
 from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
+from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.controller import Controller
+from tenp_dist.passes.hidden_states import Boundaries, GuardedBoundaries
+from tenp_dist.passes.placement import (
+    active_bytes,
+    choose_mode,
+    cores_per_rank,
+    cut_layers,
+    layer_bytes,
+    memory_per_rank,
+)
+from tenp_dist.passes.schedule import QUEUE, Unit, next_unit, split_layers, split_waves
+from tenp_dist.pool.base import Retries
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.progress import Ledger
+from tenp_dist.scoring.score_pass import ScoreTask, score_model
 from tenp_dist.scoring.statistics import read_statistics
 
 # -- the policy ---------------------------------------------------------------------------------------
@@ -320,7 +328,8 @@ def test_the_number_of_waves_changes_no_sum(tiny_model, tmp_path):
 @pytest.mark.parametrize("where", ["part", "boundary"])
 def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, where, tiny_model, tmp_path, monkeypatch):
     """Cut at the n-th write of a part or a boundary, for every n; resumed with 1 to 3 shards: same bytes."""
-    from tenp_dist.engine import boundaries, parts
+    from tenp_dist.passes import hidden_states as boundaries
+    from tenp_dist.scoring import partial_sums as parts
 
     model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=4)
     reference = run_scores(InProcessPool(cores=1), model, tmp_path / "reference", corpus=corpus)

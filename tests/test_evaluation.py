@@ -12,11 +12,11 @@ from test_scoring import FAMILIES, random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
-from tenp_dist.engine.compute import Compute
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, drop_hidden, evaluate_model
+from tenp_dist.evaluation.measure import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
+from tenp_dist.passes.compute import Compute
+from tenp_dist.runtime.auto_classes import modeling_source
 from tenp_dist.runtime.ragged_config import modeling_module
-from tenp_dist.runtime.transformers import modeling_source
 
 COMPUTE = Compute("cpu", "float32", batch_tokens=64, threads=1)
 

@@ -21,10 +21,10 @@ from test_compensation import compensate
 from test_evaluation_shards import close_to, run
 
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.evaluation import streams
-from tenp_dist.evaluation.streams import Pass, run_tail
+from tenp_dist.evaluation import measure as streams
+from tenp_dist.evaluation.measure import Pass, run_tail
 from tenp_dist.evaluation.variants import Streams, Variant
+from tenp_dist.pool.in_process import InProcessPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -9,7 +9,7 @@ from deaths import Death, lives, only_the_units_in_flight_were_lost
 from test_evaluation_losses import LAYERS, WAVES, here, many  # noqa: F401  fixtures
 from test_evaluation_shards import run
 
-from tenp_dist.engine.pool import RayPool
+from tenp_dist.pool.ray_pool import RayPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

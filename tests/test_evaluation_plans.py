@@ -17,18 +17,19 @@ from test_scoring import random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import full_width_down, layer_file, open_compensated
-from tenp_dist.checkpoint.families import DOWN, FAMILIES
+from tenp_dist.checkpoint.families.base import DOWN
+from tenp_dist.checkpoint.families.table import FAMILIES
 from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.engine.carrier import Carrier
-from tenp_dist.engine.compute import of_variants
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation import metrics as metrics_module
+from tenp_dist.evaluation.evaluate_pass import EvaluateShard
+from tenp_dist.evaluation.measure import EvaluateTask, Pass, evaluate_model
 from tenp_dist.evaluation.metrics import boxes
-from tenp_dist.evaluation.shard import EvaluateShard
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
 from tenp_dist.evaluation.variants import Variant, shared_prefixes
 from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.passes.layer_ops import of_variants
+from tenp_dist.passes.layer_worker import Carrier
 
 
 def plan_files(folder: Path, source: Path, count: int) -> dict[str, Variant]:

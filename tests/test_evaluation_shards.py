@@ -13,12 +13,13 @@ from test_scoring import random_corpus, site_of
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
-from tenp_dist.engine.compute import Compute, check_finite
-from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
-from tenp_dist.evaluation.shard import EvaluateShard
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, drop_hidden, evaluate_model
+from tenp_dist.evaluation.evaluate_pass import EvaluateShard
+from tenp_dist.evaluation.measure import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
+from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.layer_ops import check_finite
+from tenp_dist.pool.in_process import InProcessPool
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_the_figures_are_the_same_for_every_number_of_shards_waves_and_mode(clus
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, passes, tmp_path, monkeypatch):
     """Cut at the n-th boundary, for every n; resumed with 1 to 3 shards: the same figures, less work."""
-    from tenp_dist.engine import boundaries
+    from tenp_dist.passes import hidden_states as boundaries
 
     two, small = passes("qwen3_moe"), {"sequences": 2, "waves": 2}
     reference = run(InProcessPool(cores=1), two, tmp_path / "reference", **small)
@@ -120,7 +121,7 @@ class TailDies(InProcessPool):
 
 def test_a_lost_tail_is_started_again_and_repeats_no_pass(passes, here, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr("tenp_dist.evaluation.streams.time.sleep", waits.append)
+    monkeypatch.setattr("tenp_dist.evaluation.measure.time.sleep", waits.append)
     pool = TailDies(losses=2)
     steps = []
     assert run(pool, passes("deepseek_v3"), tmp_path, steps=steps) == here
@@ -131,7 +132,7 @@ def test_a_lost_tail_is_started_again_and_repeats_no_pass(passes, here, tmp_path
 def test_a_tail_that_is_always_lost_ends_the_run_and_the_next_one_starts_from_its_passes(
     passes, here, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("tenp_dist.evaluation.streams.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tenp_dist.evaluation.measure.time.sleep", lambda seconds: None)
     with pytest.raises(ClusterError, match="lost 6 times in a row") as caught:
         run(TailDies(losses=99), passes("deepseek_v3"), tmp_path)
     assert not isinstance(caught.value, WorkerLost)

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from tenp_dist.budget.allocation import Curves, allocate
-from tenp_dist.budget.bucketing import kept_energy, legal_widths
-from tenp_dist.budget.floors import Floor, check_floors, floor_places
-from tenp_dist.budget.leftover import spend
+from tenp_dist.budget.widths.floors import Floor, check_floors, floor_places
+from tenp_dist.budget.widths.layer_optimum import kept_energy, legal_widths
+from tenp_dist.budget.widths.leftover import spend
+from tenp_dist.budget.widths.prices import Curves, allocate
 from tenp_dist.errors import BudgetError
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tenp_dist.checkpoint.facts import checkpoint_facts
-from tenp_dist.checkpoint.fp8 import unscale
+from tenp_dist.checkpoint.formats.block_fp8 import unscale
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.errors import SourceError, UnsupportedModelError

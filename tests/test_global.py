@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from tenp_dist.artifacts import read_json
-from tenp_dist.budget.layouts import check_buckets
+from tenp_dist.budget.kinds.narrow import plan_shape
 from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import read_plan, write_plan
-from tenp_dist.budget.shape import plan_shape
 from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError, NumericalError
 from tenp_dist.evaluation.plans import budget_of, grid_budgets, with_controls
-from tenp_dist.runtime.ragged import MAX_BUCKETS, bucket_width
+from tenp_dist.layouts.table import check_buckets
+from tenp_dist.runtime.buckets import MAX_BUCKETS, bucket_width
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LayerStatistics
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tenp_dist import job_file as job_files
-from tenp_dist.engine import places
-from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import ClusterError, DiskFullError, JobError
 from tenp_dist.launch.slurm import SlurmScript, cluster_options
 from tenp_dist.launch.status import read_status
 from tenp_dist.launch.submit import pack
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.preflight import node_checks as places
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "cluster" / "slurm" / "prune.sbatch"
@@ -201,7 +201,7 @@ def test_room_needed_by_hand(loaded):
 
 def test_a_packed_job_is_the_same_job(job_file, tmp_path):
     """Its paths are settled, its text is packed, and every stage has the same key."""
-    from tenp_dist.cli.stages import stages_for
+    from tenp_dist.stages.catalogue import stages_for
 
     job = job_files.load_job(
         job_file(evaluation={"sources": [{"path": "own.jsonl", "domain": "own"}], "sequence_length": 32}),

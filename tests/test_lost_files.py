@@ -9,11 +9,11 @@ import pytest
 from deaths import PowerCut, failing, work
 from test_engine import run_scores
 
-from tenp_dist.engine import boundaries
-from tenp_dist.engine.carrier import Carrier
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.errors import StaleError
+from tenp_dist.passes import hidden_states as boundaries
+from tenp_dist.passes.layer_worker import Carrier
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.pool.ray_pool import RayPool
 
 
 @pytest.fixture(scope="module")

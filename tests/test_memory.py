@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenp_dist.engine.pulse import resident_memory
 from tenp_dist.model.memory import own_zeros
+from tenp_dist.pool.machine import resident_memory
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 LAYERS, LAYER_BYTES = 10, 32 * 3 * 512 * 512 * 2  # MoE layers of the model below, and the experts of one in bfloat16
@@ -22,10 +22,10 @@ import json, sys, threading, time
 from pathlib import Path
 import numpy as np
 from tenp_dist.calibration.corpus import Corpus, write_corpus
-from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.pulse import resident_memory
-from tenp_dist.engine.schedule import next_unit
-from tenp_dist.engine.shard import ScoreShard, ScoreTask
+from tenp_dist.passes.compute import Compute
+from tenp_dist.pool.machine import resident_memory
+from tenp_dist.passes.schedule import next_unit
+from tenp_dist.scoring.score_pass import ScoreShard, ScoreTask
 
 model, folder, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 tokens_NS = np.random.default_rng(0).integers(0, 1000, (4, 64), dtype=np.int32)

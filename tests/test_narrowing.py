@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from tenp_dist.budget import narrowing
-from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
-from tenp_dist.budget.narrowing import cells, near_widths, peaks
+from tenp_dist.budget.widths import bounds as narrowing
+from tenp_dist.budget.widths.bounds import cells, near_widths, peaks
+from tenp_dist.budget.widths.layer_optimum import best_widths, kept_energy, legal_widths
 
 
 @pytest.fixture

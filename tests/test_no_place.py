@@ -9,8 +9,8 @@ import psutil
 import pytest
 from commands import finish, kill, same_bytes, wait_for
 
-from tenp_dist.engine.pool import RayPool
 from tenp_dist.errors import ClusterError, Unplaced, WorkerLost
+from tenp_dist.pool.ray_pool import RayPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

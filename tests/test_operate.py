@@ -15,24 +15,23 @@ from test_scoring import moe_layers, random_corpus, site_of
 from tenp_dist.artifacts import exclusive
 from tenp_dist.calibration.corpus import read_corpus, write_corpus
 from tenp_dist.cli.view import describe
-from tenp_dist.engine.compute import Compute, Progress, side_thread
-from tenp_dist.engine.fence import Fence
-from tenp_dist.engine.journal import Journal
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.logs import last_words
-from tenp_dist.engine.pool import RayPool
-from tenp_dist.engine.pulse import Pulse
-from tenp_dist.engine.schedule import Unit
-from tenp_dist.engine.scoring import score_model
-from tenp_dist.engine.shard import ScoreShard, ScoreTask
-from tenp_dist.engine.watch import WorkWatch
 from tenp_dist.errors import OutputError, SourceError, WorkerLost
+from tenp_dist.passes.compute import Compute, side_thread
+from tenp_dist.passes.fence import Fence
+from tenp_dist.passes.pass_progress import WorkWatch
+from tenp_dist.passes.schedule import Unit
+from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.pool.ray_pool import RayPool
+from tenp_dist.pool.worker_log import last_words
+from tenp_dist.progress import Journal, Progress
+from tenp_dist.scoring.score_pass import ScoreShard, ScoreTask, score_model
 
 
 def test_figures_of_units_and_pulses(monkeypatch):
     """Two shards of two ranks; hand arithmetic. A restarted worker counts from zero again."""
     clock = iter([0.0, *(t for second in (2.0, 4.0, 5.0) for t in (second, second))])
-    monkeypatch.setattr("tenp_dist.engine.watch.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tenp_dist.passes.pass_progress.time.monotonic", lambda: next(clock))
     told = []
     watch = WorkWatch(20, 2, told.append)
     rank = Pulse(steps=3, tokens=600, seconds=1.5, read_bytes=1000, memory=70, device_memory=5)
@@ -58,7 +57,7 @@ def test_figures_of_units_and_pulses(monkeypatch):
 def test_the_journal_tells_pace_and_time_left(tmp_path, monkeypatch):
     """8 of 20 were there; 3 more in 6 s leave 9, which take 18 s."""
     clock = iter([100.0, 100.0, 106.0])
-    monkeypatch.setattr("tenp_dist.engine.journal.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tenp_dist.progress.time.monotonic", lambda: next(clock))
     journal = Journal(tmp_path)
     journal.started("score")
     journal.progress("score", Progress(8, 20, 0, 0.0, message="going on from 40%"))

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from test_structure import SOURCES, imports_of
 
 from tenp_dist.budget.plan import MoeLayer, make_plan
-from tenp_dist.checkpoint.families import FAMILIES
+from tenp_dist.checkpoint.families.table import FAMILIES
 from tenp_dist.config import Budget
-from tenp_dist.engine.parallel import Ranks, check_parallel, join_ranks, listen
 from tenp_dist.errors import ClusterError, UnsupportedModelError
 from tenp_dist.model.experts import IMPLEMENTATION, ExpertsState, register
 from tenp_dist.model.layers import Frame
 from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.passes.ranks import Ranks, check_parallel, join_ranks, listen
 from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, join_experts, read_statistics
 
 UNEVEN = {  # neither heads nor dense widths divide by two or three

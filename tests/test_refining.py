@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_narrowing import best_sets
 
-from tenp_dist.budget import narrowing, refining
-from tenp_dist.budget.bucketing import best_widths, kept_energy, legal_widths
-from tenp_dist.budget.refining import refined
+from tenp_dist.budget.widths import bounds as narrowing
+from tenp_dist.budget.widths import bounds_of_many as refining
+from tenp_dist.budget.widths.bounds_of_many import refined
+from tenp_dist.budget.widths.layer_optimum import best_widths, kept_energy, legal_widths
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,15 @@ from test_pipeline import evaluation
 from test_registry import E, F, drawn
 from test_uniform import change_config, with_mtp
 
-from tenp_dist.budget.layouts import layout_warnings, layouts_of
+from tenp_dist.budget.kinds.narrow import plan_shape
+from tenp_dist.budget.kinds.remove import best_experts, kept_experts
 from tenp_dist.budget.plan import MoeLayer, control_budget, make_plan
-from tenp_dist.budget.removal import best_experts, kept_experts
 from tenp_dist.budget.selection import top_neurons
-from tenp_dist.budget.shape import plan_shape
-from tenp_dist.checkpoint.families import FAMILIES
+from tenp_dist.checkpoint.families.table import FAMILIES
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.job_file import load_job
+from tenp_dist.layouts.table import layout_warnings, layouts_of
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 

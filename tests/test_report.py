@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from tenp_dist.artifacts import StageRecord, write_json
-from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.artifacts import write_json
 from tenp_dist.errors import StaleError
+from tenp_dist.pipeline.records import StageRecord
 from tenp_dist.report import write_report
+from tenp_dist.run_files import layer_name
 from tenp_dist.scoring.statistics import LayerStatistics, read_statistics, write_statistics
 
 CHARTS = ("nll-increase", "top1-agreement", "kept-share", "importance-map", "token-map")

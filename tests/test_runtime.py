@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import tenp_dist
 from tenp_dist.artifacts import write_json
+from tenp_dist.runtime.auto_classes import modeling_source
 from tenp_dist.runtime.ragged_config import FAMILIES, ragged_config, widths_by_layer
-from tenp_dist.runtime.transformers import modeling_source
 
 EXPERTS, NEURONS, VOCABULARY = 8, 24, 64
 # per MoE layer: three widths of which one is not a multiple of 8 and one is full; one width; not pruned
@@ -242,7 +242,7 @@ def experts_pair(widths):
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    from tenp_dist.runtime.ragged import BucketedExperts
+    from tenp_dist.runtime.buckets import BucketedExperts
 
     config = Qwen3MoeConfig(**COMMON, num_experts=len(widths), num_hidden_layers=1)
     config._experts_implementation = "grouped_mm"
@@ -279,7 +279,7 @@ def test_experts_for_every_routing(widths, chosen, grad):
 
 
 def test_a_model_width_off_the_alignment_takes_the_fallback():
-    from tenp_dist.runtime.ragged import grouped_linear
+    from tenp_dist.runtime.buckets import grouped_linear
 
     x_RI, weight_NOI = torch.randn(5, 20), torch.randn(2, 8, 20, dtype=torch.float64).float()[:, :, :20]
     x_RI, weight_NOI = x_RI[:, :19].contiguous().requires_grad_(), weight_NOI[:, :, :19].contiguous()
@@ -459,7 +459,7 @@ sys.path.insert(0, job["root"])
 exec(job["imports"])
 from transformers import AutoConfig, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(job["folder"], trust_remote_code=True)
-assert type(model).__module__ == "tenp_dist.runtime.transformers", type(model)
+assert type(model).__module__ == "tenp_dist.runtime.auto_classes", type(model)
 assert type(AutoConfig.from_pretrained(job["folder"])) is type(model.config)
 """
 

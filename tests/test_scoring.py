@@ -17,13 +17,13 @@ from tenp_dist.calibration.corpus import Corpus, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.index import open_index, read_config
 from tenp_dist.config import Budget, Cluster
-from tenp_dist.engine.compute import Compute, microbatches
-from tenp_dist.engine.controller import Ledger
-from tenp_dist.engine.drive import Site
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.scoring import score_model
-from tenp_dist.engine.shard import ScoreTask
+from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.layer_ops import microbatches
+from tenp_dist.passes.run_pass import Site
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.progress import Ledger
 from tenp_dist.scoring.accumulate import BLOCK, LayerAccumulator, Runs, column_norms, weight_norms
+from tenp_dist.scoring.score_pass import ScoreTask, score_model
 from tenp_dist.scoring.statistics import MERGE_RULES, LayerStatistics, merge, read_statistics
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe")
@@ -247,9 +247,9 @@ import sys
 from pathlib import Path
 sys.path.append(sys.argv[2])
 from test_scoring import moe_layers, site_of
-from tenp_dist.engine.compute import Compute
-from tenp_dist.engine.scoring import score_model
-from tenp_dist.engine.shard import ScoreTask
+from tenp_dist.passes.compute import Compute
+from tenp_dist.scoring.score_pass import score_model
+from tenp_dist.scoring.score_pass import ScoreTask
 folder = Path(sys.argv[1])
 task = ScoreTask(folder / "model", folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 512, 1))
 score_model(site_of(task.model, folder / "ledger"), task, moe_layers(task.model))

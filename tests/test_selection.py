@@ -14,10 +14,10 @@ from test_pipeline import evaluation
 from tenp_dist.calibration.corpus import build_corpus, build_split, joined, read_corpus
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.config import Budget
-from tenp_dist.engine import boundaries
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.selection import candidates, selection_document
 from tenp_dist.job_file import load_job
+from tenp_dist.passes import hidden_states as boundaries
 
 AUTO = {"retention": 0.6, "important": "auto", "slope": "auto"}
 

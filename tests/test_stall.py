@@ -20,16 +20,16 @@ from test_operate import task_of
 from test_scoring import random_corpus
 
 from tenp_dist.checkpoint.compensated import read_table
+from tenp_dist.compensation.compensate_pass import CompensateShard
+from tenp_dist.compensation.recheck_pass import SAMPLE, RecheckShard
 from tenp_dist.config import Cluster
-from tenp_dist.engine import pool_group
-from tenp_dist.engine.compensate import CompensateShard
-from tenp_dist.engine.local import InProcessPool
-from tenp_dist.engine.pulse import Pulse
-from tenp_dist.engine.recheck import SAMPLE, RecheckShard
-from tenp_dist.engine.schedule import Unit
-from tenp_dist.engine.shard import ScoreShard
-from tenp_dist.engine.stall import BEAT_SECONDS, StallWatch
 from tenp_dist.errors import WorkerLost
+from tenp_dist.passes.schedule import Unit
+from tenp_dist.pool import ray_group as pool_group
+from tenp_dist.pool.hang import BEAT_SECONDS, StallWatch
+from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.scoring.score_pass import ScoreShard
 
 LIMIT = 10
 COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")

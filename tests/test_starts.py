@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from test_engine import run_scores
 
-from tenp_dist.engine.carrier import Carrier
-from tenp_dist.engine.local import own_address
-from tenp_dist.engine.pool import RayPool
-from tenp_dist.engine.pool_head import check_reachable
+from tenp_dist.passes.layer_worker import Carrier
+from tenp_dist.pool.machine import own_address
+from tenp_dist.pool.ray_head import check_reachable
+from tenp_dist.pool.ray_pool import RayPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -11,9 +11,10 @@ import click
 import pytest
 
 from tenp_dist.cli import launch
-from tenp_dist.cli.main import EXAMPLES, STAGES, cli
+from tenp_dist.cli.main import cli
 from tenp_dist.config import Job
 from tenp_dist.job_file import load_job
+from tenp_dist.pipeline.names import EXAMPLES, STAGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tenp_dist"
@@ -61,7 +62,7 @@ def test_ray_is_imported_in_one_module_only():
         for path in SOURCES
         if any(module.split(".")[0] == "ray" for module in imports_of(path))
     }
-    assert importers == {"engine/pool.py", "engine/pool_group.py", "engine/pool_nodes.py", "launch/submit.py"}
+    assert importers == {"pool/ray_pool.py", "pool/ray_group.py", "pool/ray_nodes.py", "launch/submit.py"}
 
 
 def test_help_imports_nothing_heavy():

@@ -16,15 +16,15 @@ from test_evaluation import evaluate, load, masked
 from test_routing import logits_by_layers, restrict_by_hand
 from test_scoring import FAMILIES, random_corpus
 
-from tenp_dist.checkpoint.families import family_of
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
-from tenp_dist.checkpoint.uniform import uniform_config, uniform_size
-from tenp_dist.engine.checkpoints import verify_layout, write_layout
-from tenp_dist.engine.local import InProcessPool
 from tenp_dist.errors import BudgetError, SourceError, VerifyError
-from tenp_dist.evaluation.streams import Pass
+from tenp_dist.evaluation.measure import Pass
 from tenp_dist.evaluation.variants import Variant
+from tenp_dist.layouts.uniform import uniform_config, uniform_size
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.stages.written import verify_layout, write_layout
 
 LOAD = """
 import json, sys, torch

@@ -40,7 +40,7 @@ FILES = {"type": click.Path(path_type=Path), "multiple": True}
 def main(model, texts, held_out, samples, held_out_samples, length, retentions, methods, ridges, shape, threads):
     import torch
 
-    from tenp_dist.engine.local import available_cores
+    from tenp_dist.pool.machine import available_cores
 
     threads = threads or available_cores()
     torch.set_num_threads(threads)
@@ -67,7 +67,7 @@ class Bench:
 
     def score(self, corpus) -> None:
         from tenp_dist.calibration.corpus import write_corpus
-        from tenp_dist.engine.compute import Compute
+        from tenp_dist.passes.compute import Compute
 
         write_corpus(self.folder / "corpus.arrow", corpus)
         self.tokens = int(corpus.mask_NS.sum())
@@ -81,8 +81,9 @@ class Bench:
         from tenp_dist.budget.sizes import MoeLayer
         from tenp_dist.checkpoint.facts import checkpoint_facts
         from tenp_dist.checkpoint.index import open_index
-        from tenp_dist.checkpoint.kept import layer_name, write_kept
+        from tenp_dist.checkpoint.kept import write_kept
         from tenp_dist.config import Budget
+        from tenp_dist.run_files import layer_name
         from tenp_dist.scoring.statistics import read_statistics
 
         name, _, important = method.partition(":")
@@ -100,7 +101,7 @@ class Bench:
 
     def compensate(self, plans: list[str], ridges: list[float]) -> None:
         """Time the pass of the first plan as the stage makes it, and that of all plans; then the other ridges."""
-        from tenp_dist.engine.compensate import outcome
+        from tenp_dist.compensation.compensate_pass import outcome
 
         every = {ridge: self.task(plans, ridge) for ridge in ridges}
         first = self.task(plans[:1], ridges[0])
@@ -118,7 +119,7 @@ class Bench:
     def task(self, plans: list[str], ridge: float):
         """All plans with one ridge, in one pass."""
         from tenp_dist.checkpoint.kept import read_kept
-        from tenp_dist.engine.compensate import CompensateTask, Target
+        from tenp_dist.compensation.compensate_pass import CompensateTask, Target
 
         targets = tuple(Target(self.plan_file(name), self.folder / name / str(ridge)) for name in plans)
         return CompensateTask(
@@ -136,14 +137,14 @@ class Bench:
         click.echo(f"{name:<13} {seconds:8.1f} s, {own:.1f} s of CPU, {rate:,.0f} tokens/s, {peak:,.0f} MB")
 
     def drive(self, task) -> None:
-        from tenp_dist.engine.compensate import compensate_model
+        from tenp_dist.compensation.compensate_pass import compensate_model
 
         compensate_model(site_here(self.model, self.folder, self.threads), task)
 
     def evaluate(self, plans: list[str], ridges: list[str], corpus) -> dict[str, float]:
         """Variant -> mean NLL over domains, all in one pass."""
         from tenp_dist.calibration.corpus import write_corpus
-        from tenp_dist.evaluation.streams import EvaluateTask, Pass, evaluate_model
+        from tenp_dist.evaluation.measure import EvaluateTask, Pass, evaluate_model
         from tenp_dist.evaluation.variants import Variant
 
         write_corpus(self.folder / "held-out.arrow", corpus)
@@ -166,8 +167,8 @@ def print_wide(experts=2, neurons=2048, hidden=7168, width=880, tokens=2048) -> 
     import numpy as np
     import torch
 
+    from tenp_dist.compensation.moments import Moments
     from tenp_dist.model.experts import Dispatch
-    from tenp_dist.scoring.compensation import Moments
 
     draw = torch.Generator().manual_seed(0)
     down_EDF = torch.randn(experts, hidden, neurons, generator=draw)

@@ -28,8 +28,8 @@ from machine import PeakMemory, print_machine, spread, timed
 from scoring import ROOT, make_corpus
 
 from tenp_dist.config import Cluster
-from tenp_dist.engine.local import available_cores
-from tenp_dist.engine.pool import RayPool
+from tenp_dist.pool.machine import available_cores
+from tenp_dist.pool.ray_pool import RayPool
 
 MEGABYTE = 10**6
 
@@ -105,8 +105,8 @@ def main(model, synthetic, texts, samples, length, batch_tokens, waves, dtype, c
 
 
 def make_task(model: Path, folder: Path, dtype: str, batch_tokens: int, waves: int, cores: int):
-    from tenp_dist.engine.compute import Compute
-    from tenp_dist.engine.shard import ScoreTask
+    from tenp_dist.passes.compute import Compute
+    from tenp_dist.scoring.score_pass import ScoreTask
 
     compute = Compute("cpu", dtype, batch_tokens, cores)
     return ScoreTask(model, folder / "corpus.arrow", folder / "scores", "bench", compute, waves=waves)
@@ -117,8 +117,8 @@ def describe(task, corpus) -> dict[str, Any]:
     from tenp_dist.calibration.corpus import write_corpus
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
-    from tenp_dist.engine.compute import microbatches
-    from tenp_dist.engine.scoring import active_bytes, layer_bytes
+    from tenp_dist.passes.layer_ops import microbatches
+    from tenp_dist.passes.placement import active_bytes, layer_bytes
 
     write_corpus(task.corpus, corpus)
     index = open_index(task.model)
@@ -160,9 +160,9 @@ def measure_child(name: str, task, own: list) -> dict[str, float]:
 
 
 def measure_case(case: Case, task, facts) -> Measured:
-    from tenp_dist.engine.controller import Ledger
-    from tenp_dist.engine.drive import Site
-    from tenp_dist.engine.scoring import score_model
+    from tenp_dist.passes.run_pass import Site
+    from tenp_dist.progress import Ledger
+    from tenp_dist.scoring.score_pass import score_model
 
     options = Cluster(
         shards=case.shards, tensor_parallel=case.ranks, mode=case.mode, device="cpu", threads=case.threads
@@ -184,7 +184,7 @@ def measure_plain(task) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from tenp_dist.calibration.corpus import read_corpus
-    from tenp_dist.engine.compute import microbatches
+    from tenp_dist.passes.layer_ops import microbatches
 
     torch.set_num_threads(task.compute.threads)
     batches = microbatches(read_corpus(task.corpus), task.compute.batch_tokens)
@@ -207,8 +207,8 @@ def measure_alone(task) -> dict[str, float]:
     """
     import torch
 
-    from tenp_dist.engine.compute import embed_all, run_layer
-    from tenp_dist.engine.shard import ScoreShard, score_layer
+    from tenp_dist.passes.layer_ops import embed_all, run_layer
+    from tenp_dist.scoring.score_pass import ScoreShard, score_layer
 
     files = timed(lambda: read_files(task.model))
     shard = ScoreShard(task)

@@ -35,7 +35,7 @@ from scoring import ROOT, make_corpus
 @click.option("--seed", default=0, show_default=True)
 def main(model, texts, samples, length, shards, mode, kills, every, seed):
     from tenp_dist.config import Cluster
-    from tenp_dist.engine.pool import RayPool
+    from tenp_dist.pool.ray_pool import RayPool
 
     print_machine("torch", "ray", "transformers")
     corpus = make_corpus(model, texts, samples, length)
@@ -89,9 +89,8 @@ def score(pool, model: Path, corpus, cluster, folder: Path) -> tuple[float, dict
     from tenp_dist.calibration.corpus import write_corpus
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
-    from tenp_dist.engine.compute import Compute
-    from tenp_dist.engine.scoring import score_model
-    from tenp_dist.engine.shard import ScoreTask
+    from tenp_dist.passes.compute import Compute
+    from tenp_dist.scoring.score_pass import ScoreTask, score_model
 
     write_corpus(folder / "corpus.arrow", corpus)
     compute = Compute("cpu", "float32", 2048, 1)

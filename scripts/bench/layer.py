@@ -25,11 +25,12 @@ from synthetic import BUNDLED, Shape
 from tenp_dist.artifacts import write_json
 from tenp_dist.checkpoint.index import INDEX_NAME
 from tenp_dist.checkpoint.writer import assign_shards, shard_bytes, shard_header
-from tenp_dist.engine.compute import Compute, open_skeleton, run_layer
-from tenp_dist.engine.shard import Norms, check_statistics, score_layer
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.passes.compute import Compute, open_skeleton
+from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.scoring.accumulate import column_norms, weight_norms
+from tenp_dist.scoring.score_pass import Norms, check_statistics, score_layer
 from tenp_dist.scoring.statistics import LayerStatistics
 
 MOE_LAYER = 1  # layer 0 is dense

@@ -27,10 +27,10 @@ def site_here(model: Path, folder: Path, threads: int):
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
     from tenp_dist.config import Cluster
-    from tenp_dist.engine.controller import Ledger
-    from tenp_dist.engine.drive import Site
-    from tenp_dist.engine.local import InProcessPool
-    from tenp_dist.engine.scoring import layer_bytes
+    from tenp_dist.passes.placement import layer_bytes
+    from tenp_dist.passes.run_pass import Site
+    from tenp_dist.pool.in_process import InProcessPool
+    from tenp_dist.progress import Ledger
 
     nbytes = layer_bytes(checkpoint_facts(open_index(model)), 4)
     return Site(InProcessPool(threads), Cluster(), nbytes, Ledger(folder / "ledger.jsonl"))
@@ -40,8 +40,7 @@ def score_here(model: Path, corpus: Path, scores: Path, compute, key: str = "ben
     """Score a model in this process. corpus: Arrow file. scores: folder of the score files."""
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
-    from tenp_dist.engine.scoring import score_model
-    from tenp_dist.engine.shard import ScoreTask
+    from tenp_dist.scoring.score_pass import ScoreTask, score_model
 
     moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
     score_model(

@@ -35,8 +35,8 @@ def main(model, texts, samples, length, retention, important, slope):
     import torch
     from brute_force import brute_force_plan, brute_force_statistics
 
-    from tenp_dist.engine.compute import microbatches
-    from tenp_dist.engine.local import available_cores
+    from tenp_dist.passes.layer_ops import microbatches
+    from tenp_dist.pool.machine import available_cores
 
     torch.set_num_threads(available_cores())
     print_machine("torch", "transformers")
@@ -58,7 +58,7 @@ def main(model, texts, samples, length, retention, important, slope):
 
 def score(model: Path, corpus, threads: int, dtype: str):
     from tenp_dist.calibration.corpus import write_corpus
-    from tenp_dist.engine.compute import Compute
+    from tenp_dist.passes.compute import Compute
     from tenp_dist.scoring.statistics import read_statistics
 
     with tempfile.TemporaryDirectory() as name:

@@ -135,9 +135,10 @@ def make_job(folder: Path, model: Path, texts, tokens: int, length: int, retenti
 
 def run_stages(job, threads: int, names) -> dict[str, float]:
     """Run stages here, without Ray; seconds of each."""
-    from tenp_dist.cli.stages import stages_for
-    from tenp_dist.engine.coordinator import Coordinator, Listener
-    from tenp_dist.engine.local import InProcessPool
+    from tenp_dist.pipeline.runner import Coordinator
+    from tenp_dist.pipeline.stage import Listener
+    from tenp_dist.pool.in_process import InProcessPool
+    from tenp_dist.stages.catalogue import stages_for
 
     class Clock(Listener):
         def finished(self, stage, record, seconds: float) -> None:
@@ -153,8 +154,8 @@ def measure_ours(path: Path, threads: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tenp_dist.cli import stages  # noqa: F401  imports what stages need
     from tenp_dist.job_file import load_job
+    from tenp_dist.stages import catalogue as stages  # noqa: F401  imports what stages need
 
     job = load_job(path)
     torch.set_num_threads(threads)

@@ -77,7 +77,7 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int, method: 
     """Write score files of random numbers; 1 expert in 200 is reached by no token. Returns their bytes."""
     import torch
 
-    from tenp_dist.checkpoint.kept import layer_name
+    from tenp_dist.run_files import layer_name
     from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
 
     layers, experts, neurons = sizes
@@ -109,7 +109,7 @@ def plan_once(folder: Path, sizes: tuple[int, int, int], budget: Budget) -> dict
     started, cpu = time.perf_counter(), time.process_time()
     from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
     from tenp_dist.budget.plan_files import read_plan, write_plan
-    from tenp_dist.checkpoint.kept import layer_name
+    from tenp_dist.run_files import layer_name
     from tenp_dist.scoring.statistics import read_statistics
 
     layers, experts, neurons = sizes

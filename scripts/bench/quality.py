@@ -50,7 +50,7 @@ def main(model, calibration, selection, samples, measured, length, retentions, s
     from study import CalibrationSet, Study
 
     from tenp_dist.cli.view import quieten
-    from tenp_dist.engine.local import available_cores
+    from tenp_dist.pool.machine import available_cores
     from tenp_dist.scoring.methods import registry
 
     quieten()

@@ -36,8 +36,9 @@ def main(model, texts, samples, length, batch_tokens, dtype, threads, repeat):
     from transformers import AutoModelForCausalLM
 
     from tenp_dist.calibration.corpus import write_corpus
-    from tenp_dist.engine.compute import Compute, microbatches
-    from tenp_dist.engine.local import available_cores
+    from tenp_dist.passes.compute import Compute
+    from tenp_dist.passes.layer_ops import microbatches
+    from tenp_dist.pool.machine import available_cores
 
     torch.set_num_threads(threads or available_cores())
     print_machine("torch", "transformers")

@@ -21,18 +21,18 @@ from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
-from tenp_dist.checkpoint.families import family_of
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
-from tenp_dist.checkpoint.kept import layer_name
+from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
 from tenp_dist.config import Budget, Cluster, Source, Text
-from tenp_dist.engine.compensate import CompensateTask, Target, compensate_model
-from tenp_dist.engine.compute import Compute
 from tenp_dist.errors import BudgetError
+from tenp_dist.evaluation.measure import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
-from tenp_dist.evaluation.streams import EvaluateTask, Pass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
+from tenp_dist.passes.compute import Compute
+from tenp_dist.run_files import layer_name
 from tenp_dist.scoring.statistics import read_statistics
 
 

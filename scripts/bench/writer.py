@@ -34,8 +34,8 @@ MEGABYTE = 10**6
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 def main(model, retention, shard_mb, writers, repeat, folder):
     from tenp_dist.checkpoint.index import open_index
-    from tenp_dist.engine.local import InProcessPool
-    from tenp_dist.engine.pool import RayPool
+    from tenp_dist.pool.in_process import InProcessPool
+    from tenp_dist.pool.ray_pool import RayPool
 
     print_machine("torch", "ray")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -79,7 +79,7 @@ def random_plan(index, retention: float):
 
 
 def measure_layout(layout: str, index, kept, shard_size: int, pools: dict, temporary: Path, repeat: int) -> None:
-    from tenp_dist.checkpoint.families import family_of
+    from tenp_dist.checkpoint.families.table import family_of
     from tenp_dist.checkpoint.writer import assign_shards, output_tensors, shard_bytes
 
     tensors = output_tensors(index, family_of(index.config), kept, narrow=layout == "ragged")
@@ -129,7 +129,7 @@ def copy(originals: Path, target: Path) -> None:
 
 
 def writing(pool, writers: int, layout: str, index, kept, shard_size: int, target: Path) -> Callable[[], None]:
-    from tenp_dist.engine.checkpoints import write_layout
+    from tenp_dist.stages.written import write_layout
 
     return lambda: write_layout(
         pool,

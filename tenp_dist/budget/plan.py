@@ -14,10 +14,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.model_wide import closed_shape, model_widths, width_warnings
-from tenp_dist.budget.removal import best_experts
+from tenp_dist.budget.kinds.by_price import closed_shape, model_widths, width_warnings
+from tenp_dist.budget.kinds.narrow import important_share, plan_shape, shape_warnings
+from tenp_dist.budget.kinds.remove import best_experts
 from tenp_dist.budget.selection import top_experts, top_neurons, top_neurons_each
-from tenp_dist.budget.shape import important_share, plan_shape, shape_warnings
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tenp_dist.checkpoint.families.table import family_of
+from tenp_dist.checkpoint.source import source_index
+from tenp_dist.config import Job
+
 
 @dataclass(frozen=True)
 class MoeLayer:
@@ -52,3 +56,11 @@ class Shape:
     def narrow_width(self) -> int | None:
         """The narrow width of the model, None where there is none or layers differ in it."""
         return self.narrow[0] if len(set(self.narrow)) == 1 else None
+
+
+def layers_of_job(job: Job, facts: dict) -> list[MoeLayer]:
+    """The MoE layers of the job's model, in depth order. facts: of `facts.json`."""
+    config = source_index(job.model).config
+    family = family_of(config)
+    sizes = (facts["num_experts"], facts["intermediate_size"], family.groups(config), family.least_experts(config))
+    return [MoeLayer(layer, *sizes) for layer in facts["moe_layers"]]

@@ -3,7 +3,7 @@
 `compensation/layer_00003.safetensors` (with several ranks one file each, `layer_00003.rank_000-of-002.safetensors`)
 holds W_down[:, S] of every expert that was compensated, [D, width], under the checkpoint's own tensor names and in its
 dtypes: the one rounding from float64 happens when it is stored here. Beside them, one row per such expert,
-`experts` and `tokens` (int64) and `damping`, `energy`, `before`, `after` (float64; see `scoring/compensation.py`).
+`experts` and `tokens` (int64) and `damping`, `energy`, `before`, `after` (float64; see `compensation/moments.py`).
 Narrow experts that are not in it keep the source's columns.
 """
 
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
-from tenp_dist.checkpoint.families import DOWN, Family
+from tenp_dist.checkpoint.families.base import DOWN, Family
 from tenp_dist.checkpoint.index import CheckpointIndex, index_files
-from tenp_dist.checkpoint.kept import KeptNeurons, layer_name
+from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.checkpoint.writer import OutputShard, OutputTensor, shard_header
+from tenp_dist.checkpoint.recipes import OutputTensor
+from tenp_dist.checkpoint.writer import OutputShard, shard_header
 from tenp_dist.errors import NumericalError
+from tenp_dist.run_files import layer_name
 
 COLUMNS = {"experts": "I64", "tokens": "I64", "damping": "F64", "energy": "F64", "before": "F64", "after": "F64"}
 

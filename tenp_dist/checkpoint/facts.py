@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tenp_dist.artifacts import SCHEMA_VERSION
 from tenp_dist.checkpoint.entries import TensorEntry
-from tenp_dist.checkpoint.families import NEURON_AXIS, Family, family_of
+from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.reader import check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tenp_dist.checkpoint.entries import TensorEntry, parse_entry
-from tenp_dist.checkpoint.families import stock_config
-from tenp_dist.checkpoint.fp8 import fold_scales, plain_config
+from tenp_dist.checkpoint.families.table import stock_config
+from tenp_dist.checkpoint.formats.block_fp8 import fold_scales, plain_config
 from tenp_dist.errors import SourceError
 
 INDEX_NAME = "model.safetensors.index.json"

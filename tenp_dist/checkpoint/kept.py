@@ -17,6 +17,7 @@ import numpy as np
 
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.errors import BudgetError
+from tenp_dist.run_files import layer_name, layer_of_name
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,6 @@ def check_groups(experts: Sequence[int], num_experts: int, groups: int) -> None:
 def narrow_experts(kept: KeptNeurons, neurons: int) -> list[int]:
     """Experts that keep some of their `neurons` and not all."""
     return [expert for expert, width in enumerate(kept.widths.tolist()) if 0 < width < neurons]
-
-
-def layer_name(layer: int) -> str:
-    """The name of a decoder layer in files and tensor names: `layer_00003`."""
-    return f"layer_{layer:05d}"
-
-
-def layer_of_name(name: str) -> int:
-    """3 of `layer_00003.kept`, and of a file named so."""
-    return int(name.split("_")[1].split(".")[0])
 
 
 def write_kept(path: Path, layers: Mapping[int, KeptNeurons], metadata: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 
 from tenp_dist.checkpoint.entries import Scaled, TensorEntry
-from tenp_dist.checkpoint.fp8 import unscale
+from tenp_dist.checkpoint.formats.block_fp8 import unscale
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.errors import SourceError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tenp_dist.checkpoint.families import NEURON_AXIS, Family
+from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
@@ -75,7 +75,7 @@ def verify_tensors(
 ) -> Verified:
     """Compare the named tensors with what source and plan say they are.
 
-    compensated: the kept columns of those W_down that were compensated (`engine/recheck.py` checks these themselves).
+    compensated: the kept columns of those W_down that were compensated (`compensation/recheck_pass.py` checks these themselves).
 
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.

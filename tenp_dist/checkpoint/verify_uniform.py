@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tenp_dist.checkpoint.families import GATE, NEURON_AXIS, Family
+from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader

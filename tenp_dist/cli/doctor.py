@@ -10,14 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tenp_dist.cli.preflight import preflight
-from tenp_dist.cli.room import scratch
 from tenp_dist.config import Job
-from tenp_dist.engine.local import InProcessPool, Pool
-from tenp_dist.engine.places import check_places
 from tenp_dist.errors import TenpError
 from tenp_dist.job_file import load_job
 from tenp_dist.launch.doctor import Finding, examine
+from tenp_dist.pool.base import Pool
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.preflight.disk_space import scratch
+from tenp_dist.preflight.job_checks import preflight
+from tenp_dist.preflight.node_checks import check_places
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -31,7 +32,7 @@ def visit(address: str | None, job: Path | None, run_dir: Path | None) -> Mappin
         findings = {here: examine(folder)}
         ray = [Finding("Ray", "ok", "no cluster given: a local one is started for a run")]
         return findings | {"cluster": ray} | _places(InProcessPool(), loaded, facts, of_job)
-    from tenp_dist.engine.pool import RayPool
+    from tenp_dist.pool.ray_pool import RayPool
 
     try:
         pool = RayPool(address)

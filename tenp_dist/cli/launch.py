@@ -130,9 +130,9 @@ def status(run_dir: Path, as_json: bool, watch: bool) -> None:
 def _status(run_dir: Path, as_json: bool, watch: bool) -> None:
     from rich.console import Console
 
-    from tenp_dist.cli.main import STAGES
     from tenp_dist.cli.status import draw
     from tenp_dist.launch.status import read_status
+    from tenp_dist.pipeline.names import STAGES
 
     console = Console(highlight=False, soft_wrap=True)
     while True:

@@ -17,32 +17,7 @@ from tenp_dist import __version__
 from tenp_dist.cli import launch
 from tenp_dist.cli.outcome import told, with_examples
 from tenp_dist.errors import JobError
-
-STAGES = {
-    "inspect": "Read config and safetensors headers; write facts.json.",
-    "calibrate": "Tokenise the calibration text; write calibration/calibration.arrow.",
-    "score": "Run the model over the tokens layer by layer; write scores/layer_*.safetensors.",
-    "select": "Choose the budget's auto keys on calibration text set aside; write selection.json.",
-    "plan": "Choose whole experts and kept neurons; write plan.json and plan.safetensors.",
-    "compensate": "Solve W_down of narrow experts for what their dropped neurons contributed.",
-    "write": "Write the pruned checkpoint in every layout of the job.",
-    "verify": "Compare the written checkpoint with source and plan, byte by byte; check compensated weights.",
-    "evaluate": "Compare source, pruned and a random control on held-out text.",
-    "report": "Write report/index.html, report/report.json and the model card.",
-}
-EXAMPLES = {
-    "run": ["JOB.yaml", "JOB.yaml --set budget.retention=0.5 --run-dir runs/half", "JOB.yaml --json > result.json"],
-    "inspect": ["JOB.yaml --set model=/models/DeepSeek-V3"],
-    "calibrate": ["JOB.yaml --set calibration.sources.0.samples=8"],
-    "score": ["JOB.yaml --set score.dtype=float32"],
-    "select": ["JOB.yaml --set budget.important=auto --set budget.slope=auto"],
-    "plan": ["JOB.yaml --set budget.retention=0.45 --overwrite"],
-    "compensate": ["JOB.yaml --set output.compensate=true", "JOB.yaml --set output.ridge=0.001 --overwrite"],
-    "write": ["JOB.yaml --set 'output.layouts=[ragged, padded]'"],
-    "verify": ["JOB.yaml"],
-    "evaluate": ["JOB.yaml --set evaluation.sequence_length=1024", "JOB.yaml --plans a.json b.json"],
-    "report": ["JOB.yaml"],
-}
+from tenp_dist.pipeline.names import EXAMPLES, STAGES
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -96,14 +71,14 @@ def _execute_stages(
 
     loaded = load_job(job, overrides, run_dir, plans)
 
-    from tenp_dist.cli.preflight import preflight
-    from tenp_dist.cli.room import scratch
-    from tenp_dist.cli.stages import stages_for
     from tenp_dist.cli.view import View, print_summary, quieten
-    from tenp_dist.engine.coordinator import Coordinator
-    from tenp_dist.engine.local import InProcessPool
-    from tenp_dist.engine.places import checked
-    from tenp_dist.engine.pool import RayPool
+    from tenp_dist.pipeline.runner import Coordinator
+    from tenp_dist.pool.in_process import InProcessPool
+    from tenp_dist.pool.ray_pool import RayPool
+    from tenp_dist.preflight.disk_space import scratch
+    from tenp_dist.preflight.job_checks import preflight
+    from tenp_dist.preflight.node_checks import checked
+    from tenp_dist.stages.catalogue import stages_for
 
     quieten()
     facts = preflight(loaded)
@@ -164,8 +139,12 @@ def _add_command(name: str, names: list[str] | None, text: str) -> None:
 
 
 _add_command("run", None, "Run every stage of a job and skip those already done.")
+
+
 for _name, _text in STAGES.items():
     _add_command(_name, [_name], _text)
+
+
 for _command in launch.COMMANDS:
     cli.add_command(_command)
 

@@ -18,11 +18,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from tenp_dist.artifacts import StageRecord
 from tenp_dist.config import COMPENSATE, Job
-from tenp_dist.engine.compute import Progress as Step
-from tenp_dist.engine.coordinator import Listener, Stage
-from tenp_dist.engine.local import Pool
+from tenp_dist.pipeline.records import StageRecord
+from tenp_dist.pipeline.stage import Listener, Stage
+from tenp_dist.pool.base import Pool
+from tenp_dist.progress import Progress as Step
 
 _WIDE = 120  # columns from which a table shows every domain
 _LISTED = 4  # workers whose memory is shown one by one

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from tenp_dist.engine.compute import Compute, open_skeleton
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.passes.compute import Compute, open_skeleton
 
 SOURCE = "source"
 _TAIL_ELEMENTS = 1 << 25  # logits of one chunk: 128 MiB in float32

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.checkpoint.compensated import made_from
-from tenp_dist.checkpoint.kept import layer_digests, layer_of_name
+from tenp_dist.checkpoint.kept import layer_digests
+from tenp_dist.run_files import layer_of_name
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from tenp_dist.artifacts import free_bytes
-from tenp_dist.engine.local import own_address
 from tenp_dist.errors import first_line
+from tenp_dist.pool.machine import own_address
 
 Verdict = Literal["ok", "warning", "failed"]
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.artifacts import read_record
 from tenp_dist.errors import JobError
+from tenp_dist.pipeline.records import read_record
 
 SILENT_SECONDS = 120.0
 """Without news for longer, a run that has not ended may have been killed."""

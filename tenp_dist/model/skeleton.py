@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from tenp_dist.checkpoint.facts import layers_of
-from tenp_dist.checkpoint.families import DOWN, GATE, UP, Family, family_of
+from tenp_dist.checkpoint.families.base import DOWN, GATE, UP, Family
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError

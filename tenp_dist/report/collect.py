@@ -30,10 +30,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tenp_dist.artifacts import read_json
-from tenp_dist.checkpoint.kept import layer_name
 from tenp_dist.errors import StaleError
 from tenp_dist.report.described import described_job, domain_weights, is_auto, plain
 from tenp_dist.report.method import importance_of, map_ranking, method_facts
+from tenp_dist.run_files import layer_name
 from tenp_dist.scoring.methods.registry import Method
 from tenp_dist.scoring.statistics import read_statistics
 

@@ -9,7 +9,7 @@ import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from tenp_dist.runtime.ragged import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
+from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
 from tenp_dist.runtime.ragged_config import FAMILIES, PREFIX, class_prefix
 
 

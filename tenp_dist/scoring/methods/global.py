@@ -3,7 +3,7 @@
 Ours. A neuron's energy sum_t g^2 m_j^2 |w_j|^2 is the squared length of everything that it added, in the units of
 the residual stream that all layers write to, so it can be compared across experts and layers. Domains are added as
 means per routed token, times their weights; every layer sees the same tokens, so that changes no comparison.
-`budget/model_wide.py` turns the energies into widths.
+`budget/kinds/by_price.py` turns the energies into widths.
 """
 
 from __future__ import annotations

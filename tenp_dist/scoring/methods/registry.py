@@ -61,8 +61,8 @@ class Method:
     neurons: statistics of one layer -> float64 [E, F].
     expert_statistics, neuron_statistics: the statistics that each of them reads.
     worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
-        has it lets the scores decide every expert's width (`budget/model_wide.py`); the widths of others are
-        known before any score is read (`budget/shape.py`). It stays when a budget exchanges the neuron ranking.
+        has it lets the scores decide every expert's width (`budget/kinds/by_price.py`); the widths of others are
+        known before any score is read (`budget/kinds/narrow.py`). It stays when a budget exchanges the neuron ranking.
     """
 
     name: str

@@ -1,0 +1,79 @@
+"""What a family's row says: how (layer, expert, matrix) maps to checkpoint tensor names and axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+GATE, UP, DOWN = "gate", "up", "down"
+
+
+NEURON_AXIS: Mapping[str, int] = {GATE: 0, UP: 0, DOWN: 1}
+"""Axis of the torch-layout expert matrix that counts neurons: [F, D] for gate and up, [D, F] for down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row.
+
+    model_type: `model_type` of config.json.
+    experts_keys: config keys that may hold the number of routed experts (transformers renames some).
+    width_key: config key of an expert's width.
+    layer: prefix of a decoder layer's tensors.
+    experts: the experts module inside a layer, as in the modeling code.
+    expert_tensor: an expert's tensor inside a layer, as in the checkpoint.
+    matrices: the checkpoint's names of gate, up and down.
+    block_norm: module inside a layer whose input is the residual stream before the MoE block.
+    router: module inside a layer, and prefix of its tensors, whose parameters and buffers hold one row per
+        routed expert. It returns the chosen experts' ids as its only tensor of integers.
+    groups_key, chosen_groups_key: config keys of the number of equal groups that experts are routed in and
+        of how many of them a token may use, None for a family without groups.
+    group_scorers: experts of a group whose scores rank the group.
+    shared_experts: module inside a layer whose width is that of a routed expert times a number in the config.
+    shared_key: config key of that number, None where the config states the width of shared experts itself.
+    mtp_keys: config keys that may hold the number of multi-token prediction layers.
+    tensor_parallel: verified with more than one rank per shard.
+    """
+
+    model_type: str
+    experts_keys: tuple[str, ...]
+    width_key: str = "moe_intermediate_size"
+    layer: str = "model.layers.{layer}."
+    experts: str = "mlp.experts"
+    expert_tensor: str = "mlp.experts.{expert}.{matrix}.weight"
+    matrices: Mapping[str, str] = field(default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"})
+    block_norm: str = "post_attention_layernorm"
+    router: str = "mlp.gate"
+    groups_key: str | None = None
+    chosen_groups_key: str | None = None
+    group_scorers: int = 1
+    shared_experts: str = "mlp.shared_experts"
+    shared_key: str | None = None
+    mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
+    tensor_parallel: bool = False
+
+    def num_experts(self, config: Mapping[str, object]) -> int:
+        """Routed experts per layer, 0 where the config names none."""
+        return next((int(config[key]) for key in self.experts_keys if config.get(key)), 0)
+
+    def groups(self, config: Mapping[str, object]) -> int:
+        """Equal groups of consecutive ids that experts are routed in, 1 for none."""
+        return int((self.groups_key and config.get(self.groups_key)) or 1)
+
+    def least_experts(self, config: Mapping[str, object]) -> int:
+        """The fewest routed experts per layer that the router still works with, equally many in each group.
+
+        A token picks top-k experts from the groups chosen for it, and a group is ranked by its best
+        `group_scorers` experts.
+        """
+        top_k, groups = int(config["num_experts_per_tok"]), self.groups(config)
+        if groups == 1:
+            return top_k
+        chosen = int(config.get(self.chosen_groups_key) or groups)
+        return groups * max(math.ceil(top_k / chosen), self.group_scorers)
+
+    def tensor(self, layer: int, expert: int, matrix: str) -> str:
+        """Checkpoint name of one expert matrix; `matrix` is gate, up or down."""
+        inside = self.expert_tensor.format(expert=expert, matrix=self.matrices[matrix])
+        return self.layer.format(layer=layer) + inside

@@ -1,0 +1,241 @@
+"""Check compensated weights from the calibration tokens and by another road: all on random vectors, some solved again.
+
+Nothing here comes from `compensation/moments.py`. That every expert's W_down solves its equations is tried on random
+vectors (`probe.py`). Experts of a sample are solved again: a hook takes what the router hands to the experts, the
+activations are made by plain products in float32, the whole G is summed in float64, and the minimum is found in the
+other form of the definition, (W G[:,S] + r W_S)(G_SS + r I)^-1, by LU instead of Cholesky. The stored W_down passes if
+it wins all but a small share of what that minimum wins over the plain columns. Every layer of the plan has experts in
+the sample: all of a small layer, SAMPLE of a larger one, by a seeded draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tenp_dist.artifacts import read_json, write_json
+from tenp_dist.checkpoint.compensated import layer_file, open_compensated, read_table
+from tenp_dist.checkpoint.families.base import DOWN
+from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.compensation.moments import ENOUGH
+from tenp_dist.compensation.random_vectors import Probe
+from tenp_dist.errors import VerifyError
+from tenp_dist.model.layers import Microbatch
+from tenp_dist.passes.layer_ops import run_layer
+from tenp_dist.passes.layer_sums import LayerwiseShard, LayerwiseTask, drive_layerwise
+from tenp_dist.passes.run_pass import Site
+from tenp_dist.run_files import layer_name
+
+SAMPLE = 8  # experts of a layer, per rank
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # share of the gain that compute in this dtype may lose
+
+
+LEFT = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
+
+
+@dataclass(frozen=True)
+class RecheckTask(LayerwiseTask):
+    """folder: of the results. plan: kept-neurons file. compensation: its layer files, made by `ranks` ranks."""
+
+    plan: Path = Path()
+    compensation: Path = Path()
+    ridge: float = 0.01
+
+    def result(self, layer: int, rank: int) -> Path:
+        return self.folder / f"{layer_name(layer)}.rank_{rank:03d}.json"
+
+    def done_by(self, layer: int, rank: int) -> bool:
+        path = self.result(layer, rank)
+        return path.exists() and read_json(path)["key"] == self.file_key
+
+
+@dataclass
+class Tap:
+    """Sums a sampled layer's moments in float64. G_FF, damping (as stored), tokens: by global expert id.
+
+    probe: of all experts of the rank, beside it.
+    """
+
+    experts: nn.Module
+    first: int
+    G_FF: dict[int, torch.Tensor]
+    damping: Mapping[int, float]
+    probe: Probe
+    tokens: dict[int, int] = field(default_factory=dict)
+    valid_T: torch.Tensor | None = None
+    weight: float = 1.0
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook of the experts: hidden states [T, D], chosen experts and dispatch weights [T, K]."""
+        x_TD, index_TK, g_TK = inputs
+        for expert, total_FF in self.G_FF.items():
+            hit_TK = index_TK == expert
+            used_T = hit_TK.any(dim=1) if self.valid_T is None else hit_TK.any(dim=1) & self.valid_T
+            g_T = (g_TK * hit_TK).sum(dim=1)[used_T].double()
+            gate_up_PD = self.experts.gate_up_proj[expert - self.first].float()
+            m_TF = self.experts._apply_gate(x_TD[used_T].float() @ gate_up_PD.T).double()
+            total_FF += self.weight * (m_TF * (g_T * g_T).unsqueeze(1)).T @ m_TF
+            self.tokens[expert] = self.tokens.get(expert, 0) + (len(g_T) if self.weight else 0)
+
+
+class RecheckShard(LayerwiseShard):
+    """One rank of a shard that checks its layers."""
+
+    task: RecheckTask
+
+    def open(self) -> None:
+        super().open()
+        kept = read_kept(self.task.plan)
+        self._kept = {layer: kept[layer] for layer in self.layers if layer in kept}
+
+    def _begin(self, layer: int, experts: nn.Module) -> Tap:
+        table = read_table(layer_file(self.task.compensation, layer, self.rank, self.task.ranks))
+        damping = dict(zip(table["experts"], table["damping"], strict=True))
+        held, _, neurons = experts.down_proj.shape
+        device, first = experts.down_proj.device, self._held.start
+        made = {
+            expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
+            for expert in sample(sorted(damping), layer)
+        }
+        kept = {expert - first: self._kept[layer].of(expert) for expert in damping}
+        probe = Probe(kept, self._weights, (held, neurons), layer, device)
+        return Tap(experts, first, made, damping, probe)
+
+    def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
+        tap: Tap = self._sums
+        hook = self.skeleton.experts_of(module).register_forward_pre_hook(tap)
+        try:
+            for i, batch in enumerate(batches):
+                tap.valid_T, tap.weight = batch.valid_T, self._weights[batch.domain]
+                run_layer(self.frame, layer, module, [batch], [states[i]], self._share, tap.probe)
+        finally:
+            hook.remove()
+
+    def _finish(self, layer: int, sums: Tap, down_EDF: torch.Tensor) -> None:
+        worst = left = 0.0
+        with (
+            TensorReader(open_compensated(self.task.compensation)) as stored,
+            TensorReader(self.skeleton.index) as source,
+        ):
+            for expert, G_FF in sums.G_FF.items():
+                tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
+                worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
+                self._made += 1
+            for expert in sums.damping:
+                left = max(left, self._try(layer, expert, sums, source, stored))
+                self._made += 1
+        result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
+        write_json(self.task.result(layer, self.rank), result | {"tried": len(sums.damping), "left": left})
+
+    def _try(self, layer: int, expert: int, sums: Tap, source: TensorReader, stored: TensorReader) -> float:
+        """`Probe.left_over` of the stored columns; raises VerifyError where it is too much."""
+        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        kept_W = self._kept_of(layer, expert)
+        found_DW, source_DF = stored.tensor(name), source.tensor(name).double()
+        row, damping = expert - sums.first, sums.damping[expert]
+        left = sums.probe.left_over(row, kept_W, damping, source_DF, found_DW)
+        tokens, allowed = int(sums.probe.token_count_E[row]), LEFT[self.task.compute.dtype]
+        self._judge(stored, name, "the error left over", left, allowed, damping, len(kept_W), tokens)
+        return left
+
+    def _kept_of(self, layer: int, expert: int) -> torch.Tensor:
+        return torch.from_numpy(self._kept[layer].of(expert).astype(np.int64))
+
+    def _check(
+        self,
+        layer: int,
+        expert: int,
+        G_FF: torch.Tensor,
+        tokens: int,
+        damping: float,
+        source: TensorReader,
+        stored: TensorReader,
+    ) -> float:
+        """Share of the possible gain that the stored columns lose; raises VerifyError where it is too much."""
+        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        kept_W = self._kept_of(layer, expert)
+        lost = lost_share(source.tensor(name).double(), stored.tensor(name), G_FF, kept_W, damping)
+        allowed = TOLERANCE[self.task.compute.dtype]
+        self._judge(stored, name, "the gain lost", lost, allowed, damping, len(kept_W), tokens)
+        return lost
+
+    def _judge(
+        self,
+        stored: TensorReader,
+        name: str,
+        what: str,
+        share: float,
+        allowed: float,
+        damping: float,
+        width: int,
+        tokens: int,
+    ) -> None:
+        """Raise VerifyError where the share is too large, or the damping not the rule's."""
+        least = self.task.ridge * max(1.0, ENOUGH * width / max(tokens, 1))
+        if not (share <= allowed and _tenfold(damping / least)):
+            raise VerifyError(
+                "Compensated weights are not the solution that their definition gives",
+                where=f"{stored.index.folder / stored.index.entry(name).file}: {name}",
+                found=f"{share:.2%} of {what}, damping {damping:.3g}, {tokens} tokens",
+                wanted=f"at most {allowed:.2%}, damping {least:.3g}",
+                next_step="run `tenp-dist compensate` again with --overwrite; if it stays, report it with this message",
+            )
+
+
+def sample(experts: Sequence[int], layer: int) -> list[int]:
+    """At most SAMPLE of the experts, ascending; the draw depends on the layer alone."""
+    if len(experts) <= SAMPLE:
+        return list(experts)
+    return sorted(np.random.default_rng(layer).permutation(np.asarray(experts))[:SAMPLE].tolist())
+
+
+def lost_share(
+    source_DF: torch.Tensor, found_DW: torch.Tensor, G_FF: torch.Tensor, kept_W: torch.Tensor, damping: float
+) -> float:
+    """(J(found) - J(best)) / (J(plain) - J(best)), what rounding to the stored dtype may cost taken off.
+
+    J is the ridge objective; J(X) - J(best) = tr((X - best)(G_SS + r I)(X - best)^T).
+    """
+    plain_DW, g_WW = source_DF[:, kept_W], G_FF[kept_W][:, kept_W]
+    r = damping * float(g_WW.diagonal().mean())
+    system_WW = g_WW + r * torch.eye(len(kept_W), dtype=torch.float64)
+    best_DW = torch.linalg.solve(system_WW, source_DF @ G_FF[:, kept_W] + r * plain_DW, left=False)
+
+    def excess(columns_DW: torch.Tensor) -> float:
+        off_DW = columns_DW - best_DW
+        return float(((off_DW @ system_WW) * off_DW).sum())
+
+    unit = torch.finfo(found_DW.dtype).eps / 2
+    rounding = 4 * float(((unit * found_DW.double()) ** 2 * system_WW.diagonal()).sum())
+    noise = 1e-6 * float(((source_DF @ G_FF) * source_DF).sum())  # of float32 sums, where there is little to gain
+    return max(0.0, excess(found_DW.double()) - rounding) / max(excess(plain_DW) + noise, 1e-300)
+
+
+def _tenfold(ratio: float) -> bool:
+    """Whether a damping is the rule's, or that times a power of ten (see `solve_batch`)."""
+    power = round(math.log10(ratio)) if ratio > 0 else -1
+    return power >= 0 and abs(ratio / 10**power - 1) < 1e-6
+
+
+def recheck_model(site: Site, task: RecheckTask) -> Mapping[str, Any]:
+    """Check every layer: experts solved again and the largest share of a gain lost; all that were tried on random
+    vectors, and the largest share of what plain columns leave over.
+
+    Raises:
+        ClusterError: as `drive`.
+        VerifyError: the first expert whose stored weights are not the solution.
+    """
+    drive_layerwise(site, RecheckShard, task)
+    results = [read_json(task.result(layer, rank)) for layer in task.moe for rank in range(task.ranks)]
+    sums = {name: sum(one[name] for one in results) for name in ("experts", "tried")}
+    return sums | {name: max(one[name] for one in results) for name in ("worst", "left")}

@@ -1,0 +1,179 @@
+"""Compare models on held-out tokens: layer by layer through shards, then the tail over what left them.
+
+Every pass takes its variants through the layers of one checkpoint, on the same shards as scoring, and
+stores the final hidden states of every wave. One worker then reads them, wave by wave and piece by
+piece, and makes the figures. What is stored is what a run goes on from, after a worker or the driver was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenp_dist.artifacts import digest_of
+from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.errors import WorkerLost
+from tenp_dist.evaluation.evaluate_pass import EvaluateShard, PassTask
+from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
+from tenp_dist.evaluation.variants import Variant
+from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.hidden_states import tensor_name
+from tenp_dist.passes.layer_ops import microbatches
+from tenp_dist.passes.pass_task import DEFAULT_WAVES
+from tenp_dist.passes.run_pass import Site, drive
+from tenp_dist.passes.schedule import split_waves
+from tenp_dist.pool.base import Retries
+from tenp_dist.progress import Progress
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a checkpoint's layers, and the variants of it that go through them."""
+
+    checkpoint: Path
+    variants: Mapping[str, Variant]
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """passes[0] holds the variant `source`, whose checkpoint also gives the head.
+
+    folder: for hidden states, until the figures are made. key: of the evaluate stage. waves, ranks: see `CarryTask`.
+    """
+
+    passes: Sequence[Pass]
+    corpus: Path
+    folder: Path
+    key: str
+    compute: Compute
+    waves: int = DEFAULT_WAVES
+    ranks: int = 1
+
+    def pass_tasks(self) -> list[PassTask]:
+        """What the workers of each pass need; compute must be settled."""
+        return [self._pass_task(number, one) for number, one in enumerate(self.passes)]
+
+    def _pass_task(self, number: int, one: Pass) -> PassTask:
+        variants = {name: variant.digest for name, variant in one.variants.items()}
+        checkpoint = open_index(one.checkpoint).fingerprint
+        made_from = [self.key, read_corpus(self.corpus).digest, number, checkpoint, variants]
+        return PassTask(
+            one.checkpoint,
+            self.corpus,
+            self.folder,
+            digest_of(made_from),
+            self.compute,
+            waves=self.waves,
+            ranks=self.ranks,
+            number=number,
+            variants=one.variants,
+            layers=_num_layers(one.checkpoint),
+        )
+
+    def waves_within(self, host_memory: int | None) -> int:
+        """`waves`, or as many more as it takes for the variants' hidden states of one wave to fit `host_memory` twice.
+
+        Twice because a wave is held once more while it is stored.
+        """
+        if host_memory is None:
+            return self.waves
+        tokens = read_corpus(self.corpus).tokens_NS.size
+        width = int(open_index(self.passes[0].checkpoint).config["hidden_size"])
+        streams = max(len(one.variants) for one in self.passes)
+        nbytes = 2 * tokens * width * self.compute.torch_dtype.itemsize * streams
+        return max(self.waves, -(-nbytes // host_memory))
+
+
+def evaluate_model(site: Site, task: EvaluateTask) -> Metrics:
+    """Run all passes on the site's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
+
+    Args:
+        task: settled (no `auto` in it); its ranks are those of the site. compute.threads: of the tail's worker.
+
+    Raises:
+        ClusterError: as `drive`.
+        NumericalError: NaN or Inf left a layer or the head.
+    """
+    waves = task.waves_within(site.cluster.host_memory)
+    passes = replace(task, ranks=site.cluster.tensor_parallel, waves=waves).pass_tasks()
+    waves = passes[0].count_waves()
+    steps = len(site.nbytes) * waves
+    total = len(passes) * steps + waves
+    for one in passes:
+        drive(_shifted(site, one.number * steps, total), EvaluateShard, one)
+    return _tail_on(_shifted(site, len(passes) * steps, total), passes)
+
+
+def drop_hidden(task: EvaluateTask) -> None:
+    """Remove what an evaluation goes on from; for when its figures are in a file."""
+    shutil.rmtree(task.folder / "hidden", ignore_errors=True)
+
+
+def _shifted(site: Site, before: int, total: int) -> Site:
+    """The site, telling a part's progress as that of the whole."""
+    return replace(site, progress=lambda step: site.progress(replace(step, done=before + step.done, total=total)))
+
+
+def _tail_on(site: Site, passes: Sequence[PassTask]) -> Metrics:
+    """`run_tail` in one worker, started again where it is lost: what it reads is stored."""
+    losses = 0
+    while True:
+        try:
+            for event in site.pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
+                if isinstance(event, Metrics):
+                    return event
+                site.progress(replace(event, retries=losses))
+            raise AssertionError("the tail yields its metrics last")
+        except WorkerLost as error:
+            losses += 1
+            where = "final hidden states"
+            Retries().after(losses, error, "The worker of norm and head", where, site.ledger, time.sleep)
+
+
+@torch.inference_mode()
+def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
+    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last."""
+    first = passes[0]
+    compute = first.compute.resolved()
+    corpus = read_corpus(first.corpus)
+    batches = microbatches(corpus, compute.batch_tokens, compute.device)
+    waves = split_waves(len(batches), first.waves)
+    frame, metrics = open_tail(first.model, compute), Metrics(corpus.domains)
+    leaders = [_final_streams(one) for one in passes]
+    for wave, numbers in enumerate(waves):
+        with contextlib.ExitStack() as files:
+            final = {}
+            for one, streams in zip(passes, leaders, strict=True):
+                stored = files.enter_context(one.boundaries.open(wave, one.layers))
+                final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
+            for count, i in enumerate(numbers, start=1):  # each may take minutes, with many variants
+                started = time.monotonic()
+                compare(metrics, frame, {i: batches[i]}, final)
+                metrics.check_finite()
+                done, tokens = wave + count / len(numbers), batches[i].tokens_BS.numel() * len(final)
+                yield Progress(done, len(waves), tokens, time.monotonic() - started, "norm and head")
+    yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})
+
+
+def _final_streams(one: PassTask) -> dict[str, str]:
+    """Variant -> the stream that it left the last layer in."""
+    streams = one.streams()
+    return {name: streams.leader(name, one.layers) for name in one.variants}
+
+
+def _read_box(stored: Any, stream: str, device: str, number: int, box: Box) -> torch.Tensor:
+    """Hidden states of a box of a microbatch, [b, s, D]; nothing else of the file is read."""
+    return stored.get_slice(tensor_name(stream, number))[box].to(device)
+
+
+def _num_layers(checkpoint: Path) -> int:
+    return int(open_index(checkpoint).config["num_hidden_layers"])

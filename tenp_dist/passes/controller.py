@@ -1,0 +1,120 @@
+"""Keeps every shard busy until all waves are through, and replaces shards that die.
+
+The policy (`schedule.next_unit`) decides, groups of workers act, this loop connects them. A dead worker
+costs the unit in flight: its group is started anew and goes on from what was committed. Losses are
+counted, backed off and bounded; an error that would come again (bad tensor, NaN) ends the run at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tenp_dist.errors import WorkerLost
+from tenp_dist.passes.schedule import Mode, Unit, next_unit
+from tenp_dist.pool.base import Retries
+from tenp_dist.progress import Ledger
+
+
+class Group(Protocol):
+    """The ranks of one shard.
+
+    start: begin a unit; result: of the finished unit, a value per rank, or raises; pulses: the latest that is known of
+    every rank, at any moment; restart: anew.
+    """
+
+    def start(self, unit: Unit) -> None: ...
+
+    def result(self) -> Any: ...
+
+    def pulses(self) -> Sequence[Any]: ...
+
+    def restart(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Watch(Protocol):
+    """Is told how the work goes: units that ended, pulses and units at work in between, losses. shard: its number."""
+
+    def ended(self, unit: Unit, shard: int, pulses: Sequence[Any], positions: Sequence[int]) -> None: ...
+
+    def beat(self, pulses: Sequence[Sequence[Any]], positions: Sequence[int], units: Sequence[Unit]) -> None: ...
+
+    def lost(self, shard: int) -> None: ...
+
+
+@dataclass
+class Controller:
+    """Runs units on groups until every wave has passed every layer.
+
+    groups, shards: the groups and the layers each owns. stored: reads the positions that are committed.
+    wait: blocks until one of the given groups has finished its unit (or lost it), and returns it; None after a while.
+    watch: is told how the work goes.
+    """
+
+    groups: Sequence[Group]
+    shards: Sequence[range]
+    mode: Mode
+    stored: Callable[[], list[int]]
+    wait: Callable[[Sequence[Group]], Group | None]
+    watch: Watch
+    ledger: Ledger
+    retries: Retries = field(default_factory=Retries)
+    sleep: Callable[[float], None] = time.sleep
+
+    def run(self) -> None:
+        """Raises whatever a worker raised that would come again, ClusterError after too many losses."""
+        positions, layers = self.stored(), self.shards[-1].stop
+        running: dict[int, Unit] = {}
+        losses = [0] * len(self.groups)
+        while min(positions, default=layers) < layers:
+            for i, shard in enumerate(self.shards):
+                last = i + 1 == len(self.shards)
+                unit = next_unit(shard, positions, self.mode, last=last) if i not in running else None
+                if unit is not None:
+                    self.groups[i].start(unit)
+                    running[i] = unit
+            group = self.wait([self.groups[i] for i in running])
+            if group is None:
+                units = [unit for _, unit in sorted(running.items())]
+                self.watch.beat([group.pulses() for group in self.groups], positions, units)
+                continue
+            i = self.groups.index(group)
+            unit = running.pop(i)
+            try:
+                result = group.result()
+            except WorkerLost as error:
+                losses[i] = self._recover(i, unit, error, losses[i], positions)
+            else:
+                losses[i] = 0
+                self._advance(positions, unit, i, result)
+
+    def _advance(self, positions: list[int], unit: Unit, shard: int, result: Any) -> None:
+        for wave in unit.waves:
+            positions[wave] = unit.stop
+        self.ledger.append(
+            "unit", shard=shard, unit=str(unit), ranks=[getattr(one, "__dict__", None) for one in result]
+        )
+        self.watch.ended(unit, shard, result, positions)
+
+    def _recover(self, i: int, unit: Unit, error: WorkerLost, losses: int, positions: list[int]) -> int:
+        """Start the group again, however often it dies on the way, and put its waves back to what is committed.
+
+        Returns the losses in a row, this one included.
+        """
+        while True:
+            losses += 1
+            self.watch.lost(i)
+            self.retries.after(losses, error, f"Shard {i}", str(unit), self.ledger, self.sleep)
+            try:
+                self.groups[i].restart()
+                break
+            except WorkerLost as again:
+                error = again
+        for wave, position in enumerate(self.stored()):
+            if positions[wave] in self.shards[i]:
+                positions[wave] = position
+        return losses

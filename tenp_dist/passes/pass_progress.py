@@ -1,0 +1,82 @@
+"""Turns what workers say of themselves into progress: how far, how fast, in how much memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from tenp_dist.passes.schedule import Unit
+from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.progress import Progress
+
+_NAMED = 2  # units that the live view names
+
+
+class WorkWatch:
+    """Watches `shards` groups take their waves through `total` (wave, layer) pairs; see `controller.Watch`.
+
+    Counters of pulses begin again at zero with a worker that was started anew.
+    """
+
+    def __init__(self, total: int, shards: int, progress: Callable[[Progress], None]):
+        self.total, self.progress = total, progress
+        self.tokens = self.retries = 0
+        self._latest: list[Sequence[Pulse]] = [()] * shards  # of every shard, its ranks
+        self._committed = [0] * shards  # steps of the worker at the end of its last unit
+        self._seconds = [0.0] * shards
+        self._read = 0
+        self._told = time.monotonic()
+        self._told_tokens = self._told_read = 0
+
+    @property
+    def slowest(self) -> float:
+        """Seconds at work of the shard that worked longest."""
+        return max(self._seconds, default=0.0)
+
+    def ended(self, unit: Unit, shard: int, pulses: Sequence[Pulse], positions: Sequence[int]) -> None:
+        self._take(shard, pulses)
+        self._committed[shard] = pulses[0].steps
+        self._tell(positions, str(unit))
+
+    def beat(self, pulses: Sequence[Sequence[Pulse]], positions: Sequence[int], units: Sequence[Unit]) -> None:
+        for shard, ranks in enumerate(pulses):
+            if ranks:
+                self._take(shard, ranks)
+        self._tell(positions, at_work(units))
+
+    def lost(self, shard: int) -> None:
+        self.retries += 1
+        self._latest[shard], self._committed[shard] = (), 0
+
+    def _take(self, shard: int, ranks: Sequence[Pulse]) -> None:
+        """Add what the ranks did since their last pulse. The ranks share tokens and time, not what they read."""
+        before = self._latest[shard] or [Pulse()] * len(ranks)
+        self.tokens += max(0, ranks[0].tokens - before[0].tokens)
+        self._seconds[shard] += max(0.0, ranks[0].seconds - before[0].seconds)
+        self._read += sum(max(0, now.read_bytes - then.read_bytes) for now, then in zip(ranks, before, strict=True))
+        self._latest[shard] = ranks
+
+    def _tell(self, positions: Sequence[int], note: str) -> None:
+        ahead = sum(max(0, ranks[0].steps - self._committed[i]) for i, ranks in enumerate(self._latest) if ranks)
+        seconds, self._told = time.monotonic() - self._told, time.monotonic()
+        tokens, self._told_tokens = self.tokens - self._told_tokens, self.tokens
+        read, self._told_read = self._read - self._told_read, self._read
+        workers = {
+            worker_name(shard, rank): pulse.memory + pulse.device_memory
+            for shard, ranks in enumerate(self._latest)
+            for rank, pulse in enumerate(ranks)
+        }
+        done = min(self.total, sum(positions) + ahead)
+        named = {"memory": [*workers.values()], "workers": [*workers], "layer": min(positions)}
+        self.progress(Progress(done, self.total, tokens, seconds, note, read, retries=self.retries, **named))
+
+
+def worker_name(shard: int, rank: int) -> str:
+    """As its log is called."""
+    return f"shard_{shard}.rank_{rank:03d}"
+
+
+def at_work(units: Sequence[Unit]) -> str:
+    """`layers 0-2, wave 5; layers 3-5, wave 4 and 2 more`."""
+    more = f" and {len(units) - _NAMED} more" if len(units) > _NAMED else ""
+    return "; ".join(map(str, units[:_NAMED])) + more

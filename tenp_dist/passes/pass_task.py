@@ -1,0 +1,58 @@
+"""What carries tokens through a model's layers is told: which tokens, through what, and where files go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenp_dist.artifacts import digest_of
+from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.hidden_states import Boundaries
+from tenp_dist.passes.layer_ops import microbatches
+from tenp_dist.passes.schedule import Mode, split_waves
+
+DEFAULT_WAVES = 8
+
+
+@dataclass(frozen=True)
+class CarryTask:
+    """What a worker needs to carry tokens through a model.
+
+    folder: of the stage's own files. key: of the stage; with device, dtype and ranks it is stored in every file.
+    waves: the tokens are cut into at most so many. mode: see `schedule.py`.
+    host_memory: bytes that hidden states may take in a process. commit_seconds: how much work a streaming
+    shard may lose; boundaries are stored no more often than this, and always at the end of a shard.
+    """
+
+    model: Path
+    corpus: Path
+    folder: Path
+    key: str
+    compute: Compute
+    waves: int = DEFAULT_WAVES
+    mode: Mode = "streaming"
+    host_memory: int = 1 << 62
+    commit_seconds: float = 10.0
+    ranks: int = 1
+
+    @property
+    def file_key(self) -> str:
+        return digest_of([self.key, self.compute.device, self.compute.dtype, self.waves, self.ranks])
+
+    @property
+    def logs(self) -> Path:
+        """Where the workers' logs go: beside the folder, for they outlive it."""
+        return self.folder.parent / "logs" / self.folder.name
+
+    @property
+    def boundaries(self) -> Boundaries:
+        return Boundaries(self.folder / "hidden", self.file_key)
+
+    def side_by_side(self) -> int:
+        """How many of the model's forms go through a layer side by side, at most."""
+        return 1
+
+    def count_waves(self) -> int:
+        """Waves that the corpus is cut into, at most `waves`."""
+        return len(split_waves(len(microbatches(read_corpus(self.corpus), self.compute.batch_tokens)), self.waves))

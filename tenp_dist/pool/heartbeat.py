@@ -1,0 +1,74 @@
+"""What a worker says of itself at any moment, in a file beside its log.
+
+A file, because a Ray actor that can answer calls while it works does not work on its main thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+_SECONDS = 2.0  # between pulses
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """Counted since the worker was started.
+
+    steps: (wave, layer) pairs that went through; tokens: through layers; seconds: at work; read_bytes: of
+    the checkpoint. memory: anonymous resident bytes of the process now; device_memory: of its accelerator.
+    work: microbatches through a layer, boundaries stored, experts solved or checked. beats: pulses written.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    read_bytes: int = 0
+    memory: int = 0
+    device_memory: int = 0
+    work: int = 0
+    beats: int = 0
+
+    @property
+    def progress(self) -> tuple[float, ...]:
+        """All that counts work: it changes as long as the worker does not hang."""
+        return self.steps, self.tokens, self.seconds, self.read_bytes, self.work
+
+
+def start_pulse(log: Path, pulse: Callable[[], Pulse]) -> None:
+    """Write a pulse every two seconds, on a thread of its own, as long as this process lives."""
+    path, new = _path(log), _path(log).with_name(f".{log.name}.{os.getpid()}.pulse")
+
+    def beat() -> None:
+        for number in itertools.count(1):
+            with contextlib.suppress(OSError):
+                new.write_text(json.dumps(asdict(replace(pulse(), beats=number))))
+                new.replace(path)
+            time.sleep(_SECONDS)
+
+    threading.Thread(target=beat, daemon=True, name="pulse").start()
+
+
+def read_pulse(log: Path) -> Pulse | None:
+    """The latest pulse of the worker with this log, None before the first."""
+    try:
+        return Pulse(**json.loads(_path(log).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def drop_pulse(log: Path) -> None:
+    """Forget a worker that has ended."""
+    with contextlib.suppress(OSError):
+        _path(log).unlink(missing_ok=True)
+
+
+def _path(log: Path) -> Path:
+    return log.with_suffix(".pulse")

@@ -1,0 +1,93 @@
+"""The simplest place to run: this process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tenp_dist.errors import ClusterError
+from tenp_dist.pool.base import GroupRequest, OnLoss, T, unheard
+from tenp_dist.pool.machine import available_cores
+
+
+class InProcessPool:
+    """Runs everything here, one thing at a time; nothing is lost."""
+
+    def __init__(self, cores: int | None = None):
+        self.on_loss: OnLoss = unheard
+        self.cores = self.threads = cores or available_cores()
+        self.node_cores = [self.cores]
+
+    @property
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    @property
+    def node_gpus(self) -> list[int]:
+        return [self.gpus]
+
+    def shrunk(self) -> bool:
+        return False
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def stream(self, function: Callable[..., Iterator[T]], *arguments: Any, gpus: int = 0) -> Iterator[T]:
+        yield from function(*arguments)
+
+    def map(self, function: Callable[..., T], items: Iterable[tuple], *, limit: int | None = None) -> Iterator[T]:
+        for item in items:
+            yield function(*item)
+
+    def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+        return {socket.gethostname(): function(*arguments)}
+
+    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
+        if request.ranks > 1:
+            raise ClusterError(
+                "One process cannot be several ranks",
+                where="cluster.tensor_parallel",
+                found=request.ranks,
+                wanted="1 with --debug",
+                next_step="leave out --debug: ranks are processes of Ray",
+            )
+        return [_LocalGroup(worker, one) for one in arguments]
+
+    def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:
+        return groups[0]
+
+    def publish(self, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        pass
+
+    def describe(self) -> str:
+        return f"this process, {self.cores} cores"
+
+    def close(self) -> None:
+        pass
+
+
+class _LocalGroup:
+    """A group of one rank in this process; a unit runs when its result is asked for."""
+
+    def __init__(self, worker: type, arguments: tuple):
+        self._make = lambda: worker(*arguments)
+        self.restart()
+
+    def start(self, unit: Any) -> None:
+        self._unit = unit
+
+    def result(self) -> list[Any]:
+        return [self._worker.run(self._unit)]
+
+    def pulses(self) -> list[Any]:
+        return [self._worker.pulse()]
+
+    def restart(self) -> None:
+        self._worker = self._make()
+        self._worker.open()
+
+    def close(self) -> None:
+        del self._worker

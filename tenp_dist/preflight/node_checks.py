@@ -1,0 +1,164 @@
+"""Before any work: does every node see the model, the run directory and enough space, as the driver does?
+
+The driver leaves a probe in the run directory; every node looks for it, leaves one of its own, reads the
+checkpoint's headers and says how much space it sees. The first node that sees something else ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tenp_dist.artifacts import atomic_write, free_bytes
+from tenp_dist.checkpoint.index import open_index
+from tenp_dist.config import Job
+from tenp_dist.errors import ClusterError, DiskFullError, JobError, TenpError
+from tenp_dist.pool.base import Pool
+from tenp_dist.preflight.disk_space import _written, room_needed
+
+_PATIENCE_SECONDS = 10.0  # until a file that one node wrote is seen by another
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one node sees.
+
+    model: the checkpoint's fingerprint, or what is wrong where `model_seen` is false. probe: whether it saw the
+    driver's file. own: name of the file that it left, or what is wrong where `own_written` is false. free: bytes.
+    """
+
+    model: str
+    model_seen: bool
+    probe: bool
+    own: str
+    own_written: bool
+    free: int
+
+
+def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], scratch: int = 0) -> Callable[[], Pool]:
+    """The same factory; the pool that it makes has passed `check_places`."""
+
+    def make() -> Pool:
+        pool = make_pool()
+        try:
+            check_places(pool, job, facts, scratch)
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    return make
+
+
+def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 0) -> None:
+    """Ask every node. facts: of the source, as the driver sees it. scratch: bytes of what is made and removed again.
+
+    Raises:
+        ClusterError: a node does not see the model or the run directory, or sees another one.
+        DiskFullError: a node sees too little room.
+    """
+    probe = f".probe-{secrets.token_hex(8)}"
+    with atomic_write(job.run_dir / probe):
+        pass
+    try:
+        seen = pool.each_node(look, job.model, job.run_dir, probe)
+        needed = max(0, room_needed(job, facts) + scratch - _written(job.run_dir))
+        for node, sight in seen.items():
+            _check_model(node, job.model, sight, facts["fingerprint"])
+            _check_run_dir(node, job.run_dir, sight)
+            _check_room(node, job.run_dir, sight, needed)
+    finally:
+        for path in job.run_dir.glob(f"{probe}*"):
+            path.unlink(missing_ok=True)
+
+
+def look(model: Path, run_dir: Path, probe: str) -> Sight:
+    """What this node sees; runs there."""
+    try:
+        fingerprint, seen = open_index(model).fingerprint, True
+    except TenpError as error:
+        fingerprint, seen = f"{error.what}: {error.where}", False
+    there = _appears(run_dir / probe)
+    own, written = f"{probe}-{secrets.token_hex(4)}", True
+    try:  # neither the folder nor its parents are made: what is not there is the fault to be found
+        os.close(os.open(run_dir / own, os.O_CREAT | os.O_WRONLY))
+    except OSError as error:
+        own, written = error.strerror or str(error), False
+    return Sight(fingerprint, seen, there, own, written, free_bytes(run_dir))
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes in time: network storage may be late by some seconds."""
+    limit = time.monotonic() + _PATIENCE_SECONDS
+    while not path.is_file():
+        if not path.parent.is_dir() or time.monotonic() > limit:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)
+        time.sleep(0.2)
+    return True
+
+
+def _check_model(node: str, model: Path, sight: Sight, fingerprint: str) -> None:
+    if not sight.model_seen:
+        raise ClusterError(
+            "A node does not see the model",
+            where=f"node {node}: {model}",
+            found=sight.model,
+            wanted="the checkpoint, under the same path on every node",
+            next_step="mount the storage on that node, copy the model there, or leave the node out",
+        )
+    if sight.model != fingerprint:
+        raise ClusterError(
+            "A node sees another model under the same path",
+            where=f"node {node}: {model}",
+            found=f"fingerprint {sight.model[:16]}",
+            wanted=f"{fingerprint[:16]}, as on the driver's node",
+            next_step="give every node the same checkpoint (config, index, headers and file sizes are compared)",
+        )
+
+
+def _check_run_dir(node: str, run_dir: Path, sight: Sight) -> None:
+    found = None
+    if not sight.probe:
+        found = "the folder is not there" if not sight.own_written else "a folder without the driver's probe file"
+    elif not sight.own_written:
+        found = sight.own
+    elif not _appears(run_dir / sight.own):
+        found = "what it writes there is not seen by the driver"
+    if found is not None:
+        raise ClusterError(
+            "A node does not share the run directory",
+            where=f"node {node}: {run_dir}",
+            found=found,
+            wanted="one folder, on storage that all nodes see and may write to",
+            next_step="set run_dir to shared storage, mount it on that node, or leave the node out",
+        )
+
+
+def _check_room(node: str, run_dir: Path, sight: Sight, needed: int) -> None:
+    if sight.free < needed:
+        raise DiskFullError(
+            "Not enough space for the run",
+            where=f"node {node}: {run_dir}",
+            found=f"{sight.free / 1e6:,.1f} MB free",
+            wanted=f"about {needed / 1e6:,.1f} MB for scores, checkpoints, compensated weights and hidden states",
+            next_step="free space or point run_dir at a larger file system; nothing was written yet",
+        )
+
+
+def check_not_uploaded(run_dir: Path) -> None:
+    """Raises JobError for a run directory inside the copy that Ray makes of a job's working directory."""
+    if "runtime_resources" in run_dir.parts:
+        raise JobError(
+            "The run directory lies in Ray's copy of the working directory, which Ray removes",
+            where=run_dir,
+            wanted="a folder on storage that outlives the job and that all nodes see",
+            next_step="give an absolute run_dir, --run-dir, or TENP_RUNS (in the cluster's or the job's environment)",
+        )

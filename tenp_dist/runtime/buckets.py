@@ -1,0 +1,232 @@
+"""The experts of a ragged checkpoint: those of one layer, grouped into buckets by width.
+
+Shape legend: T tokens, K experts per token, S = T * K rows, R rows of one bucket, D model width,
+E experts of a layer, N experts of a bucket, W width of a bucket.
+
+A bucket holds experts of (nearly) one width and runs one grouped matmul per matrix, whatever the
+number of experts. Widths are rounded up to `ALIGNMENT` neurons and filled with zeros, because
+`torch.nn.functional.grouped_mm` wants strides that are multiples of 16 bytes. Padding is exact and
+stays so in training: act(0) * 0 = 0, and the gradients of the padding are zero. It is cut off again
+when the model is saved. Buckets are stored as `experts.buckets.{i}.gate_up_proj [N, 2 W, D]` and
+`.down_proj [N, D, W]`, ascending in width; inside a bucket expert ids ascend.
+
+Needs torch and transformers only: the modeling files next to the weights carry a copy of this text.
+"""
+
+from contextvars import ContextVar
+from typing import NoReturn
+
+import torch
+from torch import nn
+from transformers.integrations.moe import _grouped_linear
+
+ALIGNMENT = 8  # neurons: 16 bytes in bfloat16 and float16, 32 in float32
+
+
+MAX_BUCKETS = 32  # per layer; the names of the buckets have to be listed in the conversion
+
+
+# bucket parameter -> (the matrices that it holds, the axis of the neurons in one of them)
+PARAMETERS = {"gate_up_proj": (("gate_proj", "up_proj"), 0), "down_proj": (("down_proj",), 1)}
+
+
+# What the tensors being loaded contradict. transformers turns the errors of a conversion into a log
+# entry and one general exception; the model's `from_pretrained` reads the reasons here.
+contradictions: ContextVar[list[str] | None] = ContextVar("contradictions", default=None)
+
+
+def bucket_width(width: int) -> int:
+    """`width` rounded up to the alignment; at least one block, so that width 0 works too."""
+    return max(ALIGNMENT, -(-width // ALIGNMENT) * ALIGNMENT)
+
+
+def grouped_linear(x_RI: torch.Tensor, weight_NOI: torch.Tensor, end_N: torch.Tensor) -> torch.Tensor:
+    """Rows of group n, which end at `end_N[n]`, times `weight_NOI[n].T`: [R, O].
+
+    A model width that breaks the 16 byte rule goes through the fallback of transformers, a loop.
+    """
+    if any(size * weight_NOI.element_size() % 16 for size in weight_NOI.shape[1:]):
+        weight_NIO = weight_NOI.transpose(1, 2)
+        return torch.ops.transformers.grouped_mm_fallback(x_RI.to(weight_NIO.dtype), weight_NIO, offs=end_N)
+    return _grouped_linear(x_RI, weight_NOI, end_N)
+
+
+class ExpertBucket(nn.Module):
+    """Experts `ids` of true widths `widths`, zero-padded to one width W.
+
+    The parameters are random like those of a stock model; checkpoints overwrite them.
+    """
+
+    def __init__(self, ids: list[int], widths: list[int], hidden_size: int, std: float, like: torch.Tensor):
+        super().__init__()
+        self.ids, self.widths = ids, widths
+        self.width = bucket_width(max(widths))
+        shapes = {"gate_up_proj": (2 * self.width, hidden_size), "down_proj": (hidden_size, self.width)}
+        for name, shape in shapes.items():
+            value = torch.zeros(len(ids), *shape, dtype=like.dtype, device=like.device)
+            for position in range(0 if value.is_meta else len(ids)):
+                for block in self.blocks(name, value, position):
+                    block.normal_(std=std)
+            self.register_parameter(name, nn.Parameter(value))
+
+    def blocks(self, name: str, value: torch.Tensor, position: int) -> list[torch.Tensor]:
+        """Views on the true neurons of one expert in a value of parameter `name`, one per matrix."""
+        matrices, axis = PARAMETERS[name]
+        width = self.widths[position]
+        return [value[position].narrow(axis, index * self.width, width) for index in range(len(matrices))]
+
+    def forward(self, x_RD: torch.Tensor, end_N: torch.Tensor, act_fn: nn.Module) -> torch.Tensor:
+        """Outputs of the experts, [R, D]; expert n owns the rows up to `end_N[n]`."""
+        gate_RW, up_RW = grouped_linear(x_RD, self.gate_up_proj, end_N).chunk(2, dim=-1)
+        return grouped_linear(act_fn(gate_RW) * up_RW, self.down_proj, end_N)
+
+
+class BucketedExperts(nn.Module):
+    """Takes the place of a stock experts module whose experts have `widths`.
+
+    Args:
+        stock: the module that it replaces; its sizes, activation, dtype and device are used.
+        widths: neurons of each expert, in order of expert id.
+        path: name of the module in its model, for messages.
+        std: standard deviation of fresh weights.
+
+    Raises:
+        ValueError: another number of widths than experts, a width above the stock one, or more
+            than `MAX_BUCKETS` buckets.
+        NotImplementedError: the stock experts are not plain gated ones.
+    """
+
+    def __init__(self, stock: nn.Module, widths: list[int], path: str, std: float):
+        super().__init__()
+        _check_layout(stock)
+        self.path = path
+        if len(widths) != stock.num_experts or max(widths, default=0) > stock.intermediate_dim:
+            raise ValueError(
+                f"{path}: config.json has {len(widths)} expert widths up to {max(widths, default=0)} for a layer of "
+                f"{stock.num_experts} experts of width {stock.intermediate_dim}"
+            )
+        self.num_experts, self.hidden_dim, self.act_fn = stock.num_experts, stock.hidden_dim, stock.act_fn
+        members: dict[int, list[int]] = {}
+        for expert, width in enumerate(widths):
+            members.setdefault(bucket_width(width), []).append(expert)
+        if len(members) > MAX_BUCKETS:
+            raise ValueError(f"{path}: {len(members)} distinct expert widths, at most {MAX_BUCKETS} are supported")
+        self.buckets = nn.ModuleList(
+            ExpertBucket(ids, [widths[e] for e in ids], self.hidden_dim, std, stock.gate_up_proj)
+            for _, ids in sorted(members.items())
+        )
+        self._slot_E: torch.Tensor | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs, [T, D].
+
+        Rows are sorted by slot, the place of their expert in bucket order. With more than one bucket
+        the ends of the slots are copied to the host, one synchronisation per layer on accelerators.
+        Sums like `grouped_mm_experts_forward` of transformers, in the routing weights' precision.
+        """
+        x_TD, index_TK = hidden_states, top_k_index
+        slot_S, order_S = torch.sort(self._slots(x_TD.device)[index_TK.reshape(-1)])
+        every_E = torch.arange(self.num_experts, device=x_TD.device)
+        end_E = torch.searchsorted(slot_S, every_E, right=True, out_int32=True)
+        x_SD = x_TD[order_S // index_TK.size(-1)]
+        weight_S1 = top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
+        row_dtype = torch.result_type(self.buckets[0].down_proj, weight_S1)
+        y_SD = torch.empty_like(x_SD, dtype=row_dtype)
+        for bucket, first, start, stop in self._spans(end_E, len(slot_S)):
+            end_N = end_E[first : first + len(bucket.ids)] - start
+            y_RD = self._run(bucket, x_SD[start:stop], end_N)
+            y_SD.index_copy_(0, order_S[start:stop], (y_RD * weight_S1[start:stop]).to(row_dtype))
+        return y_SD.view(*index_TK.shape, self.hidden_dim).sum(dim=1).to(x_TD.dtype)
+
+    def to_buckets(self, name: str, tensors: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Values of one parameter of every bucket, from the matrices of all experts.
+
+        Args:
+            name: a key of `PARAMETERS`.
+            tensors: matrix name -> one tensor per expert, [w, D] or for down_proj [D, w].
+
+        Raises:
+            ValueError: an expert is missing or its shape contradicts the widths of the config.
+        """
+        matrices, _ = PARAMETERS[name]
+        for matrix in matrices:
+            self._check(matrix, tensors.get(matrix, []))
+        values = {}
+        for index, bucket in enumerate(self.buckets):
+            like = tensors[matrices[0]][bucket.ids[0]]
+            value = like.new_zeros(getattr(bucket, name).shape)
+            for position, expert in enumerate(bucket.ids):
+                for matrix, block in zip(matrices, bucket.blocks(name, value, position), strict=True):
+                    block.copy_(tensors[matrix][expert])
+            values[f"buckets.{index}.{name}"] = value
+        return values
+
+    def from_buckets(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Inverse of `to_buckets` for any subset of bucket parameters: `{expert}.{matrix}.weight`."""
+        tensors = {}
+        for key, value in values.items():
+            _, index, name = key.split(".")
+            bucket = self.buckets[int(index)]
+            for position, expert in enumerate(bucket.ids):
+                for matrix, block in zip(PARAMETERS[name][0], bucket.blocks(name, value, position), strict=True):
+                    tensors[f"{expert}.{matrix}.weight"] = block.contiguous()
+        return tensors
+
+    def _slots(self, device: torch.device) -> torch.Tensor:
+        """Place of each expert in bucket order, [E]. Not a buffer: those are lost on the meta device."""
+        if self._slot_E is None or self._slot_E.device != device:
+            in_order = [expert for bucket in self.buckets for expert in bucket.ids]
+            self._slot_E = torch.argsort(torch.tensor(in_order, device=device))
+        return self._slot_E
+
+    def _spans(self, end_E: torch.Tensor, rows: int):
+        """(bucket, its first slot, its first row, the row after its last) per bucket."""
+        ends = end_E.tolist() if len(self.buckets) > 1 else [rows] * self.num_experts
+        first = start = 0
+        for bucket in self.buckets:
+            stop = ends[first + len(bucket.ids) - 1]
+            yield bucket, first, start, stop
+            first, start = first + len(bucket.ids), stop
+
+    def _run(self, bucket: ExpertBucket, x_RD: torch.Tensor, end_N: torch.Tensor) -> torch.Tensor:
+        """Outputs of one bucket, [R, D], for R = 0 too."""
+        if len(x_RD) > 0:
+            return bucket(x_RD, end_N, self.act_fn)
+        if not torch.is_grad_enabled():
+            return x_RD
+        # data-parallel training expects a gradient, if zero, for every parameter: a row of zeros, dropped after
+        return bucket(x_RD.new_zeros(1, self.hidden_dim), torch.ones_like(end_N), self.act_fn)[:0]
+
+    def _check(self, matrix: str, tensors: list[torch.Tensor]) -> None:
+        if len(tensors) != self.num_experts:
+            self._contradict(f"{len(tensors)} {matrix} tensors, config.json wants {self.num_experts}")
+        for bucket in self.buckets:
+            for expert, width in zip(bucket.ids, bucket.widths, strict=True):
+                wanted = [self.hidden_dim, width] if matrix == "down_proj" else [width, self.hidden_dim]
+                if list(tensors[expert].shape) != wanted:
+                    found = list(tensors[expert].shape)
+                    self._contradict(f"expert {expert} {matrix}: shape {found}, config.json wants {wanted}")
+
+    def _contradict(self, reason: str) -> NoReturn:
+        message = f"{self.path}: {reason}"
+        reasons = contradictions.get()
+        if reasons is not None:
+            reasons.append(message)
+        raise ValueError(message)
+
+
+def _check_layout(stock: nn.Module) -> None:
+    """Raises NotImplementedError unless the stock experts compute down(act(gate) * up)."""
+    wanted = {
+        "has_gate": True,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+    }
+    found = {name: getattr(stock, name, None) for name in wanted}
+    odd = {name: value for name, value in found.items() if value != wanted[name]}
+    if odd:
+        raise NotImplementedError(f"{type(stock).__name__} has {odd}, the ragged runtime needs {wanted}")

@@ -1,0 +1,101 @@
+"""Score parts: what a rank has summed so far for a layer, over the waves 0 .. n-1.
+
+`parts/layer_00003.rank_000-of-002.safetensors` holds the sums of a rank's own experts over the waves that
+went through. Microbatches are added one by one, in their order, so that the sums of n waves are the same
+bytes however often they were stored on the way; the file is replaced whole. When all waves are in, the
+ranks' parts are joined into the layer's score file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tenp_dist.errors import StaleError
+from tenp_dist.run_files import layer_name
+from tenp_dist.scoring.statistics import LayerStatistics, join_experts, read_metadata, read_statistics, write_statistics
+
+
+class Parts:
+    """The parts of one rank out of `ranks`; key: the score run's own (with device and dtype).
+
+    With one rank a layer's last wave makes its score file at once.
+    """
+
+    def __init__(self, scores: Path, key: str, rank: int, ranks: int):
+        self.scores, self.key, self.rank, self.ranks = scores, key, rank, ranks
+
+    def waves(self, layer: int) -> int:
+        """Waves that are summed for a layer: in its score file, or else in this rank's part."""
+        return _waves(self.score_file(layer), self.key) or _waves(self.part_file(layer, self.rank), self.key)
+
+    def read(self, layer: int) -> tuple[int, LayerStatistics | None]:
+        """Waves that are summed for a layer; their sums, or None where none go on: no wave, or all of them."""
+        waves, path = self.waves(layer), self.part_file(layer, self.rank)
+        return waves, read_statistics(path) if waves and _waves(path, self.key) == waves else None
+
+    def check_next(self, layer: int, wave: int, waves: int) -> None:
+        """Raise StaleError where a wave would be added to sums that lack the one before. waves: in the sums."""
+        if waves != wave:
+            raise StaleError(
+                "The sums of earlier waves are missing",
+                where=self.part_file(layer, self.rank),
+                found=f"sums of {waves} waves",
+                wanted=f"of the {wave} whose hidden states have gone on",
+                next_step="remove scores/hidden and run `tenp-dist score` again: layers that have their sums keep them",
+            )
+
+    def write(self, layer: int, statistics: LayerStatistics, waves: int, total: int) -> None:
+        """Store the sums over the first `waves` waves of `total`."""
+        whole = self.ranks == 1 and waves == total
+        path = self.score_file(layer) if whole else self.part_file(layer, self.rank)
+        write_statistics(path, statistics, layer=layer, key=self.key, waves=waves)
+
+    def join(self, layers: Iterable[int], waves: int) -> None:
+        """Make the score files of all ranks' parts, which must hold all waves; finished ones stay."""
+        for layer in layers:
+            if _waves(self.score_file(layer), self.key) != waves:
+                write_statistics(
+                    self.score_file(layer), self._joined(layer, waves), layer=layer, key=self.key, waves=waves
+                )
+
+    def _joined(self, layer: int, waves: int) -> LayerStatistics:
+        files = [self.part_file(layer, rank) for rank in range(self.ranks)]
+        for file in files:
+            if _waves(file, self.key) != waves:
+                raise StaleError(
+                    "A score part is missing or incomplete",
+                    where=file,
+                    found=f"{_waves(file, self.key)} waves",
+                    wanted=f"{waves} waves",
+                    next_step="remove scores/hidden and run `tenp-dist score` again",
+                )
+        return join_experts([read_statistics(file) for file in files])
+
+    def score_file(self, layer: int) -> Path:
+        return self.scores / f"{layer_name(layer)}.safetensors"
+
+    def part_file(self, layer: int, rank: int) -> Path:
+        return self.scores / "parts" / f"{layer_name(layer)}.rank_{rank:03d}-of-{self.ranks:03d}.safetensors"
+
+
+def check_ranks(scores: Path, ranks: int) -> None:
+    """Raise StaleError where a run was begun with another number of ranks: its sums are not the same bytes."""
+    for path in sorted((scores / "parts").glob("layer_*.rank_*")):
+        begun = int(path.name.split("-of-")[1].split(".")[0])
+        if begun != ranks:
+            raise StaleError(
+                "Scoring was begun with another tensor_parallel",
+                where=scores / "parts",
+                found=f"cluster.tensor_parallel: {begun}",
+                wanted=f"cluster.tensor_parallel: {ranks}",
+                next_step=f"go on with {begun}, or start over in another --run-dir",
+            )
+
+
+def _waves(path: Path, key: str) -> int:
+    """Waves in a file, 0 if it is not there or was made from something else."""
+    if not path.exists():
+        return 0
+    metadata = read_metadata(path)
+    return int(metadata["waves"]) if metadata["key"] == key else 0
