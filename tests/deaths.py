@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.passes.layer_worker import Carrier
+from tenp_dist.passes.layer_worker import LayerWorker
 
 
 class PowerCut(Exception):
@@ -84,7 +84,7 @@ class Death:
         time.sleep(5 if self.signal == signal.SIGKILL else 600)
 
 
-def mortal(worker: type[Carrier], deaths: Sequence[Death], marks: Path) -> type[Carrier]:
+def mortal(worker: type[LayerWorker], deaths: Sequence[Death], marks: Path) -> type[LayerWorker]:
     """The worker with these deaths ahead of it. marks: folder where they are noted."""
 
     class Mortal(worker):

@@ -13,7 +13,7 @@ from brute_force import Tap
 from deaths import Death, cuts, lives, only_the_units_in_flight_were_lost
 from test_checkpoint import all_tensors, random_kept
 from test_pipeline import evaluation, files_of
-from test_scoring import FAMILIES, batches_of, random_corpus, site_of
+from test_scoring import FAMILIES, batches_of, pass_context, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import (
@@ -37,7 +37,7 @@ from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.errors import NumericalError, VerifyError
 from tenp_dist.model.experts import Dispatch
 from tenp_dist.passes.compute import Compute
-from tenp_dist.passes.layer_sums import LayerwiseTask
+from tenp_dist.passes.layer_sums import LayerSumTask
 
 RIDGE = 0.01
 
@@ -49,7 +49,7 @@ def compensate(
     write_corpus(folder / "corpus.arrow", corpus if corpus is not None else random_corpus(256))
     kept = random_kept(model) if kept is None else kept
     write_kept(folder / "plan.safetensors", kept, {})
-    site = site_of(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
+    site = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
     ranks = site.cluster.tensor_parallel
     task = task_of(model, folder, kept, ridge=ridge, weights=weights or {}, ranks=ranks, dtype=dtype)
     compensate_model(site, task)
@@ -278,11 +278,11 @@ def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path
 
 
 def recheck(task, folder, pool=None, shards=1):
-    shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerwiseTask)} | {"folder": folder}
+    shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerSumTask)} | {"folder": folder}
     (target,) = task.targets
     again = RecheckTask(**shared, plan=target.plan, ridge=task.ridge, compensation=target.folder)
     cluster = {"shards": shards, "tensor_parallel": task.ranks, "commit_seconds": 0}
-    return recheck_model(site_of(task.model, folder / "ledger", pool, **cluster), again)
+    return recheck_model(pass_context(task.model, folder / "ledger", pool, **cluster), again)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,7 +11,7 @@ import torch
 from deaths import Death, cuts, lives
 from test_checkpoint import all_tensors, random_kept
 from test_compensation import bytes_of, compensate, hooked, least_squares, stored_columns, task_of
-from test_scoring import random_corpus, site_of
+from test_scoring import pass_context, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import layer_file, read_table
@@ -33,7 +33,7 @@ def compensate_all(model, folder, plans, *, corpus, weights=None, pool=None, **c
     for name, kept in plans.items():
         write_kept(folder / f"{name}.safetensors", kept, {"plan": name})
         targets.append(Target(folder / f"{name}.safetensors", folder / name))
-    site = site_of(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
+    site = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
     ranks = site.cluster.tensor_parallel
     task = task_of(model, folder, next(iter(plans.values())), weights=weights or {}, ranks=ranks)
     task = dataclasses.replace(task, targets=tuple(targets))

@@ -11,7 +11,7 @@ import pytest
 from deaths import Death, cuts, lives, only_the_units_in_flight_were_lost
 from hypothesis import given
 from hypothesis import strategies as st
-from test_scoring import moe_layers, random_corpus, site_of
+from test_scoring import moe_layers, pass_context, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.facts import checkpoint_facts
@@ -20,7 +20,7 @@ from tenp_dist.config import Cluster
 from tenp_dist.errors import ClusterError, NumericalError, StaleError, WorkerLost
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.controller import Controller
-from tenp_dist.passes.hidden_states import Boundaries, GuardedBoundaries
+from tenp_dist.passes.hidden_states import GuardedHiddenStateFiles, HiddenStateFiles
 from tenp_dist.passes.placement import (
     active_bytes,
     choose_mode,
@@ -195,10 +195,10 @@ class Follow:
     def __init__(self, positions):
         self.positions, self.losses = positions, 0
 
-    def ended(self, unit, shard, pulses, positions):
+    def ended(self, unit, shard, heartbeats, positions):
         self.positions[:] = positions
 
-    def beat(self, pulses, positions):
+    def beat(self, heartbeats, positions):
         raise AssertionError("nothing beats where every unit ends at once")
 
     def lost(self, shard):
@@ -224,7 +224,7 @@ class FakeGroup:
         self.done.append(self.unit)
         return [self.unit]
 
-    def pulses(self):
+    def heartbeats(self):
         return []
 
     def restart(self):
@@ -289,7 +289,7 @@ def run_scores(pool, model, folder: Path, *, corpus=None, waves=4, **cluster) ->
     task = ScoreTask(
         model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=waves
     )
-    site = site_of(model, folder / "stages" / "score.ledger.jsonl", pool, **cluster)
+    site = pass_context(model, folder / "stages" / "score.ledger.jsonl", pool, **cluster)
     score_model(replace(site, nbytes=layer_bytes(checkpoint_facts(open_index(model)), 4)), task, moe_layers(model))
     assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
     return {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}
@@ -347,23 +347,23 @@ def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, where, t
 def test_a_position_is_read_while_its_wave_goes_on(tmp_path):
     """Between the listing and the look the next boundary is stored and the one that was listed dropped."""
 
-    class Busy(Boundaries):
+    class Busy(HiddenStateFiles):
         def _layers(self, wave):
             listed = super()._layers(wave)
             if listed == [2]:
-                Boundaries(self.folder, self.key).write(wave, 4, {})
+                HiddenStateFiles(self.folder, self.key).write(wave, 4, {})
             return listed
 
-    for kind in (Busy, type("Guarded", (Busy, GuardedBoundaries), {})):
+    for kind in (Busy, type("Guarded", (Busy, GuardedHiddenStateFiles), {})):
         folder = tmp_path / kind.__name__
-        Boundaries(folder, "key").write(0, 2, {})
-        guard = [lambda: 9] if issubclass(kind, GuardedBoundaries) else []
+        HiddenStateFiles(folder, "key").write(0, 2, {})
+        guard = [lambda: 9] if issubclass(kind, GuardedHiddenStateFiles) else []
         assert kind(folder, "key", *guard).position(0) == 4
 
 
 def test_a_name_that_is_listed_and_cannot_be_opened(tmp_path, monkeypatch):
     """For ever: an error that names it. For a moment: the position."""
-    ours, link = Boundaries(tmp_path, "key"), tmp_path / "wave_000.layer_00004.safetensors"
+    ours, link = HiddenStateFiles(tmp_path, "key"), tmp_path / "wave_000.layer_00004.safetensors"
     ours.write(0, 2, {})
     link.symlink_to(tmp_path / "nowhere")
     pauses: list[float] = []
@@ -374,7 +374,7 @@ def test_a_name_that_is_listed_and_cannot_be_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "nowhere").exists() or target())
 
     def target():
-        Boundaries(tmp_path / "other", "key").write(0, 4, {})
+        HiddenStateFiles(tmp_path / "other", "key").write(0, 4, {})
         (tmp_path / "other" / link.name).rename(tmp_path / "nowhere")
 
     assert ours.position(0) == 4

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import random_kept, write
-from test_scoring import FAMILIES, random_corpus, site_of
+from test_scoring import FAMILIES, pass_context, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
-from tenp_dist.evaluation.measure import EvaluateTask, Pass, drop_hidden, evaluate_model
+from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.runtime.auto_classes import modeling_source
@@ -24,7 +24,7 @@ COMPUTE = Compute("cpu", "float32", batch_tokens=64, threads=1)
 def evaluate(passes, corpus, folder, compute=COMPUTE) -> dict:
     write_corpus(folder / "held-out.arrow", corpus)
     task = EvaluateTask(passes, folder / "held-out.arrow", folder, "key", compute)
-    metrics = evaluate_model(site_of(passes[0].checkpoint, folder / "ledger"), task)
+    metrics = evaluate_model(pass_context(passes[0].checkpoint, folder / "ledger"), task)
     drop_hidden(task)
     return metrics.summary()
 
@@ -74,7 +74,9 @@ def test_streamed_figures_equal_a_plain_forward(family, padded, tiny_model, tmp_
     kept = random_kept(folder)
     write_kept(tmp_path / "kept.safetensors", kept, {"plan": "test"})
     found = evaluate(
-        [Pass(folder, {"source": Variant(), "random": Variant(tmp_path / "kept.safetensors")})], corpus, tmp_path
+        [VariantsPass(folder, {"source": Variant(), "random": Variant(tmp_path / "kept.safetensors")})],
+        corpus,
+        tmp_path,
     )
     model = load(folder)
     reference = logits_of(model, corpus)
@@ -124,8 +126,8 @@ def test_a_written_checkpoint_evaluates_like_its_masks(layout, tiny_model, tmp_p
     else:
         write(source, kept, tmp_path / "out", "padded")
     passes = [
-        Pass(source, {"source": Variant(), "masks": Variant(tmp_path / "kept.safetensors")}),
-        Pass(tmp_path / "out", {"written": Variant()}),
+        VariantsPass(source, {"source": Variant(), "masks": Variant(tmp_path / "kept.safetensors")}),
+        VariantsPass(tmp_path / "out", {"written": Variant()}),
     ]
     found = evaluate(passes, corpus, tmp_path)
     for key in ("nll", "kl", "top1_agreement"):

@@ -22,7 +22,7 @@ from test_evaluation_shards import close_to, run
 
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
 from tenp_dist.evaluation import measure as streams
-from tenp_dist.evaluation.measure import Pass, run_tail
+from tenp_dist.evaluation.measure import VariantsPass, run_tail
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.pool.in_process import InProcessPool
 
@@ -32,7 +32,7 @@ LAYERS, WAVES = 4, 3
 
 
 @pytest.fixture(scope="module")
-def many(tiny_model, tmp_path_factory) -> Pass:
+def many(tiny_model, tmp_path_factory) -> VariantsPass:
     """Plans that leave the source, and each other, at different layers; experts removed, columns compensated."""
     source, folder = tiny_model("deepseek_v2"), tmp_path_factory.mktemp("plans")
     first, other = random_kept(source, seed=0), random_kept(source, seed=1)
@@ -43,7 +43,7 @@ def many(tiny_model, tmp_path_factory) -> Pass:
     solved = compensate(source, folder, first)
     variants = {name: Variant(folder / f"{name}.safetensors") for name in plans}
     variants["compensated"] = Variant(folder / "plan.safetensors", solved.folder)
-    return Pass(source, {"source": Variant(), **variants})
+    return VariantsPass(source, {"source": Variant(), **variants})
 
 
 @pytest.fixture(scope="module")

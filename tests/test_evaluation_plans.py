@@ -13,7 +13,7 @@ from test_bad_input import edit_tensors
 from test_checkpoint import random_kept
 from test_compensation import compensate
 from test_evaluation import COMPUTE, evaluate, expected_figures, load, logits_of, masked
-from test_scoring import random_corpus, site_of
+from test_scoring import pass_context, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import full_width_down, layer_file, open_compensated
@@ -24,12 +24,12 @@ from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation import metrics as metrics_module
 from tenp_dist.evaluation.evaluate_pass import EvaluateShard
-from tenp_dist.evaluation.measure import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, evaluate_model
 from tenp_dist.evaluation.metrics import boxes
 from tenp_dist.evaluation.variants import Variant, shared_prefixes
 from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.passes.layer_ops import of_variants
-from tenp_dist.passes.layer_worker import Carrier
+from tenp_dist.passes.layer_worker import LayerWorker
 
 
 def plan_files(folder: Path, source: Path, count: int) -> dict[str, Variant]:
@@ -67,9 +67,9 @@ def test_reading_costs_the_same_for_one_plan_and_for_seven(waves, tiny_model, tm
         folder.mkdir()
         write_corpus(folder / "held-out.arrow", corpus)
         task = EvaluateTask(
-            [Pass(source, {"source": Variant(), **files})], folder / "held-out.arrow", folder, "k", COMPUTE
+            [VariantsPass(source, {"source": Variant(), **files})], folder / "held-out.arrow", folder, "k", COMPUTE
         )
-        evaluate_model(site_of(source, folder / "ledger"), replace(task, waves=waves))
+        evaluate_model(pass_context(source, folder / "ledger"), replace(task, waves=waves))
         costs.append(sorted(reads))
     assert costs[0] == costs[1] == costs[2]
     assert [layer for layer, _ in costs[0]] == [0, 1, 2, 3], "each layer once"
@@ -79,11 +79,11 @@ def test_a_plan_among_many_has_the_figures_that_it_has_alone(tiny_model, tmp_pat
     """And those of the stock model with the masks built in, by definition."""
     source, corpus = tiny_model("qwen3_moe"), random_corpus(256, padded=True)
     files = plan_files(tmp_path, source, 4)
-    together = evaluate([Pass(source, {"source": Variant(), **files})], corpus, tmp_path)
+    together = evaluate([VariantsPass(source, {"source": Variant(), **files})], corpus, tmp_path)
     assert list(together) == ["source", *files]
     reference = logits_of(load(source), corpus)
     for seed, (name, variant) in enumerate(files.items()):
-        alone = evaluate([Pass(source, {"source": Variant(), name: variant})], corpus, tmp_path)
+        alone = evaluate([VariantsPass(source, {"source": Variant(), name: variant})], corpus, tmp_path)
         assert together[name] == alone[name]
         logits = logits_of(masked(load(source), random_kept(source, seed=seed)), corpus)
         for i, domain in enumerate(corpus.domains):
@@ -125,14 +125,14 @@ def test_shared_layers_run_once_and_an_equal_plan_costs_nothing(tiny_model, tmp_
 
     monkeypatch.setattr(EvaluateShard, "_run_variant", counted)
     variants = {"source": Variant()} | {name: Variant(tmp_path / f"{name}.safetensors") for name in made}
-    found = evaluate([Pass(source, variants)], corpus, tmp_path)
+    found = evaluate([VariantsPass(source, variants)], corpus, tmp_path)
     waves = sum(layer == 0 for layer, _ in runs)
     wanted = [(0, "source"), (1, "source"), (1, "first"), (2, "source"), (2, "first")]
     wanted += [(3, "source"), (3, "first"), (3, "late")]
     assert sorted(runs) == sorted(wanted * waves)
     assert found["copy"] == found["first"] != found["late"]
     for name in ("first", "late"):
-        alone = evaluate([Pass(source, {"source": Variant(), name: variants[name]})], corpus, tmp_path)
+        alone = evaluate([VariantsPass(source, {"source": Variant(), name: variants[name]})], corpus, tmp_path)
         assert alone[name] == found[name]
 
 
@@ -160,7 +160,7 @@ def test_the_tail_reads_pieces_and_gives_the_same_figures(tiny_model, tmp_path, 
     """Chunks of 10 positions cut rows of 23: figures as of whole microbatches; never two variants at once."""
     source, corpus = tiny_model("deepseek_v3"), random_corpus(256, padded=True)
     variants = {"source": Variant(), **plan_files(tmp_path, source, 3)}
-    whole = evaluate([Pass(source, variants)], corpus, tmp_path)
+    whole = evaluate([VariantsPass(source, variants)], corpus, tmp_path)
     sizes, real = [], metrics_module._chosen
 
     def watched(read, number, box, here):
@@ -169,7 +169,7 @@ def test_the_tail_reads_pieces_and_gives_the_same_figures(tiny_model, tmp_path, 
 
     monkeypatch.setattr(metrics_module, "_TAIL_ELEMENTS", 10 * 320)
     monkeypatch.setattr(metrics_module, "_chosen", watched)
-    pieces = evaluate([Pass(source, variants)], corpus, tmp_path)
+    pieces = evaluate([VariantsPass(source, variants)], corpus, tmp_path)
     assert max(sizes) == 10 and len(sizes) % len(variants) == 0
     for name, figures in whole.items():
         for key, value in figures["mean"].items():
@@ -184,19 +184,19 @@ def test_many_streams_spill_and_are_cut_into_more_waves(tiny_model, tmp_path, mo
     write_corpus(folder / "held-out.arrow", corpus)
     variants = {"source": Variant(), **plan_files(tmp_path, source, 5)}
     compute = replace(COMPUTE, batch_tokens=24)
-    task = EvaluateTask([Pass(source, variants)], folder / "held-out.arrow", folder, "k", compute, waves=1)
-    roomy = evaluate_model(site_of(source, folder / "ledger"), task).summary()
+    task = EvaluateTask([VariantsPass(source, variants)], folder / "held-out.arrow", folder, "k", compute, waves=1)
+    roomy = evaluate_model(pass_context(source, folder / "ledger"), task).summary()
     one_wave = corpus.tokens_NS.size * 32 * 4 * len(variants)
     limit = one_wave // 2
     assert task.waves_within(limit) == 4 and task.waves_within(None) == task.waves_within(10 * one_wave) == 1
-    held, real = [], Carrier._commit
+    held, real = [], LayerWorker._commit
 
     def watched(self, waves, layer, *, force):
         held.append(sum(t.nbytes for _, hidden in self._hidden.values() for states in hidden.values() for t in states))
         real(self, waves, layer, force=force)
 
-    monkeypatch.setattr(Carrier, "_commit", watched)
-    tight = evaluate_model(site_of(source, folder / "ledger", host_memory=limit), task).summary()
+    monkeypatch.setattr(LayerWorker, "_commit", watched)
+    tight = evaluate_model(pass_context(source, folder / "ledger", host_memory=limit), task).summary()
     assert tight == roomy
     assert 0 < max(held) <= limit
 
@@ -218,7 +218,7 @@ def test_compensated_plans_among_plain_ones_have_the_figures_of_their_weights(ti
         logits[f"compensated {seed}"] = logits_of(model, corpus)
         logits[f"plain {seed}"] = logits_of(masked(load(source), kept), corpus)
     task = replace(COMPUTE, batch_tokens=24)  # several waves: every variant's weights come and go
-    found = evaluate([Pass(source, variants)], corpus, tmp_path, task)
+    found = evaluate([VariantsPass(source, variants)], corpus, tmp_path, task)
     reference = logits_of(load(source), corpus)
     for name, values in logits.items():
         for i, domain in enumerate(corpus.domains):
@@ -266,7 +266,7 @@ def test_numbers_that_only_some_variants_lose_are_told_with_their_names(value, w
     expert = spoilt(variant, 2, value)
     variants = {"source": Variant(), "plain": Variant(variant.plan), "bad": variant, "bad again": variant}
     with pytest.raises(NumericalError, match=f"NaN or Inf in {what}") as caught:
-        evaluate([Pass(source, variants)], random_corpus(256), tmp_path)
+        evaluate([VariantsPass(source, variants)], random_corpus(256), tmp_path)
     named = f"layer 2, expert {expert}" if np.isnan(value) else "layer 2"
     assert caught.value.where.endswith(f"{named}, variants bad, bad again")
 
@@ -284,10 +284,12 @@ def test_logits_that_are_not_finite_end_the_tail_at_once(tiny_model, tmp_path):
     folder.mkdir()
     write_corpus(folder / "held-out.arrow", corpus)
     compute = replace(COMPUTE, batch_tokens=24)
-    task = EvaluateTask([Pass(broken, {"source": Variant()})], folder / "held-out.arrow", folder, "k", compute, waves=3)
+    task = EvaluateTask(
+        [VariantsPass(broken, {"source": Variant()})], folder / "held-out.arrow", folder, "k", compute, waves=3
+    )
     edit_tensors(broken, "model.norm.weight", lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
     steps = []
     with pytest.raises(NumericalError, match="in the logits") as caught:
-        evaluate_model(site_of(broken, folder / "ledger", progress=steps.append), task)
+        evaluate_model(pass_context(broken, folder / "ledger", progress=steps.append), task)
     assert caught.value.where == "variant source, domain first"
     assert "norm and head" not in [step.note for step in steps]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from deaths import cuts
 from test_checkpoint import random_kept, write
-from test_scoring import random_corpus, site_of
+from test_scoring import pass_context, random_corpus
 
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
 from tenp_dist.evaluation.evaluate_pass import EvaluateShard
-from tenp_dist.evaluation.measure import EvaluateTask, Pass, drop_hidden, evaluate_model
+from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.layer_ops import check_finite
@@ -27,14 +27,14 @@ def passes(tiny_model, tmp_path_factory):
     """passes(family) -> the source with a masked variant, and the padded checkpoint of the same masks."""
     made = {}
 
-    def make(family: str) -> tuple[Pass, Pass]:
+    def make(family: str) -> tuple[VariantsPass, VariantsPass]:
         if family not in made:
             source, folder = tiny_model(family), tmp_path_factory.mktemp("pruned")
             kept = random_kept(source)
             write_kept(folder / "kept.safetensors", kept, {"plan": "test"})
             write(source, kept, folder / "padded", "padded")
-            masked = Pass(source, {"source": Variant(), "random": Variant(folder / "kept.safetensors")})
-            made[family] = masked, Pass(folder / "padded", {"pruned": Variant()})
+            masked = VariantsPass(source, {"source": Variant(), "random": Variant(folder / "kept.safetensors")})
+            made[family] = masked, VariantsPass(folder / "padded", {"pruned": Variant()})
         return made[family]
 
     return make
@@ -51,7 +51,7 @@ def run(pool, passes, folder: Path, *, sequences=6, waves=3, steps=None, **clust
     """The summary of an evaluation on `pool`."""
     task = task_of(passes, folder, sequences=sequences, waves=waves)
     told = [] if steps is None else steps
-    site = site_of(passes[0].checkpoint, folder / "evaluate.ledger.jsonl", pool, told.append, **cluster)
+    site = pass_context(passes[0].checkpoint, folder / "evaluate.ledger.jsonl", pool, told.append, **cluster)
     metrics = evaluate_model(site, task)
     drop_hidden(task)
     return metrics.summary()
@@ -147,7 +147,7 @@ def test_hidden_states_of_anything_else_do_not_count(passes, tmp_path):
     task = task_of(two, tmp_path / "a", sequences=2, waves=2)
     other = task_of(two, tmp_path / "b", sequences=3, waves=2)
     write_kept(tmp_path / "kept.safetensors", random_kept(two[0].checkpoint, seed=99), {"plan": "test"})
-    masked = Pass(two[0].checkpoint, {"source": Variant(), "random": Variant(tmp_path / "kept.safetensors")})
+    masked = VariantsPass(two[0].checkpoint, {"source": Variant(), "random": Variant(tmp_path / "kept.safetensors")})
     changed = [
         replace(task, key="other"),
         replace(task, passes=(masked, two[1])),

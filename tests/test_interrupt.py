@@ -94,12 +94,12 @@ def test_a_signal_where_python_lets_no_exception_out_is_not_lost(tmp_path):
     """In the callback of a weak reference, which prints what is raised there and goes on."""
     script = """
 import os, signal, time, weakref
-from tenp_dist.cli.outcome import told
+from tenp_dist.cli.outcome import exit_on_error
 
 class Thing:
     pass
 
-with told():
+with exit_on_error():
     thing = Thing()
     reference = weakref.ref(thing, lambda _: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)])
     del thing

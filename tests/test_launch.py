@@ -177,9 +177,9 @@ def loaded(job_file):
 def test_a_node_that_sees_something_else_is_named(views, kind, text, loaded, monkeypatch):
     job, facts = loaded
     monkeypatch.setattr(places, "_PATIENCE_SECONDS", 0.3)
-    places.check_places(TwoNodes(), job, facts)
+    places.check_nodes(TwoNodes(), job, facts)
     with pytest.raises(kind) as caught:
-        places.check_places(TwoNodes(**views), job, facts)
+        places.check_nodes(TwoNodes(**views), job, facts)
     said = str(caught.value)
     assert text in said and "node bad: " in said
     assert str(job.model if "model" in text or "model_seen" in views else job.run_dir) in said

@@ -11,7 +11,7 @@ from test_engine import run_scores
 
 from tenp_dist.errors import StaleError
 from tenp_dist.passes import hidden_states as boundaries
-from tenp_dist.passes.layer_worker import Carrier
+from tenp_dist.passes.layer_worker import LayerWorker
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.pool.ray_pool import RayPool
 
@@ -21,7 +21,7 @@ def reference(tiny_model, tmp_path_factory) -> dict[str, bytes]:
     return run_scores(InProcessPool(cores=1), tiny_model("deepseek_v3"), tmp_path_factory.mktemp("reference"))
 
 
-def robbed(worker: type[Carrier], mark: Path) -> type[Carrier]:
+def robbed(worker: type[LayerWorker], mark: Path) -> type[LayerWorker]:
     """The worker, whose boundary file of wave 1 at layer 2 is removed once, right after it was stored."""
 
     class Robbed(worker):

@@ -45,7 +45,7 @@ while unit := next_unit(shard.layers, positions, mode):
     shard.run(unit)
     for wave in unit.waves:
         positions[wave] = unit.stop
-print(json.dumps([max(seen) - begun, shard.pulse().memory - begun]))
+print(json.dumps([max(seen) - begun, shard.heartbeat().memory - begun]))
 """
 
 

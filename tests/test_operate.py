@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from deaths import Death, lives
-from test_scoring import moe_layers, random_corpus, site_of
+from test_scoring import moe_layers, pass_context, random_corpus
 
 from tenp_dist.artifacts import exclusive
 from tenp_dist.calibration.corpus import read_corpus, write_corpus
@@ -18,9 +18,9 @@ from tenp_dist.cli.view import describe
 from tenp_dist.errors import OutputError, SourceError, WorkerLost
 from tenp_dist.passes.compute import Compute, side_thread
 from tenp_dist.passes.fence import Fence
-from tenp_dist.passes.pass_progress import WorkWatch
+from tenp_dist.passes.pass_progress import PassProgress
 from tenp_dist.passes.schedule import Unit
-from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.pool.ray_pool import RayPool
 from tenp_dist.pool.worker_log import last_words
@@ -33,8 +33,8 @@ def test_figures_of_units_and_pulses(monkeypatch):
     clock = iter([0.0, *(t for second in (2.0, 4.0, 5.0) for t in (second, second))])
     monkeypatch.setattr("tenp_dist.passes.pass_progress.time.monotonic", lambda: next(clock))
     told = []
-    watch = WorkWatch(20, 2, told.append)
-    rank = Pulse(steps=3, tokens=600, seconds=1.5, read_bytes=1000, memory=70, device_memory=5)
+    watch = PassProgress(20, 2, told.append)
+    rank = Heartbeat(steps=3, tokens=600, seconds=1.5, read_bytes=1000, memory=70, device_memory=5)
     units = [Unit(0, 5, (0,)), Unit(5, 9, (1,)), Unit(9, 10, (2,))]
     watch.beat([[rank, replace(rank, read_bytes=3000)], []], [0, 0], units)
     assert (told[0].done, told[0].tokens, told[0].seconds, told[0].read_bytes) == (3, 600, 2.0, 4000)
@@ -45,7 +45,7 @@ def test_figures_of_units_and_pulses(monkeypatch):
     watch.ended(Unit(0, 5, (0,)), 0, [end, end], [5, 0])
     assert (told[1].done, told[1].tokens, watch.slowest) == (5, 400, 3.0)
     watch.lost(0)
-    new = Pulse(steps=1, tokens=200, seconds=0.5)
+    new = Heartbeat(steps=1, tokens=200, seconds=0.5)
     watch.beat([[new, new], []], [5, 3], units[:1])
     assert (told[2].done, told[2].tokens, told[2].retries, watch.tokens) == (9, 200, 1, 1200)
     assert told[2].layer == 3 and told[2].note == "layers 0-4, wave 0"
@@ -85,7 +85,7 @@ def task_of(tmp_path, model, **compute):
 def score(pool, task, **cluster):
     told = []
     ledger = task.folder.parent / "stages" / "score.ledger.jsonl"
-    score_model(site_of(task.model, ledger, pool, told.append, **cluster), task, moe_layers(task.model))
+    score_model(pass_context(task.model, ledger, pool, told.append, **cluster), task, moe_layers(task.model))
     return told
 
 

@@ -19,7 +19,7 @@ from tenp_dist.checkpoint.index import open_index, read_config
 from tenp_dist.config import Budget, Cluster
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.layer_ops import microbatches
-from tenp_dist.passes.run_pass import Site
+from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.progress import Ledger
 from tenp_dist.scoring.accumulate import BLOCK, LayerAccumulator, Runs, column_norms, weight_norms
@@ -40,10 +40,10 @@ def random_corpus(vocab_size: int, *, sequences=6, length=24, padded=False, seed
     return Corpus(tokens, mask, np.arange(sequences, dtype=np.int32) % 2, ("first", "second"))
 
 
-def site_of(model: Path, ledger: Path, pool=None, progress=lambda step: None, **cluster) -> Site:
+def pass_context(model: Path, ledger: Path, pool=None, progress=lambda step: None, **cluster) -> PassContext:
     """A place for the model's shards, this process if no pool is given; layers of equal size."""
     layers = read_config(model)["num_hidden_layers"]
-    return Site(pool or InProcessPool(cores=1), Cluster(**cluster), [1] * layers, Ledger(ledger), progress)
+    return PassContext(pool or InProcessPool(cores=1), Cluster(**cluster), [1] * layers, Ledger(ledger), progress)
 
 
 def moe_layers(model: Path) -> list[int]:
@@ -53,7 +53,7 @@ def moe_layers(model: Path) -> list[int]:
 def score(model, corpus, folder, compute=COMPUTE) -> dict[int, LayerStatistics]:
     write_corpus(folder / "corpus.arrow", corpus)
     task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", compute)
-    score_model(site_of(model, folder / "ledger"), task, moe_layers(model))
+    score_model(pass_context(model, folder / "ledger"), task, moe_layers(model))
     return read_scores(folder)
 
 
@@ -246,13 +246,13 @@ MEMORY_SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.append(sys.argv[2])
-from test_scoring import moe_layers, site_of
+from test_scoring import moe_layers, pass_context
 from tenp_dist.passes.compute import Compute
 from tenp_dist.scoring.score_pass import score_model
 from tenp_dist.scoring.score_pass import ScoreTask
 folder = Path(sys.argv[1])
 task = ScoreTask(folder / "model", folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 512, 1))
-score_model(site_of(task.model, folder / "ledger"), task, moe_layers(task.model))
+score_model(pass_context(task.model, folder / "ledger"), task, moe_layers(task.model))
 status = Path("/proc/self/status").read_text().split()  # ru_maxrss would inherit the parent's peak
 print(int(status[status.index("VmHWM:") + 1]) * 1024)
 """

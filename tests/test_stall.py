@@ -27,7 +27,7 @@ from tenp_dist.errors import WorkerLost
 from tenp_dist.passes.schedule import Unit
 from tenp_dist.pool import ray_group as pool_group
 from tenp_dist.pool.hang import BEAT_SECONDS, StallWatch
-from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.scoring.score_pass import ScoreShard
 
@@ -36,7 +36,7 @@ COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
 
 
 def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
-    """Look every so many seconds at ranks with these pulses: (second, who hangs) of the first look that finds one."""
+    """Look every so many seconds at ranks with these heartbeats: (second, who hangs) of the first look that finds one."""
     now, ranks = [0.0], list(range(len(histories)))
     watch = StallWatch(lambda rank: histories[rank][int(now[0] / seconds) - 1], lambda: now[0])
     watch.begin()
@@ -51,52 +51,54 @@ def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
 @pytest.mark.parametrize("counter", COUNTERS)
 def test_a_slow_worker_is_never_given_up(counter):
     """One counter moves by one every fourth look, 8 of 10 seconds; a fifth look in between would be the end."""
-    slow = [replace(Pulse(beats=i), **{counter: i // 4}) for i in range(100)]
+    slow = [replace(Heartbeat(beats=i), **{counter: i // 4}) for i in range(100)]
     assert watched(slow) is None
-    slower = [replace(Pulse(beats=i), **{counter: i // 6}) for i in range(100)]
+    slower = [replace(Heartbeat(beats=i), **{counter: i // 6}) for i in range(100)]
     assert watched(slower)[:2] == (12, 0)
 
 
 def test_a_worker_whose_counters_stand_still_hangs_whatever_else_moves():
     """Seen to be there at 2 s, so the limit is reached at 12."""
-    alive = [Pulse(steps=3, read_bytes=7_000_000, work=9, beats=i, memory=100 + i) for i in range(20)]
+    alive = [Heartbeat(steps=3, read_bytes=7_000_000, work=9, beats=i, memory=100 + i) for i in range(20)]
     second, rank, watch = watched(alive)
     assert (second, rank) == (12, 0)
     error = watch.error(0, "shard_0, rank 0, on here")
     assert error.what == "A worker hangs" and "cluster.stall_timeout" in error.next_step
-    for part in ("for 10 seconds (cluster.stall_timeout)", "still gives pulses", "9 pieces of work", "7.0 MB"):
+    for part in ("for 10 seconds (cluster.stall_timeout)", "still gives heartbeats", "9 pieces of work", "7.0 MB"):
         assert part in error.found, error.found
-    second, _, watch = watched([Pulse(steps=3, beats=4)] * 20)
-    assert second == 12 and "no pulses either" in watch.error(0, "").found
+    second, _, watch = watched([Heartbeat(steps=3, beats=4)] * 20)
+    assert second == 12 and "no heartbeats either" in watch.error(0, "").found
 
 
 def test_no_pulse_at_all_is_no_progress():
     second, _, watch = watched([None] * 20)
     assert second == 10 and watch.error(0, "").found.endswith("the run directory hangs")
-    assert watched([None] * 4 + [Pulse()] * 5) is None
-    assert watched([Pulse(), None, Pulse()] + [None] * 20)[0] == 12, "a file that comes back unchanged is no progress"
+    assert watched([None] * 4 + [Heartbeat()] * 5) is None
+    assert watched([Heartbeat(), None, Heartbeat()] + [None] * 20)[0] == 12, (
+        "a file that comes back unchanged is no progress"
+    )
 
 
 def test_ranks_that_wait_for_another_are_not_blamed():
-    """Rank 0 stands still from the start and pulses; rank 1 is stopped when it has moved for a while."""
-    waiting = [Pulse(steps=3, beats=i) for i in range(40)]
-    stopped = [Pulse(steps=3, work=min(i, 10), beats=min(i, 10)) for i in range(40)]
-    assert watched(waiting, [Pulse(work=i, beats=i) for i in range(40)]) is None
+    """Rank 0 stands still from the start and heartbeats; rank 1 is stopped when it has moved for a while."""
+    waiting = [Heartbeat(steps=3, beats=i) for i in range(40)]
+    stopped = [Heartbeat(steps=3, work=min(i, 10), beats=min(i, 10)) for i in range(40)]
+    assert watched(waiting, [Heartbeat(work=i, beats=i) for i in range(40)]) is None
     assert watched(waiting, stopped)[:2] == (32, 1)  # last moved at the 11th look, 22 s
-    assert watched(waiting, [Pulse(work=min(i, 10), beats=i) for i in range(40)])[:2] == (32, 0)
+    assert watched(waiting, [Heartbeat(work=min(i, 10), beats=i) for i in range(40)])[:2] == (32, 0)
 
 
 def test_whoever_was_stopped_himself_blames_nobody():
     """Looks an hour apart count 10 seconds each: three looks later than the first, not at once."""
-    still = [Pulse(beats=i) for i in range(9)]
+    still = [Heartbeat(beats=i) for i in range(9)]
     assert watched(still, seconds=3600, limit=25)[0] == 4 * 3600
-    moving = [Pulse(work=i, beats=i) for i in range(9)]
+    moving = [Heartbeat(work=i, beats=i) for i in range(9)]
     assert watched(moving, seconds=3600) is None
 
 
 def test_time_without_work_does_not_count():
     now = [0.0]
-    watch = StallWatch(lambda rank: Pulse(work=1), lambda: now[0])
+    watch = StallWatch(lambda rank: Heartbeat(work=1), lambda: now[0])
     for _ in range(10):  # pieces of work that take 8 of 10 seconds each, with hours between them
         watch.begin()
         for _ in range(4):
@@ -108,13 +110,13 @@ def test_time_without_work_does_not_count():
 def test_every_microbatch_and_boundary_counts(tiny_model, tmp_path):
     """6 sequences of one microbatch each in 4 waves: 6 for a layer; 4 boundaries where they are stored."""
     worker = ScoreShard(replace(task_of(tmp_path, tiny_model("deepseek_v3")), commit_seconds=0))
-    assert worker.pulse().progress == (0, 0, 0.0, 0, 0), "before it is open"
+    assert worker.heartbeat().progress == (0, 0, 0.0, 0, 0), "before it is open"
     worker.open()
     worker.run(Unit(0, 1, (0, 1, 2, 3)))
-    assert len(worker.batches) == 6 and worker.pulse().work == 6 + 4
-    before = worker.pulse()
+    assert len(worker.batches) == 6 and worker.heartbeat().work == 6 + 4
+    before = worker.heartbeat()
     worker.run(Unit(1, 2, (0, 1)))
-    assert worker.pulse().work - before.work == len([i for wave in (0, 1) for i in worker.waves[wave]]) + 2
+    assert worker.heartbeat().work - before.work == len([i for wave in (0, 1) for i in worker.waves[wave]]) + 2
 
 
 def test_five_seconds_at_least():
@@ -130,9 +132,13 @@ def lost(folder: Path) -> list[str]:
 
 
 HANGS = {
-    "stopped": (Death("pass", 1, wave=1, signal=signal.SIGSTOP), {"shards": 2, "mode": "resident"}, "no pulses either"),
-    "alive": (Death("pass", 2, wave=1, signal=0), {"shards": 1, "mode": "streaming"}, "still gives pulses"),
-    "opening": (Death("open", 0, signal=signal.SIGSTOP), {"shards": 1}, "no pulses either"),
+    "stopped": (
+        Death("pass", 1, wave=1, signal=signal.SIGSTOP),
+        {"shards": 2, "mode": "resident"},
+        "no heartbeats either",
+    ),
+    "alive": (Death("pass", 2, wave=1, signal=0), {"shards": 1, "mode": "streaming"}, "still gives heartbeats"),
+    "opening": (Death("open", 0, signal=signal.SIGSTOP), {"shards": 1}, "no heartbeats either"),
 }
 
 
@@ -161,7 +167,7 @@ def test_a_stopped_rank_is_found_behind_those_that_wait_for_it(ray_pool, tiny_mo
     disturbed = run_scores(ray_pool, model, tmp_path / "ray", tensor_parallel=2, stall_timeout=10)
     assert died() == 1 and disturbed == alone
     [loss] = lost(tmp_path / "ray")
-    assert "shard_0, rank 1, on " in loss and "no pulses either" in loss, loss
+    assert "shard_0, rank 1, on " in loss and "no heartbeats either" in loss, loss
 
 
 def hanging_once(folder: Path, number: int) -> int:
@@ -225,9 +231,9 @@ def test_every_expert_that_is_solved_or_checked_counts(tiny_model, tmp_path, mon
         finish = shard._finish
 
         def counted_finish(self, layer, sums, weights):
-            before = self.pulse().work
+            before = self.heartbeat().work
             finish(self, layer, sums, weights)
-            counted[shard.__name__, layer] = self.pulse().work - before
+            counted[shard.__name__, layer] = self.heartbeat().work - before
 
         monkeypatch.setattr(shard, "_finish", counted_finish)
 

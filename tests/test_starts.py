@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_engine import run_scores
 
-from tenp_dist.passes.layer_worker import Carrier
+from tenp_dist.passes.layer_worker import LayerWorker
 from tenp_dist.pool.machine import own_address
 from tenp_dist.pool.ray_head import check_reachable
 from tenp_dist.pool.ray_pool import RayPool
@@ -37,7 +37,7 @@ def made_of(ray_pool, monkeypatch):
     return patch
 
 
-def squatted(worker: type[Carrier], mark: Path) -> type[Carrier]:
+def squatted(worker: type[LayerWorker], mark: Path) -> type[LayerWorker]:
     """The worker, on whose node somebody else wants the port that the ranks were told, before they meet there."""
 
     class Squatted(worker):
@@ -62,7 +62,7 @@ def test_nobody_can_take_the_port_where_the_ranks_are_to_meet(ray_pool, made_of,
     assert '"lost"' not in (tmp_path / "squatted" / "stages" / "score.ledger.jsonl").read_text()
 
 
-def doomed(worker: type[Carrier], point: str, mark: Path) -> type[Carrier]:
+def doomed(worker: type[LayerWorker], point: str, mark: Path) -> type[LayerWorker]:
     """The worker, which ends itself once where its method `point` begins, in the shard that begins at layer 2."""
 
     def dying(self, *arguments, **options):

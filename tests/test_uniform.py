@@ -20,7 +20,7 @@ from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
 from tenp_dist.errors import BudgetError, SourceError, VerifyError
-from tenp_dist.evaluation.measure import Pass
+from tenp_dist.evaluation.measure import VariantsPass
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.layouts.uniform import uniform_config, uniform_size
 from tenp_dist.pool.in_process import InProcessPool
@@ -165,8 +165,8 @@ def test_a_pass_over_the_source_carries_it_like_the_checkpoint(family, source, t
     write_kept(tmp_path / "kept.safetensors", kept, {})
     write_uniform(model, kept, tmp_path / "uniform")
     passes = [
-        Pass(model, {"source": Variant(), "restricted": Variant(tmp_path / "kept.safetensors")}),
-        Pass(tmp_path / "uniform", {"written": Variant()}),
+        VariantsPass(model, {"source": Variant(), "restricted": Variant(tmp_path / "kept.safetensors")}),
+        VariantsPass(tmp_path / "uniform", {"written": Variant()}),
     ]
     found = evaluate(passes, corpus, tmp_path)
     assert found["written"] == found["restricted"]

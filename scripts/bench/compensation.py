@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import PeakMemory, print_machine, score_here, site_here, timed
+from machine import PeakMemory, pass_context_here, print_machine, score_here, timed
 from scoring import ROOT, make_corpus
 
 FILES = {"type": click.Path(path_type=Path), "multiple": True}
@@ -139,12 +139,12 @@ class Bench:
     def drive(self, task) -> None:
         from tenp_dist.compensation.compensate_pass import compensate_model
 
-        compensate_model(site_here(self.model, self.folder, self.threads), task)
+        compensate_model(pass_context_here(self.model, self.folder, self.threads), task)
 
     def evaluate(self, plans: list[str], ridges: list[str], corpus) -> dict[str, float]:
         """Variant -> mean NLL over domains, all in one pass."""
         from tenp_dist.calibration.corpus import write_corpus
-        from tenp_dist.evaluation.measure import EvaluateTask, Pass, evaluate_model
+        from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, evaluate_model
         from tenp_dist.evaluation.variants import Variant
 
         write_corpus(self.folder / "held-out.arrow", corpus)
@@ -154,10 +154,10 @@ class Bench:
                 solved = self.folder / name / str(float(ridge))
                 variants[f"{name} {ridge}"] = Variant(self.plan_file(name), solved)
         task = EvaluateTask(
-            (Pass(self.model, variants),), self.folder / "held-out.arrow", self.folder / "evaluation", "bench",
+            (VariantsPass(self.model, variants),), self.folder / "held-out.arrow", self.folder / "evaluation", "bench",
             self.compute,
         )  # fmt: skip
-        metrics = evaluate_model(site_here(self.model, self.folder, self.threads), task)
+        metrics = evaluate_model(pass_context_here(self.model, self.folder, self.threads), task)
         click.echo(f"held-out text  {int(corpus.mask_NS.sum()):,} tokens")
         return {name: figures["mean"]["nll"] for name, figures in metrics.summary().items()}
 

@@ -160,7 +160,7 @@ def measure_child(name: str, task, own: list) -> dict[str, float]:
 
 
 def measure_case(case: Case, task, facts) -> Measured:
-    from tenp_dist.passes.run_pass import Site
+    from tenp_dist.passes.run_pass import PassContext
     from tenp_dist.progress import Ledger
     from tenp_dist.scoring.score_pass import score_model
 
@@ -170,7 +170,9 @@ def measure_case(case: Case, task, facts) -> Measured:
     pool = WatchedPool()
     with tempfile.TemporaryDirectory(dir=task.corpus.parent) as folder:
         task = replace(task, folder=Path(folder) / "scores")
-        site = Site(pool, options, facts["nbytes"], Ledger(Path(folder) / "ledger.jsonl"), active=facts["active"])
+        site = PassContext(
+            pool, options, facts["nbytes"], Ledger(Path(folder) / "ledger.jsonl"), active=facts["active"]
+        )
         score_model(site, task, facts["moe"])
         seconds = time.perf_counter() - pool.started
     pool.memory.__exit__()

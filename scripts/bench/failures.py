@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import print_machine, site_here
+from machine import pass_context_here, print_machine
 from scoring import ROOT, make_corpus
 
 
@@ -96,7 +96,7 @@ def score(pool, model: Path, corpus, cluster, folder: Path) -> tuple[float, dict
     compute = Compute("cpu", "float32", 2048, 1)
     task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "bench", compute, waves=16)
     moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
-    site = replace(site_here(model, folder, 1), pool=pool, cluster=cluster)
+    site = replace(pass_context_here(model, folder, 1), pool=pool, cluster=cluster)
     started = time.perf_counter()
     score_model(site, task, moe_layers)
     seconds = time.perf_counter() - started

@@ -22,18 +22,18 @@ def print_machine(*libraries: str) -> None:
     click.echo(f"versions  Python {platform.python_version()}, {versions}")
 
 
-def site_here(model: Path, folder: Path, threads: int):
+def pass_context_here(model: Path, folder: Path, threads: int):
     """This process as the place where a model's shards run in float32; ledgers go into the folder."""
     from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.index import open_index
     from tenp_dist.config import Cluster
     from tenp_dist.passes.placement import layer_bytes
-    from tenp_dist.passes.run_pass import Site
+    from tenp_dist.passes.run_pass import PassContext
     from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.progress import Ledger
 
     nbytes = layer_bytes(checkpoint_facts(open_index(model)), 4)
-    return Site(InProcessPool(threads), Cluster(), nbytes, Ledger(folder / "ledger.jsonl"))
+    return PassContext(InProcessPool(threads), Cluster(), nbytes, Ledger(folder / "ledger.jsonl"))
 
 
 def score_here(model: Path, corpus: Path, scores: Path, compute, key: str = "bench") -> None:
@@ -44,7 +44,9 @@ def score_here(model: Path, corpus: Path, scores: Path, compute, key: str = "ben
 
     moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
     score_model(
-        site_here(model, scores.parent, compute.threads), ScoreTask(model, corpus, scores, key, compute), moe_layers
+        pass_context_here(model, scores.parent, compute.threads),
+        ScoreTask(model, corpus, scores, key, compute),
+        moe_layers,
     )
 
 

@@ -135,7 +135,7 @@ def make_job(folder: Path, model: Path, texts, tokens: int, length: int, retenti
 
 def run_stages(job, threads: int, names) -> dict[str, float]:
     """Run stages here, without Ray; seconds of each."""
-    from tenp_dist.pipeline.runner import Coordinator
+    from tenp_dist.pipeline.runner import PipelineRunner
     from tenp_dist.pipeline.stage import Listener
     from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.stages.catalogue import stages_for
@@ -145,7 +145,7 @@ def run_stages(job, threads: int, names) -> dict[str, float]:
             parts[stage.name] = seconds
 
     parts: dict[str, float] = {}
-    Coordinator(job, stages_for(job), lambda: InProcessPool(threads), Clock(), overwrite=False).run(names)
+    PipelineRunner(job, stages_for(job), lambda: InProcessPool(threads), Clock(), overwrite=False).run(names)
     return parts
 
 

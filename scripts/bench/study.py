@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import click
-from machine import score_here, site_here
+from machine import pass_context_here, score_here
 
 from tenp_dist.artifacts import digest_of, read_json, write_json
 from tenp_dist.budget.plan import make_plan, planning_statistics
@@ -26,7 +26,7 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
 from tenp_dist.config import Budget, Cluster, Source, Text
 from tenp_dist.errors import BudgetError
-from tenp_dist.evaluation.measure import EvaluateTask, Pass, drop_hidden, evaluate_model
+from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
@@ -66,7 +66,7 @@ class Study:
         self.folder = folder / self.index.fingerprint[:12]
         self.compute = Compute("cpu", "float32", 8192, threads)
         self.moe_layers = self.facts["moe_layers"]
-        self.site = replace(site_here(model, self.folder, threads), cluster=Cluster(host_memory=4 * 10**9))
+        self.site = replace(pass_context_here(model, self.folder, threads), cluster=Cluster(host_memory=4 * 10**9))
 
     def corpora(self, text: CalibrationSet) -> tuple[Path, Path | None]:
         """The set's tokens and what was set aside of them, as files."""
@@ -138,7 +138,7 @@ class Study:
         stored = self.folder / "figures" / f"{key[:16]}.json"
         if stored.exists():
             return read_json(stored)
-        passes = [Pass(self.model, {SOURCE: Variant(), **variants})]
+        passes = [VariantsPass(self.model, {SOURCE: Variant(), **variants})]
         task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
         figures = evaluate_model(self.site, task).summary()
         write_json(stored, figures)

@@ -75,7 +75,7 @@ def verify_tensors(
 ) -> Verified:
     """Compare the named tensors with what source and plan say they are.
 
-    compensated: the kept columns of those W_down that were compensated (`compensation/recheck_pass.py` checks these themselves).
+    compensated: the kept columns of those W_down that were compensated (`compensation/recheck_pass.py` checks these).
 
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.

@@ -18,7 +18,7 @@ from tenp_dist.pool.base import Pool
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.preflight.disk_space import scratch
 from tenp_dist.preflight.job_checks import preflight
-from tenp_dist.preflight.node_checks import check_places
+from tenp_dist.preflight.node_checks import check_nodes
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -67,7 +67,7 @@ def _places(pool: Pool, job: Job | None, facts: Mapping[str, Any], of_job: list[
         return {"job": of_job} if of_job else {}
     there = job.run_dir.exists()
     try:
-        check_places(pool, job, facts, scratch(job, facts))
+        check_nodes(pool, job, facts, scratch(job, facts))
         seen = Finding("Paths", "ok", "every node sees model, run directory and enough space")
     except TenpError as error:
         seen = _failed("Paths", error)

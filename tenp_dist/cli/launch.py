@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from tenp_dist.cli.outcome import told, with_examples
+from tenp_dist.cli.outcome import exit_on_error, with_examples
 
 EXAMPLES = {
     "slurm": [
@@ -53,7 +53,7 @@ def _command(name: str, text: str) -> Any:
 @_run_dir
 @click.option("--overwrite", is_flag=True, help="Replace a script that is there already.")
 def slurm(job: Path, **options: Any) -> None:
-    with told():
+    with exit_on_error():
         _slurm(job, **options)
 
 
@@ -93,7 +93,7 @@ def _slurm(
 @_run_dir
 @click.option("--overwrite", is_flag=True, help="Replace what was made from other settings.")
 def submit(job: Path, **options: Any) -> None:
-    with told():
+    with exit_on_error():
         _submit(job, **options)
 
 
@@ -123,7 +123,7 @@ def _submit(
 @click.option("--json", "as_json", is_flag=True, help="Print the status as JSON on standard output.")
 @click.option("--watch", is_flag=True, help="Show it every two seconds until the run has ended.")
 def status(run_dir: Path, as_json: bool, watch: bool) -> None:
-    with told(as_json=as_json):
+    with exit_on_error(as_json=as_json):
         _status(run_dir.resolve(), as_json, watch)
 
 
@@ -154,7 +154,7 @@ def _status(run_dir: Path, as_json: bool, watch: bool) -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where a run would write; default the job's, or here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON on standard output.")
 def doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json: bool) -> None:
-    with told(as_json=as_json):
+    with exit_on_error(as_json=as_json):
         _doctor(address or os.environ.get("RAY_ADDRESS"), job, run_dir, as_json)
 
 

@@ -15,7 +15,7 @@ import click
 
 from tenp_dist import __version__
 from tenp_dist.cli import launch
-from tenp_dist.cli.outcome import told, with_examples
+from tenp_dist.cli.outcome import exit_on_error, with_examples
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.names import EXAMPLES, STAGES
 
@@ -52,7 +52,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _execute(names: list[str] | None, **options: Any) -> None:
     """Run stages (None: all of the job) and print the outcome; errors become their exit code."""
-    with told(as_json=options["as_json"], debug=options["debug"]):
+    with exit_on_error(as_json=options["as_json"], debug=options["debug"]):
         _execute_stages(names, **options)
 
 
@@ -72,12 +72,12 @@ def _execute_stages(
     loaded = load_job(job, overrides, run_dir, plans)
 
     from tenp_dist.cli.view import View, print_summary, quieten
-    from tenp_dist.pipeline.runner import Coordinator
+    from tenp_dist.pipeline.runner import PipelineRunner
     from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.pool.ray_pool import RayPool
     from tenp_dist.preflight.disk_space import scratch
     from tenp_dist.preflight.job_checks import preflight
-    from tenp_dist.preflight.node_checks import checked
+    from tenp_dist.preflight.node_checks import with_node_checks
     from tenp_dist.stages.catalogue import stages_for
 
     quieten()
@@ -89,8 +89,8 @@ def _execute_stages(
     with View(total=len(chosen)) as view:
         limits = loaded.cluster.start_timeout, loaded.cluster.stall_timeout
         make_pool = InProcessPool if debug else functools.partial(RayPool, address, *limits)
-        make_pool = checked(make_pool, loaded, facts, scratch(loaded, facts))
-        coordinator = Coordinator(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
+        make_pool = with_node_checks(make_pool, loaded, facts, scratch(loaded, facts))
+        coordinator = PipelineRunner(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
         records = coordinator.run(chosen)
     result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}
     if as_json:

@@ -23,11 +23,11 @@ def with_examples(name: str, text: str, examples: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def told(*, as_json: bool = False, debug: bool = False) -> Iterator[None]:
+def exit_on_error(*, as_json: bool = False, debug: bool = False) -> Iterator[None]:
     """Run a command's body; errors are printed and become the exit code. debug: they come through instead."""
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        sys.unraisablehook = _unheard
+        sys.unraisablehook = _raise_swallowed_signal
         yield
     except (TenpError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
@@ -62,7 +62,7 @@ def _terminate(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _unheard(unraisable: Any) -> None:
+def _raise_swallowed_signal(unraisable: Any) -> None:
     """A signal that came while Python lets no exception out, as in a callback of its import system, comes once more."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(0.1, _thread.interrupt_main, (signal.SIGTERM,)).start()

@@ -36,8 +36,8 @@ from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, narrow_experts, read_kept, read_kept_layer
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
-from tenp_dist.passes.layer_sums import LayerwiseShard, LayerwiseTask, drive_layerwise
-from tenp_dist.passes.run_pass import Site, Summary
+from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
+from tenp_dist.passes.run_pass import PassContext, PassSummary
 
 FEW = 0.1  # share of narrow experts with few tokens above which there is a warning
 
@@ -51,7 +51,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class CompensateTask(LayerwiseTask):
+class CompensateTask(LayerSumTask):
     """targets: plans of one model, each in a folder of its own; the same ones when the pass goes on from a kill.
 
     ridge: see `compensation/moments.py`; the key names it, for the files are told apart by their key alone.
@@ -71,7 +71,7 @@ class CompensateTask(LayerwiseTask):
         return all(self.stored(target, layer, rank) for target in self.targets)
 
 
-class CompensateShard(LayerwiseShard):
+class CompensateShard(LayerSumWorker):
     """One rank of a shard that compensates its layers."""
 
     task: CompensateTask
@@ -129,14 +129,14 @@ class CompensateShard(LayerwiseShard):
             return torch.stack([reader.tensor(name) for name in names]).to(loaded_EDF.device)
 
 
-def compensate_model(site: Site, task: CompensateTask) -> Summary:
+def compensate_model(site: PassContext, task: CompensateTask) -> PassSummary:
     """Compensate all layers of the task's plans.
 
     Raises:
-        ClusterError: as `drive`.
+        ClusterError: as `run_pass`.
         NumericalError: NaN or Inf in activations or in a result.
     """
-    done = drive_layerwise(site, CompensateShard, task)
+    done = run_layer_sums(site, CompensateShard, task)
     for target in task.targets:
         drop_leftovers(target.folder)
         for path in set(target.folder.glob("layer_*.safetensors")) - set(layer_files(task, target)):

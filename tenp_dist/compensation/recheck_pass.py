@@ -30,8 +30,8 @@ from tenp_dist.compensation.random_vectors import Probe
 from tenp_dist.errors import VerifyError
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
-from tenp_dist.passes.layer_sums import LayerwiseShard, LayerwiseTask, drive_layerwise
-from tenp_dist.passes.run_pass import Site
+from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
+from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.run_files import layer_name
 
 SAMPLE = 8  # experts of a layer, per rank
@@ -44,7 +44,7 @@ LEFT = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave 
 
 
 @dataclass(frozen=True)
-class RecheckTask(LayerwiseTask):
+class RecheckTask(LayerSumTask):
     """folder: of the results. plan: kept-neurons file. compensation: its layer files, made by `ranks` ranks."""
 
     plan: Path = Path()
@@ -88,7 +88,7 @@ class Tap:
             self.tokens[expert] = self.tokens.get(expert, 0) + (len(g_T) if self.weight else 0)
 
 
-class RecheckShard(LayerwiseShard):
+class RecheckShard(LayerSumWorker):
     """One rank of a shard that checks its layers."""
 
     task: RecheckTask
@@ -227,15 +227,15 @@ def _tenfold(ratio: float) -> bool:
     return power >= 0 and abs(ratio / 10**power - 1) < 1e-6
 
 
-def recheck_model(site: Site, task: RecheckTask) -> Mapping[str, Any]:
+def recheck_model(site: PassContext, task: RecheckTask) -> Mapping[str, Any]:
     """Check every layer: experts solved again and the largest share of a gain lost; all that were tried on random
     vectors, and the largest share of what plain columns leave over.
 
     Raises:
-        ClusterError: as `drive`.
+        ClusterError: as `run_pass`.
         VerifyError: the first expert whose stored weights are not the solution.
     """
-    drive_layerwise(site, RecheckShard, task)
+    run_layer_sums(site, RecheckShard, task)
     results = [read_json(task.result(layer, rank)) for layer in task.moe for rank in range(task.ranks)]
     sums = {name: sum(one[name] for one in results) for name in ("experts", "tried")}
     return sums | {name: max(one[name] for one in results) for name in ("worst", "left")}

@@ -20,14 +20,14 @@ from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.routing import restricted_router
-from tenp_dist.passes.hidden_states import Boundaries
+from tenp_dist.passes.hidden_states import HiddenStateFiles
 from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
-from tenp_dist.passes.layer_worker import Carrier, Hidden
-from tenp_dist.passes.pass_task import CarryTask
+from tenp_dist.passes.layer_worker import Hidden, LayerWorker
+from tenp_dist.passes.pass_task import PassTask
 
 
 @dataclass(frozen=True)
-class PassTask(CarryTask):
+class VariantsTask(PassTask):
     """What a worker of one pass needs.
 
     number: of the pass; variants: by name. layers: of the model.
@@ -38,8 +38,8 @@ class PassTask(CarryTask):
     layers: int = 0
 
     @property
-    def boundaries(self) -> Boundaries:
-        return Boundaries(self.folder / "hidden" / str(self.number), self.file_key)
+    def boundaries(self) -> HiddenStateFiles:
+        return HiddenStateFiles(self.folder / "hidden" / str(self.number), self.file_key)
 
     def streams(self) -> Streams:
         return Streams(self.variants, self.layers)
@@ -49,10 +49,10 @@ class PassTask(CarryTask):
         return max(len(streams.entering(layer)) for layer in range(self.layers + 1))
 
 
-class EvaluateShard(Carrier):
+class EvaluateShard(LayerWorker):
     """One rank of a shard that carries a pass's variants through its layers."""
 
-    task: PassTask
+    task: VariantsTask
     keeps_final = True
 
     def open(self) -> None:

@@ -22,21 +22,21 @@ from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.errors import WorkerLost
-from tenp_dist.evaluation.evaluate_pass import EvaluateShard, PassTask
+from tenp_dist.evaluation.evaluate_pass import EvaluateShard, VariantsTask
 from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.hidden_states import tensor_name
 from tenp_dist.passes.layer_ops import microbatches
 from tenp_dist.passes.pass_task import DEFAULT_WAVES
-from tenp_dist.passes.run_pass import Site, drive
+from tenp_dist.passes.run_pass import PassContext, run_pass
 from tenp_dist.passes.schedule import split_waves
 from tenp_dist.pool.base import Retries
 from tenp_dist.progress import Progress
 
 
 @dataclass(frozen=True)
-class Pass:
+class VariantsPass:
     """One pass over a checkpoint's layers, and the variants of it that go through them."""
 
     checkpoint: Path
@@ -47,10 +47,10 @@ class Pass:
 class EvaluateTask:
     """passes[0] holds the variant `source`, whose checkpoint also gives the head.
 
-    folder: for hidden states, until the figures are made. key: of the evaluate stage. waves, ranks: see `CarryTask`.
+    folder: for hidden states, until the figures are made. key: of the evaluate stage. waves, ranks: see `PassTask`.
     """
 
-    passes: Sequence[Pass]
+    passes: Sequence[VariantsPass]
     corpus: Path
     folder: Path
     key: str
@@ -58,15 +58,15 @@ class EvaluateTask:
     waves: int = DEFAULT_WAVES
     ranks: int = 1
 
-    def pass_tasks(self) -> list[PassTask]:
+    def pass_tasks(self) -> list[VariantsTask]:
         """What the workers of each pass need; compute must be settled."""
         return [self._pass_task(number, one) for number, one in enumerate(self.passes)]
 
-    def _pass_task(self, number: int, one: Pass) -> PassTask:
+    def _pass_task(self, number: int, one: VariantsPass) -> VariantsTask:
         variants = {name: variant.digest for name, variant in one.variants.items()}
         checkpoint = open_index(one.checkpoint).fingerprint
         made_from = [self.key, read_corpus(self.corpus).digest, number, checkpoint, variants]
-        return PassTask(
+        return VariantsTask(
             one.checkpoint,
             self.corpus,
             self.folder,
@@ -93,14 +93,14 @@ class EvaluateTask:
         return max(self.waves, -(-nbytes // host_memory))
 
 
-def evaluate_model(site: Site, task: EvaluateTask) -> Metrics:
+def evaluate_model(site: PassContext, task: EvaluateTask) -> Metrics:
     """Run all passes on the site's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
 
     Args:
         task: settled (no `auto` in it); its ranks are those of the site. compute.threads: of the tail's worker.
 
     Raises:
-        ClusterError: as `drive`.
+        ClusterError: as `run_pass`.
         NumericalError: NaN or Inf left a layer or the head.
     """
     waves = task.waves_within(site.cluster.host_memory)
@@ -109,7 +109,7 @@ def evaluate_model(site: Site, task: EvaluateTask) -> Metrics:
     steps = len(site.nbytes) * waves
     total = len(passes) * steps + waves
     for one in passes:
-        drive(_shifted(site, one.number * steps, total), EvaluateShard, one)
+        run_pass(_shifted(site, one.number * steps, total), EvaluateShard, one)
     return _tail_on(_shifted(site, len(passes) * steps, total), passes)
 
 
@@ -118,12 +118,12 @@ def drop_hidden(task: EvaluateTask) -> None:
     shutil.rmtree(task.folder / "hidden", ignore_errors=True)
 
 
-def _shifted(site: Site, before: int, total: int) -> Site:
+def _shifted(site: PassContext, before: int, total: int) -> PassContext:
     """The site, telling a part's progress as that of the whole."""
     return replace(site, progress=lambda step: site.progress(replace(step, done=before + step.done, total=total)))
 
 
-def _tail_on(site: Site, passes: Sequence[PassTask]) -> Metrics:
+def _tail_on(site: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
     """`run_tail` in one worker, started again where it is lost: what it reads is stored."""
     losses = 0
     while True:
@@ -140,7 +140,7 @@ def _tail_on(site: Site, passes: Sequence[PassTask]) -> Metrics:
 
 
 @torch.inference_mode()
-def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
+def run_tail(passes: Sequence[VariantsTask]) -> Iterator[Progress | Metrics]:
     """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last."""
     first = passes[0]
     compute = first.compute.resolved()
@@ -164,7 +164,7 @@ def run_tail(passes: Sequence[PassTask]) -> Iterator[Progress | Metrics]:
     yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})
 
 
-def _final_streams(one: PassTask) -> dict[str, str]:
+def _final_streams(one: VariantsTask) -> dict[str, str]:
     """Variant -> the stream that it left the last layer in."""
     streams = one.streams()
     return {name: streams.leader(name, one.layers) for name in one.variants}

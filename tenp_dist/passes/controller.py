@@ -21,27 +21,29 @@ from tenp_dist.progress import Ledger
 class Group(Protocol):
     """The ranks of one shard.
 
-    start: begin a unit; result: of the finished unit, a value per rank, or raises; pulses: the latest that is known of
-    every rank, at any moment; restart: anew.
+    start: begin a unit.
+    result: of the finished unit, a value per rank, or raises.
+    heartbeats: the latest that is known of every rank, at any moment.
+    restart: anew.
     """
 
     def start(self, unit: Unit) -> None: ...
 
     def result(self) -> Any: ...
 
-    def pulses(self) -> Sequence[Any]: ...
+    def heartbeats(self) -> Sequence[Any]: ...
 
     def restart(self) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Watch(Protocol):
-    """Is told how the work goes: units that ended, pulses and units at work in between, losses. shard: its number."""
+class PassListener(Protocol):
+    """Is told of units that ended, of heartbeats and units at work in between, and of lost shards, by number."""
 
-    def ended(self, unit: Unit, shard: int, pulses: Sequence[Any], positions: Sequence[int]) -> None: ...
+    def ended(self, unit: Unit, shard: int, heartbeats: Sequence[Any], positions: Sequence[int]) -> None: ...
 
-    def beat(self, pulses: Sequence[Sequence[Any]], positions: Sequence[int], units: Sequence[Unit]) -> None: ...
+    def beat(self, heartbeats: Sequence[Sequence[Any]], positions: Sequence[int], units: Sequence[Unit]) -> None: ...
 
     def lost(self, shard: int) -> None: ...
 
@@ -52,7 +54,7 @@ class Controller:
 
     groups, shards: the groups and the layers each owns. stored: reads the positions that are committed.
     wait: blocks until one of the given groups has finished its unit (or lost it), and returns it; None after a while.
-    watch: is told how the work goes.
+    listener: is told how the work goes.
     """
 
     groups: Sequence[Group]
@@ -60,7 +62,7 @@ class Controller:
     mode: Mode
     stored: Callable[[], list[int]]
     wait: Callable[[Sequence[Group]], Group | None]
-    watch: Watch
+    listener: PassListener
     ledger: Ledger
     retries: Retries = field(default_factory=Retries)
     sleep: Callable[[float], None] = time.sleep
@@ -80,7 +82,7 @@ class Controller:
             group = self.wait([self.groups[i] for i in running])
             if group is None:
                 units = [unit for _, unit in sorted(running.items())]
-                self.watch.beat([group.pulses() for group in self.groups], positions, units)
+                self.listener.beat([group.heartbeats() for group in self.groups], positions, units)
                 continue
             i = self.groups.index(group)
             unit = running.pop(i)
@@ -98,7 +100,7 @@ class Controller:
         self.ledger.append(
             "unit", shard=shard, unit=str(unit), ranks=[getattr(one, "__dict__", None) for one in result]
         )
-        self.watch.ended(unit, shard, result, positions)
+        self.listener.ended(unit, shard, result, positions)
 
     def _recover(self, i: int, unit: Unit, error: WorkerLost, losses: int, positions: list[int]) -> int:
         """Start the group again, however often it dies on the way, and put its waves back to what is committed.
@@ -107,7 +109,7 @@ class Controller:
         """
         while True:
             losses += 1
-            self.watch.lost(i)
+            self.listener.lost(i)
             self.retries.after(losses, error, f"Shard {i}", str(unit), self.ledger, self.sleep)
             try:
                 self.groups[i].restart()

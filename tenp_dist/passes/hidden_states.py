@@ -30,7 +30,7 @@ _PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds, between tries to
 Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D], one tensor per microbatch
 
 
-class Boundaries:
+class HiddenStateFiles:
     """The boundary files of one stage. key: what they were made from; others' files do not count."""
 
     def __init__(self, folder: Path, key: str):
@@ -102,7 +102,7 @@ class Boundaries:
             return False
 
 
-class GuardedBoundaries(Boundaries):
+class GuardedHiddenStateFiles(HiddenStateFiles):
     """For stages whose sums of a layer exist only in memory until its last wave.
 
     A boundary counts only where the layers before it are finished: what a wave needs to go through an unfinished
@@ -145,7 +145,7 @@ def tensor_name(stream: str, batch: int) -> str:
 
 
 def read_hidden(
-    boundaries: Boundaries, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
+    boundaries: HiddenStateFiles, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
 ) -> Hidden:
     """A wave's hidden states of all streams from its boundary file."""
     stored = boundaries.read(wave, layer)

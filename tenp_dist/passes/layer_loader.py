@@ -13,7 +13,7 @@ from tenp_dist.passes.compute import side_thread
 Prepare = Callable[[nn.Module], nn.Module]
 
 
-class LayerSource:
+class LayerLoader:
     """Decoder layers of `layers` with their weights.
 
     Streaming holds the layer in use and the next one, which a reader thread fetches meanwhile. Resident

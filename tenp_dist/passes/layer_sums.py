@@ -1,7 +1,7 @@
 """Stages that sum something over all waves of a layer and then store one result for it; they always stream.
 
 The sums of the layer in work exist only in memory; a killed worker costs that layer, and the waves go through
-it again from their boundaries (`GuardedBoundaries`). Layers that are stored are run, not summed again.
+it again from their boundaries (`GuardedHiddenStateFiles`). Layers that are stored are run, not summed again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from tenp_dist.model.layers import Microbatch
-from tenp_dist.passes.hidden_states import GuardedBoundaries
+from tenp_dist.passes.hidden_states import GuardedHiddenStateFiles
 from tenp_dist.passes.layer_ops import check_finite, run_layer
-from tenp_dist.passes.layer_worker import PLAIN, Carrier, Hidden
-from tenp_dist.passes.pass_task import CarryTask
-from tenp_dist.passes.run_pass import Site, Summary, drive
+from tenp_dist.passes.layer_worker import SINGLE_STREAM, Hidden, LayerWorker
+from tenp_dist.passes.pass_task import PassTask
+from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
 
 
 @dataclass(frozen=True)
-class LayerwiseTask(CarryTask):
+class LayerSumTask(PassTask):
     """moe: the layers with a result of every rank. weights: of domains, 1 if not named.
 
     hidden: where under `folder` the hidden states lie while the pass runs.
@@ -43,14 +43,14 @@ class LayerwiseTask(CarryTask):
         return next(open_layers, float("inf"))
 
     @property
-    def boundaries(self) -> GuardedBoundaries:
-        return GuardedBoundaries(self.folder / self.hidden, self.file_key, self.unfinished)
+    def boundaries(self) -> GuardedHiddenStateFiles:
+        return GuardedHiddenStateFiles(self.folder / self.hidden, self.file_key, self.unfinished)
 
 
-class LayerwiseShard(Carrier):
+class LayerSumWorker(LayerWorker):
     """One rank. A subclass says what is summed (`_begin`), how (`_sum`), and how its result is stored (`_finish`)."""
 
-    task: LayerwiseTask
+    task: LayerSumTask
 
     def open(self) -> None:
         super().open()
@@ -63,7 +63,7 @@ class LayerwiseShard(Carrier):
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
         """Add the wave to the layer's sums, unless its result is stored."""
         module = self.source.get(layer)
-        batches, states = self._batches(wave), hidden[PLAIN]
+        batches, states = self._batches(wave), hidden[SINGLE_STREAM]
         if layer not in self.task.moe or self.task.done_by(layer, self.rank):
             run_layer(self.frame, layer, module, batches, states, self._share)
             check_finite(states, self.skeleton, layer, module, self._share)
@@ -101,9 +101,9 @@ class LayerwiseShard(Carrier):
         run_layer(self.frame, layer, module, batches, states, self._share, self._sums)
 
 
-def drive_layerwise(site: Site, worker: type[LayerwiseShard], task: LayerwiseTask) -> Summary:
-    """`drive`, streaming: several shards take turns, ranks of a shard work side by side."""
+def run_layer_sums(site: PassContext, worker: type[LayerSumWorker], task: LayerSumTask) -> PassSummary:
+    """`run_pass`, streaming: several shards take turns, ranks of a shard work side by side."""
     site = replace(site, cluster=site.cluster.model_copy(update={"mode": "streaming"}))
-    done = drive(site, worker, task, finished=task.unfinished() >= len(site.nbytes))
+    done = run_pass(site, worker, task, finished=task.unfinished() >= len(site.nbytes))
     shutil.rmtree(task.boundaries.folder, ignore_errors=True)
     return done

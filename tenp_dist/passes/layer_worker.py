@@ -28,22 +28,22 @@ from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.passes.compute import open_skeleton, side_thread
 from tenp_dist.passes.fence import Fence
 from tenp_dist.passes.hidden_states import Hidden, named, read_hidden
-from tenp_dist.passes.layer_loader import LayerSource
+from tenp_dist.passes.layer_loader import LayerLoader
 from tenp_dist.passes.layer_ops import embed_all, microbatches
-from tenp_dist.passes.pass_task import CarryTask
+from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.ranks import Ranks, barrier, join_ranks, listen, parallelise_layer
 from tenp_dist.passes.schedule import Unit, split_waves
-from tenp_dist.pool.heartbeat import Pulse, start_pulse
+from tenp_dist.pool.heartbeat import Heartbeat, start_heartbeat
 from tenp_dist.pool.machine import own_address, resident_memory
 from tenp_dist.pool.worker_log import log_line, log_to
 
-PLAIN = ""  # the stream of a model that goes through its layers once, as it is
+SINGLE_STREAM = ""  # the stream of a model that goes through its layers once, as it is
 
 
 _PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 
 
-class Carrier:
+class LayerWorker:
     """One rank. A plain class; `pool/ray_pool.py` makes a Ray actor of a subclass.
 
     A subclass says what happens in a layer (`_pass`) and, if that leaves something, how to store it (`_storing`),
@@ -55,7 +55,7 @@ class Carrier:
 
     keeps_final = False
 
-    def __init__(self, task: CarryTask, layers: range | None = None, rank: int = 0):
+    def __init__(self, task: PassTask, layers: range | None = None, rank: int = 0):
         self.task, self.layers, self.rank = task, layers, rank
         self.boundaries = task.boundaries
         self.ranks = Ranks()
@@ -75,9 +75,9 @@ class Carrier:
         return self._listening.host, self._listening.port
 
     def log_to(self, path: Path) -> None:
-        """What this process prints goes to a file from now on; units are noted there, a pulse beside it."""
+        """What this process prints goes to a file from now on; units are noted there, a heartbeat beside it."""
         log_to(path)
-        start_pulse(path, self.pulse)
+        start_heartbeat(path, self.heartbeat)
         self._logs = True
         self._log(f"process {os.getpid()} starts on {socket.gethostname()} ({own_address()})")
 
@@ -102,7 +102,7 @@ class Carrier:
         self._writer = side_thread("result-writer")
         self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
         self._share = self.ranks.share(self.skeleton.family.num_experts(self.skeleton.config_dict))
-        self.source = LayerSource(
+        self.source = LayerLoader(
             self.skeleton,
             self.layers,
             keep=task.mode == "resident",
@@ -128,10 +128,10 @@ class Carrier:
 
     def streams(self, layer: int) -> Sequence[str]:
         """Names of the hidden states that enter `layer` side by side; `num_layers` for what leaves the last."""
-        return (PLAIN,)
+        return (SINGLE_STREAM,)
 
     @torch.inference_mode()
-    def run(self, unit: Unit) -> Pulse:
+    def run(self, unit: Unit) -> Heartbeat:
         """Take the unit's waves through its layers and commit what came out.
 
         Raises:
@@ -149,7 +149,7 @@ class Carrier:
                 raise
             raise WorkerLost("Another rank of the shard died", where=str(unit), found=first_line(error)) from error
 
-    def _run(self, unit: Unit) -> Pulse:
+    def _run(self, unit: Unit) -> Heartbeat:
         started = time.monotonic()
         by_wave = self._spill or self.task.mode == "resident"
         self._settle(range(unit.start, unit.stop))
@@ -167,9 +167,9 @@ class Carrier:
             self._store_behind(unit.start)
             self._commit(unit.waves, unit.stop, force=unit.stop == self.layers.stop)
         self._seconds += time.monotonic() - started
-        pulse = self.pulse()
-        self._log(f"{unit}: {time.monotonic() - started:.2f} s, {pulse.memory / 1e6:,.0f} MB resident")
-        return pulse
+        heartbeat = self.heartbeat()
+        self._log(f"{unit}: {time.monotonic() - started:.2f} s, {heartbeat.memory / 1e6:,.0f} MB resident")
+        return heartbeat
 
     def _log(self, text: str) -> None:
         if self._logs:
@@ -179,12 +179,12 @@ class Carrier:
         self._steps += 1
         self._tokens += sum(batch.tokens_BS.numel() for batch in self._batches(wave)) * len(self.streams(layer + 1))
 
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         """At any moment, from another thread than the one at work."""
         cuda = self.task.compute.device == "cuda"
         memory = resident_memory(), torch.cuda.memory_allocated() if cuda else 0
         read, passed = (self.skeleton.reader.read_bytes, self.frame.passed) if hasattr(self, "frame") else (0, 0)
-        return Pulse(self._steps, self._tokens, self._seconds, read, *memory, work=passed + self._made)
+        return Heartbeat(self._steps, self._tokens, self._seconds, read, *memory, work=passed + self._made)
 
     def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
         """Replace the wave's hidden states by what leaves the layer."""

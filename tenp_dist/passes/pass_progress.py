@@ -6,22 +6,22 @@ import time
 from collections.abc import Callable, Sequence
 
 from tenp_dist.passes.schedule import Unit
-from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.progress import Progress
 
 _NAMED = 2  # units that the live view names
 
 
-class WorkWatch:
-    """Watches `shards` groups take their waves through `total` (wave, layer) pairs; see `controller.Watch`.
+class PassProgress:
+    """Watches `shards` groups take their waves through `total` (wave, layer) pairs; see `controller.PassListener`.
 
-    Counters of pulses begin again at zero with a worker that was started anew.
+    Counters of heartbeats begin again at zero with a worker that was started anew.
     """
 
     def __init__(self, total: int, shards: int, progress: Callable[[Progress], None]):
         self.total, self.progress = total, progress
         self.tokens = self.retries = 0
-        self._latest: list[Sequence[Pulse]] = [()] * shards  # of every shard, its ranks
+        self._latest: list[Sequence[Heartbeat]] = [()] * shards  # of every shard, its ranks
         self._committed = [0] * shards  # steps of the worker at the end of its last unit
         self._seconds = [0.0] * shards
         self._read = 0
@@ -33,13 +33,13 @@ class WorkWatch:
         """Seconds at work of the shard that worked longest."""
         return max(self._seconds, default=0.0)
 
-    def ended(self, unit: Unit, shard: int, pulses: Sequence[Pulse], positions: Sequence[int]) -> None:
-        self._take(shard, pulses)
-        self._committed[shard] = pulses[0].steps
+    def ended(self, unit: Unit, shard: int, heartbeats: Sequence[Heartbeat], positions: Sequence[int]) -> None:
+        self._take(shard, heartbeats)
+        self._committed[shard] = heartbeats[0].steps
         self._tell(positions, str(unit))
 
-    def beat(self, pulses: Sequence[Sequence[Pulse]], positions: Sequence[int], units: Sequence[Unit]) -> None:
-        for shard, ranks in enumerate(pulses):
+    def beat(self, heartbeats: Sequence[Sequence[Heartbeat]], positions: Sequence[int], units: Sequence[Unit]) -> None:
+        for shard, ranks in enumerate(heartbeats):
             if ranks:
                 self._take(shard, ranks)
         self._tell(positions, at_work(units))
@@ -48,9 +48,9 @@ class WorkWatch:
         self.retries += 1
         self._latest[shard], self._committed[shard] = (), 0
 
-    def _take(self, shard: int, ranks: Sequence[Pulse]) -> None:
-        """Add what the ranks did since their last pulse. The ranks share tokens and time, not what they read."""
-        before = self._latest[shard] or [Pulse()] * len(ranks)
+    def _take(self, shard: int, ranks: Sequence[Heartbeat]) -> None:
+        """Add what the ranks did since their last heartbeat. The ranks share tokens and time, not what they read."""
+        before = self._latest[shard] or [Heartbeat()] * len(ranks)
         self.tokens += max(0, ranks[0].tokens - before[0].tokens)
         self._seconds[shard] += max(0.0, ranks[0].seconds - before[0].seconds)
         self._read += sum(max(0, now.read_bytes - then.read_bytes) for now, then in zip(ranks, before, strict=True))
@@ -62,9 +62,9 @@ class WorkWatch:
         tokens, self._told_tokens = self.tokens - self._told_tokens, self.tokens
         read, self._told_read = self._read - self._told_read, self._read
         workers = {
-            worker_name(shard, rank): pulse.memory + pulse.device_memory
+            worker_name(shard, rank): heartbeat.memory + heartbeat.device_memory
             for shard, ranks in enumerate(self._latest)
-            for rank, pulse in enumerate(ranks)
+            for rank, heartbeat in enumerate(ranks)
         }
         done = min(self.total, sum(positions) + ahead)
         named = {"memory": [*workers.values()], "workers": [*workers], "layer": min(positions)}

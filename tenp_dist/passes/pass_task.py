@@ -8,7 +8,7 @@ from pathlib import Path
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.passes.compute import Compute
-from tenp_dist.passes.hidden_states import Boundaries
+from tenp_dist.passes.hidden_states import HiddenStateFiles
 from tenp_dist.passes.layer_ops import microbatches
 from tenp_dist.passes.schedule import Mode, split_waves
 
@@ -16,7 +16,7 @@ DEFAULT_WAVES = 8
 
 
 @dataclass(frozen=True)
-class CarryTask:
+class PassTask:
     """What a worker needs to carry tokens through a model.
 
     folder: of the stage's own files. key: of the stage; with device, dtype and ranks it is stored in every file.
@@ -46,8 +46,8 @@ class CarryTask:
         return self.folder.parent / "logs" / self.folder.name
 
     @property
-    def boundaries(self) -> Boundaries:
-        return Boundaries(self.folder / "hidden", self.file_key)
+    def boundaries(self) -> HiddenStateFiles:
+        return HiddenStateFiles(self.folder / "hidden", self.file_key)
 
     def side_by_side(self) -> int:
         """How many of the model's forms go through a layer side by side, at most."""

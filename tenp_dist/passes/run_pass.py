@@ -11,9 +11,9 @@ from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
 from tenp_dist.errors import Unplaced
 from tenp_dist.passes.controller import Controller
-from tenp_dist.passes.layer_worker import Carrier
-from tenp_dist.passes.pass_progress import WorkWatch
-from tenp_dist.passes.pass_task import CarryTask
+from tenp_dist.passes.layer_worker import LayerWorker
+from tenp_dist.passes.pass_progress import PassProgress
+from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.placement import choose_mode, cut_layers, fitted, group_request
 from tenp_dist.passes.schedule import Mode
 from tenp_dist.pool.base import GroupRequest, Pool
@@ -21,7 +21,7 @@ from tenp_dist.progress import Ledger, Progress
 
 
 @dataclass(frozen=True)
-class Site:
+class PassContext:
     """Where the shards of a model run, and who is told how it goes.
 
     nbytes: of every decoder layer at its full width in compute dtype. active: of what a token passes of it, which is
@@ -37,7 +37,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Summary:
+class PassSummary:
     """tokens through all layers, seconds of the slowest shard, what was chosen, how much was there already."""
 
     tokens: int
@@ -47,7 +47,7 @@ class Summary:
     resumed_share: float
 
 
-def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool = False) -> Summary:
+def run_pass(site: PassContext, worker: type[LayerWorker], task: PassTask, *, finished: bool = False) -> PassSummary:
     """Take all waves through all shards, from where they were left.
 
     Where a node was lost and no other takes its shard in time, the work goes on with what the others take: the same
@@ -65,21 +65,21 @@ def drive(site: Site, worker: type[Carrier], task: CarryTask, *, finished: bool 
         fit = replace(site, cluster=fitted(site.pool, site.cluster, device))
         asked = group_request(site.pool, fit.cluster, device)
         try:
-            return _drive(fit, worker, task, finished)
+            return _run_once(fit, worker, task, finished)
         except Unplaced:
             left = fitted(site.pool, site.cluster, device)
             if (left, group_request(site.pool, left, device)) == (fit.cluster, asked):
                 raise
 
 
-def _drive(site: Site, worker: type[Carrier], task: CarryTask, finished: bool) -> Summary:
+def _run_once(site: PassContext, worker: type[LayerWorker], task: PassTask, finished: bool) -> PassSummary:
     pool, cluster, waves, layers = site.pool, site.cluster, task.count_waves(), len(site.nbytes)
     shards = cut_layers(cluster, site.nbytes, site.active)
     mode = choose_mode(pool, cluster, site.nbytes, shards, task.compute.device)
     stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
     resumed = 1.0 if finished else sum(stored()) / (waves * layers)
     if resumed == 1:
-        return Summary(0, 0.0, mode, [], 1.0)
+        return PassSummary(0, 0.0, mode, [], 1.0)
     request = group_request(pool, cluster, task.compute.device, task.logs)
     task = _placed(task, mode, cluster, request)
     names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
@@ -88,16 +88,16 @@ def _drive(site: Site, worker: type[Carrier], task: CarryTask, finished: bool) -
     site.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
     site.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
     groups = pool.groups(worker, [(task, shard) for shard in shards], request)
-    watch = WorkWatch(layers * waves, len(groups), site.progress)
+    progress = PassProgress(layers * waves, len(groups), site.progress)
     try:
-        Controller(groups, shards, mode, stored, pool.wait, watch, site.ledger).run()
+        Controller(groups, shards, mode, stored, pool.wait, progress, site.ledger).run()
     finally:
         for group in groups:
             group.close()
-    return Summary(watch.tokens // layers, watch.slowest, mode, names, resumed)
+    return PassSummary(progress.tokens // layers, progress.slowest, mode, names, resumed)
 
 
-def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> CarryTask:
+def _placed(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> PassTask:
     """The task with what the cluster says: mode, memory, how often to commit, threads of a rank."""
     threads = cluster.threads or max(1, int(request.cores))
     if task.compute.device == "cpu":
@@ -111,7 +111,7 @@ def _placed(task: CarryTask, mode: Mode, cluster: Cluster, request: GroupRequest
     )
 
 
-def _tight(task: CarryTask, waves: int) -> str:
+def _tight(task: PassTask, waves: int) -> str:
     """What to say where the declared host memory does not hold one wave; held twice, for it is copied to be stored."""
     tokens = -(-read_corpus(task.corpus).tokens_NS.size // waves)
     width = int(open_index(task.model).config["hidden_size"])
@@ -124,7 +124,7 @@ def _tight(task: CarryTask, waves: int) -> str:
     )
 
 
-def _begun_with(task: CarryTask, threads: int) -> int:
+def _begun_with(task: PassTask, threads: int) -> int:
     """The threads that this work was begun with: another number would change the last bits of what is to come."""
     path = task.boundaries.folder / "threads.json"
     if path.exists():

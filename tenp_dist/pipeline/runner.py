@@ -24,7 +24,7 @@ from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Journal, Ledger, Progress
 
 
-class Coordinator:
+class PipelineRunner:
     """Runs stages of one job on one pool.
 
     The pool is made at the start if a stage that needs it is not there yet: what is wrong with it is said before
@@ -77,7 +77,7 @@ class Coordinator:
             self.listener.skipped(stage, record)
             self._tidy(stage)
             return record
-        self._check_room(stage, record, inputs)
+        self._refuse_changed_settings(stage, record, inputs)
         self._at_work, self._losses = stage, 0
         self.listener.started(stage)
         self.journal.started(stage.name)
@@ -166,9 +166,9 @@ class Coordinator:
         record = read_record(self.job.run_dir, stage.name)
         if record is not None:
             inputs = {"fields": stage.fields(self.job), "needs": record.inputs["needs"]}
-            self._check_room(stage, record, inputs)
+            self._refuse_changed_settings(stage, record, inputs)
 
-    def _check_room(self, stage: Stage, record: StageRecord | None, inputs: Mapping) -> None:
+    def _refuse_changed_settings(self, stage: Stage, record: StageRecord | None, inputs: Mapping) -> None:
         """Refuse to replace finished work that differs, unless asked to."""
         if record is not None and record.inputs != plain(inputs) and not self.overwrite:
             raise OutputError(

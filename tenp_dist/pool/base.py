@@ -78,7 +78,7 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
-def unheard(function: str, losses: int, error: WorkerLost) -> None:
+def ignore_losses(function: str, losses: int, error: WorkerLost) -> None:
     """Nobody asks about losses."""
 
 

@@ -1,4 +1,4 @@
-"""Tells workers that hang from workers that are slow, by what their pulses count.
+"""Tells workers that hang from workers that are slow, by what their heartbeats count.
 
 A worker can stop without dying: a kernel that never ends, a collective that one rank never enters, a file system that
 does not answer, a process that was stopped. Nothing is raised then, and nothing ends. Time is the looker's own, and
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tenp_dist.errors import WorkerLost
-from tenp_dist.pool.heartbeat import Pulse
+from tenp_dist.pool.heartbeat import Heartbeat
 
 BEAT_SECONDS = 2.0  # between looks
 
@@ -20,50 +20,58 @@ BEAT_SECONDS = 2.0  # between looks
 _LONGEST = 5 * BEAT_SECONDS  # what the time between two looks counts at most
 
 
-def looked_for(seconds: float) -> float:
+def counted_seconds(seconds: float) -> float:
     """What the seconds between two looks count."""
     return min(seconds, _LONGEST)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is known of a rank. still: seconds without progress; mute: without a pulse at all."""
+class RankHealth:
+    """What is known of a rank.
 
-    pulse: Pulse | None = None
-    still: float = 0.0
-    mute: float = 0.0
+    heartbeat: the latest, None before the first.
+    seconds_without_progress: since a counter of its heartbeats moved.
+    seconds_without_heartbeat: since there was a new one.
+    """
+
+    heartbeat: Heartbeat | None = None
+    seconds_without_progress: float = 0.0
+    seconds_without_heartbeat: float = 0.0
 
     @property
     def silent(self) -> bool:
-        """Whether its process gives no pulses; a shared file system may show them a minute late."""
-        return self.mute > max(3 * BEAT_SECONDS, self.still / 2)
+        """Whether its process gives no heartbeats; a shared file system may show them a minute late."""
+        return self.seconds_without_heartbeat > max(3 * BEAT_SECONDS, self.seconds_without_progress / 2)
 
-    def later(self, seconds: float, pulse: Pulse | None) -> Seen:
-        """What is known when the latest pulse, None where there is none, is seen so many seconds later."""
-        if pulse is None:
-            return Seen(self.pulse, self.still + seconds, self.mute + seconds)
-        moved = self.pulse is None or pulse.progress != self.pulse.progress
-        heard = self.pulse is None or pulse.beats != self.pulse.beats
-        return Seen(pulse, 0.0 if moved else self.still + seconds, 0.0 if heard else self.mute + seconds)
+    def later(self, seconds: float, heartbeat: Heartbeat | None) -> RankHealth:
+        """What is known when the latest heartbeat, None where there is none, is seen so many seconds later."""
+        if heartbeat is None:
+            return RankHealth(
+                self.heartbeat, self.seconds_without_progress + seconds, self.seconds_without_heartbeat + seconds
+            )
+        moved = self.heartbeat is None or heartbeat.progress != self.heartbeat.progress
+        heard = self.heartbeat is None or heartbeat.beats != self.heartbeat.beats
+        still = 0.0 if moved else self.seconds_without_progress + seconds
+        return RankHealth(heartbeat, still, 0.0 if heard else self.seconds_without_heartbeat + seconds)
 
 
-def hanging(seen: Sequence[Seen], limit: float) -> int | None:
+def hanging(seen: Sequence[RankHealth], limit: float) -> int | None:
     """Which rank hangs, None as long as one moves: ranks that wait for another are no worse than it.
 
     It is one whose process is silent, for a stopped one is; otherwise the one that was first to stand still.
     """
-    if min((one.still for one in seen), default=0.0) < limit:
+    if min((one.seconds_without_progress for one in seen), default=0.0) < limit:
         return None
-    return max(range(len(seen)), key=lambda i: (seen[i].silent, seen[i].still))
+    return max(range(len(seen)), key=lambda i: (seen[i].silent, seen[i].seconds_without_progress))
 
 
 @dataclass
 class StallWatch:
-    """The ranks of one group, from the begin of a piece of work on. read: the latest pulse of a rank."""
+    """The ranks of one group, from the begin of a piece of work on. read: the latest heartbeat of a rank."""
 
-    read: Callable[[int], Pulse | None]
+    read: Callable[[int], Heartbeat | None]
     clock: Callable[[], float] = time.monotonic
-    _seen: dict[int, Seen] = field(default_factory=dict)
+    _seen: dict[int, RankHealth] = field(default_factory=dict)
     _looked: float = 0.0
 
     def begin(self) -> None:
@@ -72,31 +80,31 @@ class StallWatch:
     def look(self, ranks: Sequence[int], limit: float) -> int | None:
         """Which of the ranks at work hangs: none of them has moved in `limit` seconds of looking."""
         now = self.clock()
-        passed, self._looked = looked_for(now - self._looked), now
+        passed, self._looked = counted_seconds(now - self._looked), now
         for rank in ranks:
-            self._seen[rank] = self._seen.get(rank, Seen()).later(passed, self.read(rank))
+            self._seen[rank] = self._seen.get(rank, RankHealth()).later(passed, self.read(rank))
         worst = hanging([self._seen[rank] for rank in ranks], limit)
         return None if worst is None else ranks[worst]
 
     def error(self, rank: int, where: str) -> WorkerLost:
         seen = self._seen[rank]
-        since = time.strftime("%H:%M:%S", time.localtime(time.time() - seen.still))
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - seen.seconds_without_progress))
         return WorkerLost(
             "A worker hangs",
             where=where,
-            found=f"{where}: no progress since {since}, for {seen.still:.0f} seconds "
+            found=f"{where}: no progress since {since}, for {seen.seconds_without_progress:.0f} seconds "
             f"(cluster.stall_timeout); {_state(seen)}",
             next_step="raise cluster.stall_timeout if the work is only that slow",
         )
 
 
-def _state(seen: Seen) -> str:
+def _state(seen: RankHealth) -> str:
     """What the process does, and what it had done."""
     if seen.silent:
-        hangs = "its process gives no pulses either: it was stopped, or its node or the run directory hangs"
+        hangs = "its process gives no heartbeats either: it was stopped, or its node or the run directory hangs"
     else:
-        hangs = "its process still gives pulses, so its work hangs: accelerator, file system or another rank"
-    if seen.pulse is None:
+        hangs = "its process still gives heartbeats, so its work hangs: accelerator, file system or another rank"
+    if seen.heartbeat is None:
         return hangs
-    done = f"{seen.pulse.work} pieces of work (microbatches, most of them)"
-    return f"{hangs}; before, it had done {done} and read {seen.pulse.read_bytes / 1e6:,.1f} MB"
+    done = f"{seen.heartbeat.work} pieces of work (microbatches, most of them)"
+    return f"{hangs}; before, it had done {done} and read {seen.heartbeat.read_bytes / 1e6:,.1f} MB"

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-_SECONDS = 2.0  # between pulses
+_SECONDS = 2.0  # between heartbeats
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """Counted since the worker was started.
 
     steps: (wave, layer) pairs that went through; tokens: through layers; seconds: at work; read_bytes: of
     the checkpoint. memory: anonymous resident bytes of the process now; device_memory: of its accelerator.
-    work: microbatches through a layer, boundaries stored, experts solved or checked. beats: pulses written.
+    work: microbatches through a layer, boundaries stored, experts solved or checked. beats: heartbeats written.
     """
 
     steps: int = 0
@@ -42,33 +42,33 @@ class Pulse:
         return self.steps, self.tokens, self.seconds, self.read_bytes, self.work
 
 
-def start_pulse(log: Path, pulse: Callable[[], Pulse]) -> None:
-    """Write a pulse every two seconds, on a thread of its own, as long as this process lives."""
-    path, new = _path(log), _path(log).with_name(f".{log.name}.{os.getpid()}.pulse")
+def start_heartbeat(log: Path, heartbeat: Callable[[], Heartbeat]) -> None:
+    """Write a heartbeat every two seconds, on a thread of its own, as long as this process lives."""
+    path, new = _path(log), _path(log).with_name(f".{log.name}.{os.getpid()}.heartbeat")
 
     def beat() -> None:
         for number in itertools.count(1):
             with contextlib.suppress(OSError):
-                new.write_text(json.dumps(asdict(replace(pulse(), beats=number))))
+                new.write_text(json.dumps(asdict(replace(heartbeat(), beats=number))))
                 new.replace(path)
             time.sleep(_SECONDS)
 
-    threading.Thread(target=beat, daemon=True, name="pulse").start()
+    threading.Thread(target=beat, daemon=True, name="heartbeat").start()
 
 
-def read_pulse(log: Path) -> Pulse | None:
-    """The latest pulse of the worker with this log, None before the first."""
+def read_heartbeat(log: Path) -> Heartbeat | None:
+    """The latest heartbeat of the worker with this log, None before the first."""
     try:
-        return Pulse(**json.loads(_path(log).read_text()))
+        return Heartbeat(**json.loads(_path(log).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def drop_pulse(log: Path) -> None:
+def drop_heartbeat(log: Path) -> None:
     """Forget a worker that has ended."""
     with contextlib.suppress(OSError):
         _path(log).unlink(missing_ok=True)
 
 
 def _path(log: Path) -> Path:
-    return log.with_suffix(".pulse")
+    return log.with_suffix(".heartbeat")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tenp_dist.errors import ClusterError
-from tenp_dist.pool.base import GroupRequest, OnLoss, T, unheard
+from tenp_dist.pool.base import GroupRequest, OnLoss, T, ignore_losses
 from tenp_dist.pool.machine import available_cores
 
 
@@ -15,7 +15,7 @@ class InProcessPool:
     """Runs everything here, one thing at a time; nothing is lost."""
 
     def __init__(self, cores: int | None = None):
-        self.on_loss: OnLoss = unheard
+        self.on_loss: OnLoss = ignore_losses
         self.cores = self.threads = cores or available_cores()
         self.node_cores = [self.cores]
 
@@ -82,8 +82,8 @@ class _LocalGroup:
     def result(self) -> list[Any]:
         return [self._worker.run(self._unit)]
 
-    def pulses(self) -> list[Any]:
-        return [self._worker.pulse()]
+    def heartbeats(self) -> list[Any]:
+        return [self._worker.heartbeat()]
 
     def restart(self) -> None:
         self._worker = self._make()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tenp_dist.errors import ClusterError, TenpError, Unplaced, WorkerLost
 from tenp_dist.pool.base import GroupRequest
 from tenp_dist.pool.hang import BEAT_SECONDS, StallWatch
-from tenp_dist.pool.heartbeat import Pulse, drop_pulse, read_pulse
+from tenp_dist.pool.heartbeat import Heartbeat, drop_heartbeat, read_heartbeat
 from tenp_dist.pool.ray_head import POLL_SECONDS
 from tenp_dist.pool.ray_nodes import short_resources
 from tenp_dist.pool.worker_log import last_words, size_of
@@ -37,7 +37,7 @@ class RayGroup:
         self._values: dict[int, Any] = {}  # rank -> its end of the unit
         self._error: BaseException | None = None
         self._stillborn: WorkerLost | None = None
-        self._stall = StallWatch(self._pulse)
+        self._stall = StallWatch(self._heartbeat)
 
     def place(self) -> None:
         from ray.util.placement_group import placement_group
@@ -173,8 +173,8 @@ class RayGroup:
             with self._quoted(rank):
                 raise self._stall.error(rank, f"{self._name}, rank {rank}, on {self._node()}")
 
-    def _pulse(self, rank: int) -> Pulse | None:
-        return read_pulse(self._log(rank)) if self._request.logs else None
+    def _heartbeat(self, rank: int) -> Heartbeat | None:
+        return read_heartbeat(self._log(rank)) if self._request.logs else None
 
     @property
     def ended(self) -> bool:
@@ -186,9 +186,9 @@ class RayGroup:
             raise self._error
         return [value for _, value in sorted(self._values.items())]
 
-    def pulses(self) -> list[Pulse]:
-        """The latest pulse of every rank, empty until all have given one."""
-        found = [self._pulse(rank) for rank in range(self._request.ranks)]
+    def heartbeats(self) -> list[Heartbeat]:
+        """The latest heartbeat of every rank, empty until all have given one."""
+        found = [self._heartbeat(rank) for rank in range(self._request.ranks)]
         return found if all(found) else []
 
     def restart(self) -> None:
@@ -206,7 +206,7 @@ class RayGroup:
         actors, placement = self._actors, self._placement
         self._actors, self._placement, self._stillborn, self.pending = [], None, None, []
         for rank in range(self._request.ranks if self._request.logs else 0):
-            drop_pulse(self._log(rank))
+            drop_heartbeat(self._log(rank))
         with contextlib.suppress(ClusterError):
             for actor in actors:
                 self._pool.call(self._ray.kill, actor)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tenp_dist.errors import ClusterError, DeviceError, TenpError, Unplaced, WorkerLost, first_line
-from tenp_dist.pool.base import GroupRequest, OnLoss, Retries, unheard
+from tenp_dist.pool.base import GroupRequest, OnLoss, Retries, ignore_losses
 from tenp_dist.pool.hang import BEAT_SECONDS
 from tenp_dist.pool.machine import available_cores
 from tenp_dist.pool.ray_group import START_SECONDS, RayGroup
@@ -42,7 +42,7 @@ class RayPool:
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self._watch = HeadWatch(services_of(ray))
         self.nodes = Nodes(self)
-        self.on_loss: OnLoss = unheard
+        self.on_loss: OnLoss = ignore_losses
         self._gauges: dict[str, Any] = {}
         self.cores = int(ray.cluster_resources().get("CPU", 1))
         self.gpus = int(ray.cluster_resources().get("GPU", 0))

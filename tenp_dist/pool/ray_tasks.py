@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenp_dist.errors import Unplaced, WorkerLost
 from tenp_dist.pool.base import Retries
-from tenp_dist.pool.hang import BEAT_SECONDS, looked_for
+from tenp_dist.pool.hang import BEAT_SECONDS, counted_seconds
 from tenp_dist.pool.ray_nodes import Resources, short_resources, whereabouts
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Tasks:
     def _look(self) -> None:
         """End calls that have a worker but have said nothing for too long, and begin them anew."""
         now = time.monotonic()
-        passed, self._looked = looked_for(now - self._looked), now
+        passed, self._looked = counted_seconds(now - self._looked), now
         for stream, task in list(self._open.items()):
             task.silent += passed if task.place else 0.0
             if task.silent >= self._pool.stall_timeout and self._pool._ready([stream], _soon())[0] is None:

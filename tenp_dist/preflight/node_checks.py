@@ -26,7 +26,7 @@ _PATIENCE_SECONDS = 10.0  # until a file that one node wrote is seen by another
 
 
 @dataclass(frozen=True)
-class Sight:
+class NodeView:
     """What one node sees.
 
     model: the checkpoint's fingerprint, or what is wrong where `model_seen` is false. probe: whether it saw the
@@ -41,13 +41,15 @@ class Sight:
     free: int
 
 
-def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], scratch: int = 0) -> Callable[[], Pool]:
-    """The same factory; the pool that it makes has passed `check_places`."""
+def with_node_checks(
+    make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], scratch: int = 0
+) -> Callable[[], Pool]:
+    """The same factory; the pool that it makes has passed `check_nodes`."""
 
     def make() -> Pool:
         pool = make_pool()
         try:
-            check_places(pool, job, facts, scratch)
+            check_nodes(pool, job, facts, scratch)
         except BaseException:
             pool.close()
             raise
@@ -56,7 +58,7 @@ def checked(make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], s
     return make
 
 
-def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 0) -> None:
+def check_nodes(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 0) -> None:
     """Ask every node. facts: of the source, as the driver sees it. scratch: bytes of what is made and removed again.
 
     Raises:
@@ -67,18 +69,18 @@ def check_places(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 
     with atomic_write(job.run_dir / probe):
         pass
     try:
-        seen = pool.each_node(look, job.model, job.run_dir, probe)
+        seen = pool.each_node(inspect_node, job.model, job.run_dir, probe)
         needed = max(0, room_needed(job, facts) + scratch - _written(job.run_dir))
-        for node, sight in seen.items():
-            _check_model(node, job.model, sight, facts["fingerprint"])
-            _check_run_dir(node, job.run_dir, sight)
-            _check_room(node, job.run_dir, sight, needed)
+        for node, view in seen.items():
+            _check_model(node, job.model, view, facts["fingerprint"])
+            _check_run_dir(node, job.run_dir, view)
+            _check_disk_space(node, job.run_dir, view, needed)
     finally:
         for path in job.run_dir.glob(f"{probe}*"):
             path.unlink(missing_ok=True)
 
 
-def look(model: Path, run_dir: Path, probe: str) -> Sight:
+def inspect_node(model: Path, run_dir: Path, probe: str) -> NodeView:
     """What this node sees; runs there."""
     try:
         fingerprint, seen = open_index(model).fingerprint, True
@@ -90,7 +92,7 @@ def look(model: Path, run_dir: Path, probe: str) -> Sight:
         os.close(os.open(run_dir / own, os.O_CREAT | os.O_WRONLY))
     except OSError as error:
         own, written = error.strerror or str(error), False
-    return Sight(fingerprint, seen, there, own, written, free_bytes(run_dir))
+    return NodeView(fingerprint, seen, there, own, written, free_bytes(run_dir))
 
 
 def _appears(path: Path) -> bool:
@@ -105,32 +107,32 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _check_model(node: str, model: Path, sight: Sight, fingerprint: str) -> None:
-    if not sight.model_seen:
+def _check_model(node: str, model: Path, view: NodeView, fingerprint: str) -> None:
+    if not view.model_seen:
         raise ClusterError(
             "A node does not see the model",
             where=f"node {node}: {model}",
-            found=sight.model,
+            found=view.model,
             wanted="the checkpoint, under the same path on every node",
             next_step="mount the storage on that node, copy the model there, or leave the node out",
         )
-    if sight.model != fingerprint:
+    if view.model != fingerprint:
         raise ClusterError(
             "A node sees another model under the same path",
             where=f"node {node}: {model}",
-            found=f"fingerprint {sight.model[:16]}",
+            found=f"fingerprint {view.model[:16]}",
             wanted=f"{fingerprint[:16]}, as on the driver's node",
             next_step="give every node the same checkpoint (config, index, headers and file sizes are compared)",
         )
 
 
-def _check_run_dir(node: str, run_dir: Path, sight: Sight) -> None:
+def _check_run_dir(node: str, run_dir: Path, view: NodeView) -> None:
     found = None
-    if not sight.probe:
-        found = "the folder is not there" if not sight.own_written else "a folder without the driver's probe file"
-    elif not sight.own_written:
-        found = sight.own
-    elif not _appears(run_dir / sight.own):
+    if not view.probe:
+        found = "the folder is not there" if not view.own_written else "a folder without the driver's probe file"
+    elif not view.own_written:
+        found = view.own
+    elif not _appears(run_dir / view.own):
         found = "what it writes there is not seen by the driver"
     if found is not None:
         raise ClusterError(
@@ -142,12 +144,12 @@ def _check_run_dir(node: str, run_dir: Path, sight: Sight) -> None:
         )
 
 
-def _check_room(node: str, run_dir: Path, sight: Sight, needed: int) -> None:
-    if sight.free < needed:
+def _check_disk_space(node: str, run_dir: Path, view: NodeView, needed: int) -> None:
+    if view.free < needed:
         raise DiskFullError(
             "Not enough space for the run",
             where=f"node {node}: {run_dir}",
-            found=f"{sight.free / 1e6:,.1f} MB free",
+            found=f"{view.free / 1e6:,.1f} MB free",
             wanted=f"about {needed / 1e6:,.1f} MB for scores, checkpoints, compensated weights and hidden states",
             next_step="free space or point run_dir at a larger file system; nothing was written yet",
         )

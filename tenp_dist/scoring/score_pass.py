@@ -17,16 +17,16 @@ from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.passes.layer_ops import check_finite, run_layer
-from tenp_dist.passes.layer_worker import PLAIN, Carrier, Hidden
-from tenp_dist.passes.pass_task import CarryTask
-from tenp_dist.passes.run_pass import Site, Summary, drive
+from tenp_dist.passes.layer_worker import SINGLE_STREAM, Hidden, LayerWorker
+from tenp_dist.passes.pass_task import PassTask
+from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
 from tenp_dist.scoring.partial_sums import Parts, check_ranks
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
-class ScoreTask(CarryTask):
+class ScoreTask(PassTask):
     """What a scoring worker needs. folder: where score files go."""
 
     def parts(self, rank: int = 0) -> Parts:
@@ -50,7 +50,7 @@ class Sums:
     stored: int
 
 
-class ScoreShard(Carrier):
+class ScoreShard(LayerWorker):
     """One rank of a shard that scores its layers."""
 
     task: ScoreTask
@@ -90,7 +90,7 @@ class ScoreShard(Carrier):
         """Add the wave to the layer's statistics, unless it is in them."""
         module = self.source.get(layer)
         experts = self.skeleton.experts_of(module)
-        batches, states = self._batches(wave), hidden[PLAIN]
+        batches, states = self._batches(wave), hidden[SINGLE_STREAM]
         if experts is None or self.sums_of(layer, experts).waves > wave:
             run_layer(self.frame, layer, module, batches, states, self._share)
         else:
@@ -148,18 +148,18 @@ def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int 
             )
 
 
-def score_model(site: Site, task: ScoreTask, moe_layers: Sequence[int]) -> Summary:
+def score_model(site: PassContext, task: ScoreTask, moe_layers: Sequence[int]) -> PassSummary:
     """Score all layers. task: settled (no `auto` in it); its ranks are those of the site.
 
     Raises:
-        ClusterError: as `drive`.
+        ClusterError: as `run_pass`.
         NumericalError: NaN or Inf in weights, activations or sums.
         StaleError: scoring was begun with another number of ranks.
     """
     task, waves = replace(task, ranks=site.cluster.tensor_parallel), task.count_waves()
     check_ranks(task.folder, task.ranks)
     scored = all(task.parts().waves(layer) == waves for layer in moe_layers)
-    done = drive(site, ScoreShard, task, finished=scored)
+    done = run_pass(site, ScoreShard, task, finished=scored)
     task.parts().join(moe_layers, waves)
     for folder in ("parts", "hidden"):  # what only an unfinished run needs
         shutil.rmtree(task.folder / folder, ignore_errors=True)

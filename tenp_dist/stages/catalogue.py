@@ -46,10 +46,10 @@ from tenp_dist.stages.run import (
     CORPUS,
     SELECTION,
     facts_of,
+    pass_context,
     plan_maker,
     settled_budget,
     settled_compute,
-    site_of,
     store_plan,
 )
 from tenp_dist.stages.written import MARK, verify_layout, write_layout
@@ -99,7 +99,7 @@ def _score(context: Context) -> Output:
     context.replace()
     compute = settled_compute(context, job.score.batch_tokens)
     task = ScoreTask(job.model, context.run_dir / CORPUS, scores, context.key, compute, waves=job.score.waves)
-    done = score_model(site_of(context, "score", compute), task, facts_of(context)["moe_layers"])
+    done = score_model(pass_context(context, "score", compute), task, facts_of(context)["moe_layers"])
     files = _score_files(context)
     digest = digest_of({path.name: file_digest(path) for path in files})
     rate = round(done.tokens / done.seconds) if done.seconds else None

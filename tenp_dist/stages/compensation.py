@@ -15,10 +15,10 @@ from tenp_dist.config import Job
 from tenp_dist.errors import VerifyError
 from tenp_dist.evaluation.plans import NamedPlan
 from tenp_dist.evaluation.variants import Variant
-from tenp_dist.passes.run_pass import Site
+from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.records import record_path
 from tenp_dist.pipeline.stage import Context, Output
-from tenp_dist.stages.run import CORPUS, domain_weights, facts_of, settled_compute, site_of
+from tenp_dist.stages.run import CORPUS, domain_weights, facts_of, pass_context, settled_compute
 
 FOLDER, DOCUMENT = "compensation", "compensation.json"
 
@@ -29,7 +29,7 @@ def compensate(context: Context) -> Output:
     target = Target(run_dir / "plan.safetensors", run_dir / FOLDER)
     task = CompensateTask(**_shared(context), folder=run_dir / FOLDER, targets=(target,))
     context.replace()
-    done = compensate_model(site_of(context, "compensate", task.compute), task)
+    done = compensate_model(pass_context(context, "compensate", task.compute), task)
     document = outcome(task, target, facts_of(context)["intermediate_size"])
     write_json(run_dir / DOCUMENT, document)
     files = [*layer_files(task, target), run_dir / DOCUMENT]
@@ -39,7 +39,7 @@ def compensate(context: Context) -> Output:
     return Output(files, digest, summary | {"tokens_per_second": rate})
 
 
-def variants_of(context: Context, site: Site, plans: Sequence[NamedPlan], folder: Path) -> dict[str, Variant]:
+def variants_of(context: Context, site: PassContext, plans: Sequence[NamedPlan], folder: Path) -> dict[str, Variant]:
     """The plans as variants of the source, by name; those to be measured compensated are solved first, in one pass.
 
     folder: of the stage. Equal plans share a folder in its `compensation/`, which holds W_down of their narrow experts;
@@ -64,7 +64,7 @@ def recheck(context: Context) -> dict[str, Any]:
         plan=run_dir / "plan.safetensors",
         compensation=run_dir / FOLDER,
     )
-    found = recheck_model(site_of(context, "verify", task.compute), task)
+    found = recheck_model(pass_context(context, "verify", task.compute), task)
     return {
         "ok": True,
         "experts_tried": found["tried"],

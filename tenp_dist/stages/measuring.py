@@ -16,7 +16,7 @@ from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
 from tenp_dist.checkpoint.source import source_index
 from tenp_dist.config import COMPENSATE, Job
-from tenp_dist.evaluation.measure import EvaluateTask, Pass, evaluate_model
+from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, evaluate_model
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import (
     NamedPlan,
@@ -32,7 +32,7 @@ from tenp_dist.evaluation.plans import (
 from tenp_dist.evaluation.selection import candidates, selection_document
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.layouts.table import layouts_of
-from tenp_dist.passes.run_pass import Site
+from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import Context, Output
 from tenp_dist.progress import Progress
 from tenp_dist.stages.compensation import variants_of
@@ -42,11 +42,11 @@ from tenp_dist.stages.run import (
     SELECTION,
     domain_weights,
     facts_of,
+    pass_context,
     plan_maker,
     plan_writer,
     settled_budget,
     settled_compute,
-    site_of,
     store_plan,
 )
 
@@ -94,7 +94,9 @@ def evaluate_stage(context: Context) -> Output:
     control = [_control(context)] if job.evaluation.checkpoint else []
     layouts = layouts_of(job)
     layout = "ragged" if "ragged" in layouts else layouts[0]
-    written = [Pass(run_dir / "checkpoint" / layout, {"pruned": Variant()})] if job.evaluation.checkpoint else []
+    written = (
+        [VariantsPass(run_dir / "checkpoint" / layout, {"pruned": Variant()})] if job.evaluation.checkpoint else []
+    )
     measured = Measured("evaluate", run_dir / HELD_OUT, run_dir / "evaluation", job.evaluation.batch_tokens)
     seen = seen_share(corpus, _calibrated_on(run_dir))
     figures = _measure(context, measured, [*control, *plans], written)
@@ -154,19 +156,19 @@ def _variants(context: Context, control: Sequence[NamedPlan], figures: Mapping[s
 
 
 def _measure(
-    context: Context, measured: Measured, plans: Sequence[NamedPlan], written: Sequence[Pass] = ()
+    context: Context, measured: Measured, plans: Sequence[NamedPlan], written: Sequence[VariantsPass] = ()
 ) -> dict[str, dict[str, Any]]:
     """variant -> its figures: the source, every plan of it, and what was written."""
     job, parts = context.job, 1 + any(plan.compensated for plan in plans)
     compute = settled_compute(context, measured.batch_tokens)
-    site = site_of(context, measured.stage, compute)
+    site = pass_context(context, measured.stage, compute)
     variants = variants_of(context, _part(site, 0, parts), plans, measured.folder)
-    passes = [Pass(job.model, {SOURCE: Variant(), **variants}), *written]
+    passes = [VariantsPass(job.model, {SOURCE: Variant(), **variants}), *written]
     task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
     return evaluate_model(_part(site, parts - 1, parts), task).summary()
 
 
-def _part(site: Site, number: int, parts: int) -> Site:
+def _part(site: PassContext, number: int, parts: int) -> PassContext:
     """The site, telling the progress of one of `parts` equal parts as that of the whole."""
     if parts == 1:
         return site

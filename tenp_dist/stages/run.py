@@ -16,7 +16,7 @@ from tenp_dist.config import Budget, Job
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
-from tenp_dist.passes.run_pass import Site
+from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import Context
 from tenp_dist.progress import Ledger
 from tenp_dist.run_files import layer_name
@@ -86,9 +86,9 @@ def settled_compute(context: Context, batch_tokens: int) -> Compute:
     return Compute("cuda" if on_gpu else "cpu", context.job.score.dtype, batch_tokens, context.pool.threads).settled()
 
 
-def site_of(context: Context, stage: str, compute: Compute) -> Site:
+def pass_context(context: Context, stage: str, compute: Compute) -> PassContext:
     """Where the stage's shards run. compute: settled."""
     facts, itemsize = facts_of(context), compute.torch_dtype.itemsize
     nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
     ledger = Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")
-    return Site(context.pool, context.job.cluster, nbytes, ledger, context.progress, active)
+    return PassContext(context.pool, context.job.cluster, nbytes, ledger, context.progress, active)
