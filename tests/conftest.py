@@ -126,7 +126,7 @@ def tenp(monkeypatch):
     from click.testing import CliRunner
 
     from tenp_dist.cli.main import cli
-    from tenp_dist.pool import base as local
+    from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.pool import ray_pool as pool
     from tenp_dist.stages import run as inputs
 
@@ -137,7 +137,7 @@ def tenp(monkeypatch):
         with monkeypatch.context() as patch:
             if not ray:
                 # one core: threads cost more than they do
-                patch.setattr(pool, "RayPool", lambda *_: local.InProcessPool(cores=1))
+                patch.setattr(pool, "RayPool", lambda *_: InProcessPool(cores=1))
             result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
         return SimpleNamespace(
             exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, exception=result.exception
