@@ -3,9 +3,20 @@
 Importing this package is enough to load a `ragged` checkpoint with the Auto classes of
 `transformers`, whichever of the two is imported first. It stays cheap: neither torch nor
 transformers is imported here, the families are registered when transformers loads its Auto modules.
+
+`run_job` runs a job from Python.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import wrapt
+
+if TYPE_CHECKING:
+    from tenp_dist.stages.run_job import run_job
+
+__all__ = ["run_job"]
 
 __version__ = "0.1.0"
 
@@ -22,3 +33,12 @@ def _register_models(module):
     from tenp_dist.runtime.auto_classes import register_models
 
     register_models(module)
+
+
+def __getattr__(name: str):
+    """`run_job`, imported when it is asked for: it needs torch."""
+    if name == "run_job":
+        from tenp_dist.stages.run_job import run_job
+
+        return run_job
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

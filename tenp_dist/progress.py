@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tenp_dist.errors import WorkerLost
-
-JOURNAL = "stages/progress.jsonl"
-
+from tenp_dist.run_files import RunFiles
 
 _INTERVAL = 2.0  # seconds between lines of a stage at work
 
@@ -24,7 +22,7 @@ class Journal:
     """Appends to the journal of a run directory."""
 
     def __init__(self, run_dir: Path):
-        self.path = run_dir / JOURNAL
+        self.path = RunFiles(run_dir).journal
         self._started = self._written = 0.0
         self._first: float | None = None
 

@@ -126,8 +126,8 @@ def tenp(monkeypatch):
     from click.testing import CliRunner
 
     from tenp_dist.cli.main import cli
-    from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.pool import ray_pool as pool
+    from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.stages import run as inputs
 
     handler = signal.getsignal(signal.SIGTERM)

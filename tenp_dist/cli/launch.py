@@ -132,11 +132,11 @@ def _status(run_dir: Path, as_json: bool, watch: bool) -> None:
 
     from tenp_dist.cli.status import draw
     from tenp_dist.launch.status import read_status
-    from tenp_dist.pipeline.names import STAGES
+    from tenp_dist.pipeline.names import STAGE_NAMES
 
     console = Console(highlight=False, soft_wrap=True)
     while True:
-        found = read_status(run_dir, list(STAGES))
+        found = read_status(run_dir, STAGE_NAMES)
         if as_json:
             click.echo(json.dumps(found.plain(), indent=None if watch else 2))
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, read_json, write_json
 from tenp_dist.errors import StaleError
+from tenp_dist.run_files import RunFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class StageRecord:
     schema_version: int = SCHEMA_VERSION
 
     def write(self, run_dir: Path) -> None:
-        write_json(record_path(run_dir, self.stage), asdict(self))
+        write_json(RunFiles(run_dir).record(self.stage), asdict(self))
 
     def intact(self, run_dir: Path) -> bool:
         """Whether every file that the stage wrote is still there at its size."""
@@ -41,13 +42,9 @@ class StageRecord:
         return [name for name, size in self.files.items() if _size(run_dir / name) != size]
 
 
-def record_path(run_dir: Path, stage: str) -> Path:
-    return run_dir / "stages" / f"{stage}.json"
-
-
 def read_record(run_dir: Path, stage: str) -> StageRecord | None:
     """The record of `stage`, or None if the stage never finished under this schema."""
-    path = record_path(run_dir, stage)
+    path = RunFiles(run_dir).record(stage)
     if not path.exists():
         return None
     try:
