@@ -87,18 +87,18 @@ def digests(
     """Case -> relative path -> sha256."""
     with tempfile.TemporaryDirectory(prefix="tenp-bytes-") as temporary:
         folder = (keep or Path(temporary)).resolve()
-        return {case: dict(files_of(run)) for case, run in runs(folder, model, texts) if not cases or case in cases}
+        return {case: dict(files_of(run)) for case, run in runs(folder, model, texts, cases)}
 
 
-def runs(folder: Path, model: Path | None, texts: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """The cases, each run when it is asked for."""
+def runs(folder: Path, model: Path | None, texts: Sequence[Path], cases: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The cases named, or all; each is run when it is asked for."""
     os.environ |= {"TENP_RUNS": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     for split in ("calibration", "evaluation"):
         if not list((folder / "quickstart-text").glob(f"*.{split}.jsonl")):
             script = [sys.executable, ROOT / "scripts/stdlib_text.py", "--split", split]
             subprocess.run([*script, "--out", folder / "quickstart-text"], check=True, stdout=subprocess.DEVNULL)
-    for case, settings in CASES.items():
-        yield case, run(QUICKSTART, folder / case, settings)
+    for case in cases or CASES:
+        yield case, run(QUICKSTART, folder / case, CASES[case])
     if model is not None:
         sources = [{"path": str(text.resolve()), "domain": text.name.split(".")[0], "samples": 16} for text in texts]
         job = {"model": str(model.resolve()), "run_dir": "larger"}

@@ -50,13 +50,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this run alone; a run that dies lets go of it.
+def exclusive(path: Path, run_dir: Path) -> Iterator[None]:
+    """Hold a run directory for this run alone, by its lock file; a run that dies lets go of it.
 
     Raises:
         OutputError: another run is at work there.
     """
-    path = Path(run_dir) / "stages" / ".lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = open(path, "a")  # noqa: SIM115 held until the end of the run

@@ -1,6 +1,6 @@
 """Scores and plan of a trained model against an independent brute force, in float32; the plan in bfloat16 too.
 
-The brute force is tests/brute_force.py: the stock model in one piece, loops over experts, float64, the
+The brute force is tests/helpers/brute_force.py: the stock model in one piece, loops over experts, float64, the
 F x T x D tensor of single-neuron outputs built as the paper writes it. Prints the largest relative
 error of every statistic (relative to the largest entry of the same expert, or of the same layer for
 statistics per expert) and how many experts and neurons the two plans choose differently. Scored in bfloat16 some tokens
@@ -33,8 +33,8 @@ from scoring import ROOT, make_corpus
 @click.option("--slope", default="1", show_default=True)
 def main(model, texts, samples, length, retention, important, slope):
     import torch
-    from brute_force import brute_force_plan, brute_force_statistics
 
+    from helpers.brute_force import brute_force_plan, brute_force_statistics
     from tenp_dist.passes.layer_ops import microbatches
     from tenp_dist.pool.machine import available_cores
 

@@ -14,9 +14,7 @@ from tenp_dist.budget.plan import LayerPlan, Plan
 from tenp_dist.budget.trapezoid import exact_string
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.errors import StaleError
-
-PLAN_JSON = "plan.json"
-PLAN_TENSORS = "plan.safetensors"
+from tenp_dist.run_files import PLAN_JSON, PLAN_TENSORS
 
 
 def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tenp_dist.checkpoint.families.table import family_of
-from tenp_dist.checkpoint.source import source_index
-from tenp_dist.config import Job
+from tenp_dist.checkpoint.source import Source
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,8 @@ class Shape:
         return self.narrow[0] if len(set(self.narrow)) == 1 else None
 
 
-def layers_of_job(job: Job, facts: dict) -> list[MoeLayer]:
-    """The MoE layers of the job's model, in depth order. facts: of `facts.json`."""
-    config = source_index(job.model).config
-    family = family_of(config)
-    sizes = (facts["num_experts"], facts["intermediate_size"], family.groups(config), family.least_experts(config))
-    return [MoeLayer(layer, *sizes) for layer in facts["moe_layers"]]
+def moe_layers(source: Source) -> list[MoeLayer]:
+    """The MoE layers of a source, in depth order."""
+    facts, family, config = source.facts, source.family, source.index.config
+    sizes = (facts.num_experts, facts.intermediate_size, family.groups(config), family.least_experts(config))
+    return [MoeLayer(layer, *sizes) for layer in facts.moe_layers]

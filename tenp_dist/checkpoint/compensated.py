@@ -26,7 +26,7 @@ from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.checkpoint.recipes import OutputTensor
 from tenp_dist.checkpoint.writer import OutputShard, shard_header
 from tenp_dist.errors import NumericalError
-from tenp_dist.run_files import layer_name
+from tenp_dist.run_files import LAYER_FILES, layer_name
 
 COLUMNS = {"experts": "I64", "tokens": "I64", "damping": "F64", "energy": "F64", "before": "F64", "after": "F64"}
 
@@ -37,12 +37,6 @@ class CompensatedExpert:
 
     down_DW: torch.Tensor
     row: Sequence[float]
-
-
-def layer_file(folder: Path, layer: int, rank: int = 0, ranks: int = 1) -> Path:
-    """Where a rank's share of a layer lies."""
-    part = f".rank_{rank:03d}-of-{ranks:03d}" if ranks > 1 else ""
-    return folder / f"{layer_name(layer)}{part}.safetensors"
 
 
 def write_layer(
@@ -111,7 +105,7 @@ def open_compensated(folder: Path, layer: int | None = None) -> CheckpointIndex:
     Raises:
         SourceError: a file is truncated or contradictory.
     """
-    pattern = "layer_*.safetensors" if layer is None else f"{layer_name(layer)}.*safetensors"
+    pattern = LAYER_FILES if layer is None else f"{layer_name(layer)}.*safetensors"
     return index_files(folder, sorted(path.name for path in folder.glob(pattern)), skip=COLUMNS)
 
 

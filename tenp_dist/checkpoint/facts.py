@@ -1,17 +1,18 @@
-"""The facts of a source checkpoint, from config and headers alone (`facts.json`)."""
+"""The facts of a source checkpoint, typed, from config and headers alone (`facts.json`)."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
-from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.reader import check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
@@ -21,10 +22,7 @@ _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class ExpertLayers:
-    """Decoder layers with routed experts: ids, experts per layer, width and model width.
-
-    mtp_layers are layers past `num_hidden_layers` found by their tensors, never by the config.
-    """
+    """Decoder layers with routed experts, as config and headers agree on them; the fields of `Facts` of these names."""
 
     moe_layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
@@ -167,12 +165,90 @@ def _number(index: CheckpointIndex, key: str) -> int:
     return value
 
 
-def checkpoint_facts(index: CheckpointIndex) -> dict:
-    """Everything `facts.json` holds. Sizes in bytes, parameters in numbers.
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of parameters: of the whole checkpoint, and of routed experts."""
 
-    Sizes are those in the dtypes that the source is read in; `stored` is what lies on the disk, less where it is FP8.
+    total: int
+    routed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Sizes of a checkpoint's tensors, in the dtypes that they are read in.
+
+    total: of all tensors.
+    stored: of all tensors as they lie on the disk, less where the source is in FP8.
+    routed: of routed experts.
+    per_layer: decoder layer -> of its tensors, prediction layers included.
     """
-    family = family_of(index.config)
+
+    total: int
+    stored: int
+    routed: int
+    per_layer: Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What config and headers say of a source checkpoint; `facts.json` is its plain form.
+
+    model: name of its folder.
+    fingerprint: digest of config, index, headers and file sizes.
+    family: model_type of its row in the table of families.
+    architecture: the first of the config's architectures.
+    num_layers: decoder layers.
+    moe_layers: those that hold routed experts, ascending.
+    mtp_layers: multi-token prediction layers, found by their tensors.
+    num_experts: routed experts of a layer.
+    top_k: experts that a token goes to.
+    hidden_size: D, the model's width.
+    intermediate_size: F, neurons of an expert.
+    vocab_size: rows of the embedding.
+    dtypes: safetensors dtype -> bytes of tensors in it.
+    parameters, bytes: see there.
+    shards, tensors: files and tensors of the checkpoint.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    fingerprint: str
+    family: str
+    architecture: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int | None
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    dtypes: Mapping[str, int]
+    parameters: Parameters
+    bytes: Bytes
+    shards: int
+    tensors: int
+
+    def plain(self) -> dict[str, Any]:
+        """The content of `facts.json`."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_plain(cls, value: Mapping[str, Any]) -> Facts:
+        """What `plain` gave."""
+        nbytes = dict(value["bytes"])
+        nbytes["per_layer"] = {int(layer): size for layer, size in nbytes["per_layer"].items()}
+        lists = {name: tuple(value[name]) for name in ("moe_layers", "mtp_layers")}
+        parts = {"parameters": Parameters(**value["parameters"]), "bytes": Bytes(**nbytes)}
+        return cls(**{**value, **lists, **parts})
+
+
+def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
+    """Read them off the headers; every expert matrix is held against the config.
+
+    Raises:
+        UnsupportedModelError, SourceError: as `expert_layers`.
+    """
     layers = expert_layers(index, family)
     routed = len(layers.moe_layers) * layers.num_experts * 3 * layers.intermediate_size * layers.hidden_size
     experts = {
@@ -181,34 +257,33 @@ def checkpoint_facts(index: CheckpointIndex) -> dict:
         for expert in range(layers.num_experts)
         for matrix in NEURON_AXIS
     }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": index.folder.name,
-        "fingerprint": index.fingerprint,
-        "family": family.model_type,
-        "architecture": (index.config.get("architectures") or [family.model_type])[0],
-        "num_layers": layers.num_layers,
-        "moe_layers": list(layers.moe_layers),
-        "mtp_layers": list(layers.mtp_layers),
-        "num_experts": layers.num_experts,
-        "top_k": index.config.get("num_experts_per_tok"),
-        "hidden_size": layers.hidden_size,
-        "intermediate_size": layers.intermediate_size,
-        "vocab_size": _number(index, "vocab_size"),
-        "dtypes": _dtype_bytes(index.tensors),
-        "parameters": {"total": _parameters(index.tensors), "routed": routed},
-        "bytes": {
-            "total": index.nbytes,
-            "stored": sum(entry.stored_bytes for entry in index.tensors.values()),
-            "routed": sum(index.tensors[name].nbytes for name in experts),
-            "per_layer": {
-                str(layer): sum(index.tensors[name].nbytes for name in names)
+    return Facts(
+        model=index.folder.name,
+        fingerprint=index.fingerprint,
+        family=family.model_type,
+        architecture=(index.config.get("architectures") or [family.model_type])[0],
+        num_layers=layers.num_layers,
+        moe_layers=layers.moe_layers,
+        mtp_layers=layers.mtp_layers,
+        num_experts=layers.num_experts,
+        top_k=index.config.get("num_experts_per_tok"),
+        hidden_size=layers.hidden_size,
+        intermediate_size=layers.intermediate_size,
+        vocab_size=_number(index, "vocab_size"),
+        dtypes=_dtype_bytes(index.tensors),
+        parameters=Parameters(total=_parameters(index.tensors), routed=routed),
+        bytes=Bytes(
+            total=index.nbytes,
+            stored=sum(entry.stored_bytes for entry in index.tensors.values()),
+            routed=sum(index.tensors[name].nbytes for name in experts),
+            per_layer={
+                layer: sum(index.tensors[name].nbytes for name in names)
                 for layer, names in sorted(layers_of(index, family).items())
             },
-        },
-        "shards": len(index.files),
-        "tensors": len(index.tensors),
-    }
+        ),
+        shards=len(index.files),
+        tensors=len(index.tensors),
+    )
 
 
 def _dtype_bytes(tensors: Mapping[str, TensorEntry]) -> dict[str, int]:

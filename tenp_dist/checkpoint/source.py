@@ -1,14 +1,45 @@
-"""The source checkpoint, opened once."""
+"""The source checkpoint, opened once: what is in it, of which family it is, and its sizes."""
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 from pathlib import Path
 
+from tenp_dist.checkpoint.facts import Facts, checkpoint_facts
+from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 
 
-@functools.cache
-def source_index(model: Path) -> CheckpointIndex:
-    """The headers of the source, read once in a process."""
-    return open_index(model)
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to prune.
+
+    index: config, and where every tensor lies.
+    family: how its tensors are named.
+    facts: its sizes, checked against the config; `facts.json` is their plain form.
+    """
+
+    index: CheckpointIndex
+    family: Family
+    facts: Facts
+
+    @property
+    def folder(self) -> Path:
+        return self.index.folder
+
+    @property
+    def fingerprint(self) -> str:
+        return self.index.fingerprint
+
+
+def open_source(folder: Path) -> Source:
+    """Read config, index and headers.
+
+    Raises:
+        SourceError: anything missing, truncated or contradictory.
+        UnsupportedModelError: not a Mixture-of-Experts model of a known family, or stored in a form that is not read.
+    """
+    index = open_index(folder)
+    family = family_of(index.config)
+    return Source(index, family, checkpoint_facts(index, family))

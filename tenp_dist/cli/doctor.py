@@ -5,33 +5,31 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tenp_dist.config import Job
 from tenp_dist.errors import TenpError
 from tenp_dist.job_file import load_job
 from tenp_dist.launch.doctor import Finding, examine
 from tenp_dist.pool.base import Pool
 from tenp_dist.pool.in_process import InProcessPool
-from tenp_dist.preflight.disk_space import scratch
-from tenp_dist.preflight.job_checks import preflight
 from tenp_dist.preflight.node_checks import check_nodes
+from tenp_dist.stages.run import Run
+from tenp_dist.stages.run_job import checked_run
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 def visit(address: str | None, job: Path | None, run_dir: Path | None) -> Mapping[str, Sequence[Finding]]:
     """Node -> its findings; without an address, of this machine."""
-    loaded, facts, of_job = _job(job, run_dir)
-    folder = loaded.run_dir if loaded else (run_dir or Path.cwd()).resolve()
+    run, of_job = _job(job, run_dir)
+    folder = run.job.run_dir if run else (run_dir or Path.cwd()).resolve()
     here = platform.node() or "this machine"
     if address is None:
         findings = {here: examine(folder)}
         ray = [Finding("Ray", "ok", "no cluster given: a local one is started for a run")]
-        return findings | {"cluster": ray} | _places(InProcessPool(), loaded, facts, of_job)
+        return findings | {"cluster": ray} | _places(InProcessPool(), run, of_job)
     from tenp_dist.pool.ray_pool import RayPool
 
     try:
@@ -41,38 +39,37 @@ def visit(address: str | None, job: Path | None, run_dir: Path | None) -> Mappin
     try:
         nodes = dict(pool.each_node(examine, folder))
         cluster = {"cluster": [Finding("Ray", "ok", pool.describe())]}
-        return nodes | cluster | _places(pool, loaded, facts, of_job)
+        return nodes | cluster | _places(pool, run, of_job)
     finally:
         pool.close()
 
 
-def _job(path: Path | None, run_dir: Path | None) -> tuple[Job | None, dict[str, Any], list[Finding]]:
-    """The job and the facts of its model, if both are there, and what was found."""
+def _job(path: Path | None, run_dir: Path | None) -> tuple[Run | None, list[Finding]]:
+    """The run of the job, None where something speaks against it, and what was found."""
     if path is None:
-        return None, {}, []
+        return None, []
     try:
-        job = load_job(path, run_dir=run_dir)
-        facts = preflight(job)
+        run = checked_run(load_job(path, run_dir=run_dir))
     except TenpError as error:
-        return None, {}, [_failed("Job", error)]
-    found = (
-        f"{facts['model']}, {facts['family']}, {len(facts['moe_layers'])} MoE layers x {facts['num_experts']} experts"
-    )
-    return job, facts, [Finding("Job", "ok", found)]
+        return None, [_failed("Job", error)]
+    facts = run.source.facts
+    found = f"{facts.model}, {facts.family}, {len(facts.moe_layers)} MoE layers x {facts.num_experts} experts"
+    return run, [Finding("Job", "ok", found)]
 
 
-def _places(pool: Pool, job: Job | None, facts: Mapping[str, Any], of_job: list[Finding]) -> dict[str, list[Finding]]:
+def _places(pool: Pool, run: Run | None, of_job: list[Finding]) -> dict[str, list[Finding]]:
     """The job's findings, with what the nodes see of its model, run directory and space."""
-    if job is None:
+    if run is None:
         return {"job": of_job} if of_job else {}
-    there = job.run_dir.exists()
+    run_dir = run.job.run_dir
+    there = run_dir.exists()
     try:
-        check_nodes(pool, job, facts, scratch(job, facts))
+        check_nodes(pool, run.job, run.source)
         seen = Finding("Paths", "ok", "every node sees model, run directory and enough space")
     except TenpError as error:
         seen = _failed("Paths", error)
-    if not there and job.run_dir.is_dir() and not any(job.run_dir.iterdir()):
-        job.run_dir.rmdir()
+    if not there and run_dir.is_dir() and not any(run_dir.iterdir()):
+        run_dir.rmdir()
     return {"job": [*of_job, seen]}
 
 

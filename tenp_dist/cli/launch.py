@@ -69,8 +69,8 @@ def _slurm(
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    options = [*cluster_options(given, nodes, gpus), *words]
-    script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=options, **values)
+    settings = [*cluster_options(given, nodes, gpus), *words]
+    script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=settings, **values)
     path = out or Path(f"{job.stem}.sbatch")
     write_script(path, script, overwrite=overwrite)
     click.echo(f"Script:  {path}")
@@ -132,11 +132,11 @@ def _status(run_dir: Path, as_json: bool, watch: bool) -> None:
 
     from tenp_dist.cli.status import draw
     from tenp_dist.launch.status import read_status
-    from tenp_dist.pipeline.names import STAGES
+    from tenp_dist.pipeline.names import STAGE_NAMES
 
     console = Console(highlight=False, soft_wrap=True)
     while True:
-        found = read_status(run_dir, list(STAGES))
+        found = read_status(run_dir, STAGE_NAMES)
         if as_json:
             click.echo(json.dumps(found.plain(), indent=None if watch else 2))
         else:

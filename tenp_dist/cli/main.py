@@ -1,4 +1,4 @@
-"""The command line. Thin: parse, load the job, hand it to the coordinator, draw what it tells.
+"""The command line. Thin: parse, load the job, run its stages, draw what they tell.
 
 Nothing heavy is imported before a command runs, so that --help is instant.
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tenp_dist import __version__
 from tenp_dist.cli import launch
 from tenp_dist.cli.outcome import exit_on_error, with_examples
-from tenp_dist.errors import JobError
-from tenp_dist.pipeline.names import EXAMPLES, STAGES
+from tenp_dist.pipeline.names import STAGES
+
+if TYPE_CHECKING:
+    from tenp_dist.config import Job
+    from tenp_dist.pool.base import Pool
+
+RUN_EXAMPLES = ("JOB.yaml", "JOB.yaml --set budget.retention=0.5 --run-dir runs/half", "JOB.yaml --json > result.json")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -72,47 +77,35 @@ def _execute_stages(
     loaded = load_job(job, overrides, run_dir, plans)
 
     from tenp_dist.cli.view import View, print_summary, quieten
-    from tenp_dist.pipeline.runner import PipelineRunner
-    from tenp_dist.pool.in_process import InProcessPool
-    from tenp_dist.pool.ray_pool import RayPool
-    from tenp_dist.preflight.disk_space import scratch
-    from tenp_dist.preflight.job_checks import preflight
-    from tenp_dist.preflight.node_checks import with_node_checks
-    from tenp_dist.stages.catalogue import stages_for
+    from tenp_dist.stages.catalogue import stages_of, why_not_asked
+    from tenp_dist.stages.run_job import checked_run, run_stages
 
     quieten()
-    facts = preflight(loaded)
-    stages = stages_for(loaded)
-    chosen = names or [stage.name for stage in stages]
-    for name in set(chosen) - {stage.name for stage in stages}:
-        raise _not_asked_for(name, job)
-    with View(total=len(chosen)) as view:
-        limits = loaded.cluster.start_timeout, loaded.cluster.stall_timeout
-        make_pool = InProcessPool if debug else functools.partial(RayPool, address, *limits)
-        make_pool = with_node_checks(make_pool, loaded, facts, scratch(loaded, facts))
-        coordinator = PipelineRunner(loaded, stages, view.announce(make_pool), view, overwrite=overwrite)
-        records = coordinator.run(chosen)
-    result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}
+    checked = checked_run(loaded)
+    for name in names or ():
+        error = why_not_asked(checked, name)
+        if error is not None:
+            error.where = job
+            raise error
+    with View(total=len(names or stages_of(checked))) as view:
+        make_pool = view.announce(_pool_maker(loaded, address, debug))
+        records = run_stages(checked, names, make_pool, view, overwrite=overwrite)
+    summaries = {name: dict(record.summary) for name, record in records.items()}
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps({"run_dir": str(loaded.run_dir), "stages": summaries}, indent=2))
     else:
-        print_summary(loaded, result["stages"])
+        print_summary(loaded, summaries)
 
 
-def _not_asked_for(stage: str, job: Path) -> JobError:
-    """A stage that the job has no use for."""
-    from tenp_dist.job_file import no_evaluation
+def _pool_maker(job: Job, address: str | None, debug: bool) -> Callable[[], Pool]:
+    """Where the work runs: what the caller of the command line put in its context, this process, or Ray."""
+    from tenp_dist.pool.in_process import InProcessPool
+    from tenp_dist.stages.run_job import ray_pool_maker
 
-    if stage == "compensate":
-        return JobError("The job does not compensate", where=job, next_step="set output.compensate to true")
-    if stage == "select":
-        return JobError(
-            "Nothing in the job's budget is to be chosen",
-            where=job,
-            wanted="important: auto or slope: auto",
-            next_step="plan as the budget says, or set one of them to auto",
-        )
-    return no_evaluation(job)
+    given: Callable[[], Pool] | None = click.get_current_context().obj
+    if given is not None:
+        return given
+    return InProcessPool if debug else ray_pool_maker(job, address)
 
 
 def _plans_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -130,21 +123,17 @@ def _plans_option(command: Callable[..., None]) -> Callable[..., None]:
     return option(click.argument("more_plans", nargs=-1, type=path, metavar="")(joined))
 
 
-def _add_command(name: str, names: list[str] | None, text: str) -> None:
+def _add_command(name: str, names: list[str] | None, text: str, examples: Sequence[str]) -> None:
     def run(**options: Any) -> None:
         _execute(names, **options)
 
     command = _plans_option(run) if name == "evaluate" else run
-    cli.command(name, help=with_examples(name, text, EXAMPLES[name]))(_options(command))
+    cli.command(name, help=with_examples(name, text, examples))(_options(command))
 
 
-_add_command("run", None, "Run every stage of a job and skip those already done.")
-
-
-for _name, _text in STAGES.items():
-    _add_command(_name, [_name], _text)
-
-
+_add_command("run", None, "Run every stage of a job and skip those already done.", RUN_EXAMPLES)
+for _stage in STAGES:
+    _add_command(_stage.name, [_stage.name], _stage.help, _stage.examples)
 for _command in launch.COMMANDS:
     cli.add_command(_command)
 

@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tenp_dist.cli.view import size
 from tenp_dist.launch.status import RunStatus
+from tenp_dist.report.text import size
 
 _SIGNS = {
     "done": "[green]done[/green]",
@@ -50,7 +50,7 @@ def _details(status: RunStatus) -> str:
     if status.bytes_per_second:
         parts.append(f"{status.bytes_per_second / 1e6:,.0f} MB/s")
     if status.memory:
-        parts.append(f"{len(status.memory)} workers, largest {size(max(status.memory))}")
+        parts.append(f"{len(status.memory)} workers, largest {size(max(status.memory), 2)}")
     if status.eta_seconds is not None and status.state == "running":
         parts.append(f"{duration(status.eta_seconds)} left")
     return ", ".join(parts)

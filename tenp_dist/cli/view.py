@@ -23,6 +23,7 @@ from tenp_dist.pipeline.records import StageRecord
 from tenp_dist.pipeline.stage import Listener, Stage
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress as Step
+from tenp_dist.report.text import size
 
 _WIDE = 120  # columns from which a table shows every domain
 _LISTED = 4  # workers whose memory is shown one by one
@@ -101,7 +102,9 @@ class View(Listener):
 
     def finished(self, stage: Stage, record: StageRecord, seconds: float) -> None:
         self._close()
-        self.console.print(f"{self._label(stage)} [green]done[/green] [dim]{seconds:.1f} s  {_gist(record)}[/dim]")
+        self.console.print(
+            f"{self._label(stage)} [green]done[/green] [dim]{seconds:.1f} s  {stage.gist(record.summary)}[/dim]"
+        )
         for warning in record.summary.get("warnings", ()):
             self.console.print(f"      [yellow]warning:[/yellow] {warning}")
 
@@ -122,40 +125,12 @@ def describe(progress: Step) -> str:
     if progress.bytes_per_second is not None:
         parts.append(f"{progress.bytes_per_second / 1e6:,.0f} MB/s")
     if progress.memory:
-        low, high, count = size(min(progress.memory)), size(max(progress.memory)), len(progress.memory)
-        each = " + ".join(map(size, progress.memory)) if count <= _LISTED else f"{low} to {high}"
+        low, high, count = size(min(progress.memory), 2), size(max(progress.memory), 2), len(progress.memory)
+        each = " + ".join(size(nbytes, 2) for nbytes in progress.memory) if count <= _LISTED else f"{low} to {high}"
         parts.append(f"{count} worker{'s' * (count != 1)}, {each}")
     if progress.retries:
         parts.append(f"{progress.retries} started again")
     return ", ".join(parts)
-
-
-def _gist(record: StageRecord) -> str:
-    """The few words of a stage's summary that belong on its line."""
-    summary = record.summary
-    if record.stage == "inspect":
-        return (
-            f"{summary['family']}, {summary['moe_layers']} MoE layers x {summary['num_experts']} experts"
-            f" x {summary['intermediate_size']} neurons, {size(summary['bytes'])}"
-        )
-    if record.stage == "calibrate":
-        return ", ".join(f"{domain} {count:,}" for domain, count in summary["tokens"].items()) + " tokens"
-    if record.stage == "score":
-        shards = f", {len(summary['shards'])} shards {summary['mode']}" if len(summary["shards"]) > 1 else ""
-        resumed = f", {summary['resumed']:.0%} was there already" if summary["resumed"] else ""
-        return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s{shards}{resumed}"
-    if record.stage == "select":
-        return ", ".join(f"{key} {value}" for key, value in summary["chosen"].items())
-    if record.stage == "plan":
-        return f"kept {summary['retention']['realised']:.2%} of routed parameters"
-    if record.stage == "compensate":
-        return (
-            f"{summary['compensated']} experts, {summary['damped']} damped, {summary['left_alone']} left alone,"
-            f" error {summary['before']:.1%} -> {summary['after']:.1%} of their energy"
-        )
-    if record.stage in ("write", "verify"):
-        return ", ".join(f"{name} {size(layout['bytes'])}" for name, layout in summary["layouts"].items())
-    return summary.get("page", "")
 
 
 def print_summary(job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
@@ -187,7 +162,7 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     label = "Experts kept" if removed else "Whole experts"
     table.add_row(label, f"{experts['whole']} of {experts['total']}, the others {others}")
     for name, layout in stages.get("write", {}).get("layouts", {}).items():
-        table.add_row(f"Size, {name}", f"{size(layout['bytes_before'])} -> {size(layout['bytes'])}")
+        table.add_row(f"Size, {name}", f"{size(layout['bytes_before'], 2)} -> {size(layout['bytes'], 2)}")
     console.print(table)
     console.print()
 
@@ -272,11 +247,3 @@ def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, 
         console.print("  tenp-dist run JOB.yaml --set budget.retention=0.45 --overwrite")
     elif not layouts:
         console.print(f"Run directory: {job.run_dir}", soft_wrap=True)
-
-
-def size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

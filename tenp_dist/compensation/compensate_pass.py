@@ -27,7 +27,6 @@ from tenp_dist.checkpoint.compensated import (
     CompensatedExpert,
     compensated_tensors,
     copy_layer,
-    layer_file,
     made_from,
     read_table,
     write_layer,
@@ -38,6 +37,7 @@ from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
 from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
 from tenp_dist.passes.run_pass import PassContext, PassSummary
+from tenp_dist.run_files import LAYER_FILES, layer_file
 
 FEW = 0.1  # share of narrow experts with few tokens above which there is a warning
 
@@ -139,7 +139,7 @@ def compensate_model(site: PassContext, task: CompensateTask) -> PassSummary:
     done = run_layer_sums(site, CompensateShard, task)
     for target in task.targets:
         drop_leftovers(target.folder)
-        for path in set(target.folder.glob("layer_*.safetensors")) - set(layer_files(task, target)):
+        for path in set(target.folder.glob(LAYER_FILES)) - set(layer_files(task, target)):
             path.unlink()  # begun with another number of ranks
     return done
 

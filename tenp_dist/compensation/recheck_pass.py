@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tenp_dist.artifacts import read_json, write_json
-from tenp_dist.checkpoint.compensated import layer_file, open_compensated, read_table
+from tenp_dist.checkpoint.compensated import open_compensated, read_table
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.checkpoint.reader import TensorReader
@@ -32,7 +32,7 @@ from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
 from tenp_dist.passes.run_pass import PassContext
-from tenp_dist.run_files import layer_name
+from tenp_dist.run_files import layer_file, layer_name, rank_name
 
 SAMPLE = 8  # experts of a layer, per rank
 
@@ -52,7 +52,7 @@ class RecheckTask(LayerSumTask):
     ridge: float = 0.01
 
     def result(self, layer: int, rank: int) -> Path:
-        return self.folder / f"{layer_name(layer)}.rank_{rank:03d}.json"
+        return self.folder / f"{layer_name(layer)}.{rank_name(rank)}.json"
 
     def done_by(self, layer: int, rank: int) -> bool:
         path = self.result(layer, rank)

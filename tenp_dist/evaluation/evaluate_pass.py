@@ -24,6 +24,7 @@ from tenp_dist.passes.hidden_states import HiddenStateFiles
 from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
 from tenp_dist.passes.layer_worker import Hidden, LayerWorker
 from tenp_dist.passes.pass_task import PassTask
+from tenp_dist.run_files import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class VariantsTask(PassTask):
 
     @property
     def boundaries(self) -> HiddenStateFiles:
-        return HiddenStateFiles(self.folder / "hidden" / str(self.number), self.file_key)
+        return HiddenStateFiles(self.folder / HIDDEN / str(self.number), self.file_key)
 
     def streams(self) -> Streams:
         return Streams(self.variants, self.layers)

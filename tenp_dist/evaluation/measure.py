@@ -33,6 +33,7 @@ from tenp_dist.passes.run_pass import PassContext, run_pass
 from tenp_dist.passes.schedule import split_waves
 from tenp_dist.pool.base import Retries
 from tenp_dist.progress import Progress
+from tenp_dist.run_files import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def evaluate_model(site: PassContext, task: EvaluateTask) -> Metrics:
 
 def drop_hidden(task: EvaluateTask) -> None:
     """Remove what an evaluation goes on from; for when its figures are in a file."""
-    shutil.rmtree(task.folder / "hidden", ignore_errors=True)
+    shutil.rmtree(task.folder / HIDDEN, ignore_errors=True)
 
 
 def _shifted(site: PassContext, before: int, total: int) -> PassContext:

@@ -19,6 +19,7 @@ from tenp_dist.budget.plan import Plan, control_budget
 from tenp_dist.budget.plan_files import plan_pair, read_plan_pair
 from tenp_dist.config import COMPENSATE, Budget
 from tenp_dist.errors import BudgetError, JobError, StaleError
+from tenp_dist.run_files import PLAN_JSON
 from tenp_dist.scoring.methods import registry
 
 MakePlan = Callable[[Budget], Plan]
@@ -158,7 +159,7 @@ def given_plans(paths: Iterable[Path], fingerprint: str) -> list[NamedPlan]:
                 wanted=fingerprint,
                 next_step="plan again for this model, or evaluate with the job of the model that was planned",
             )
-        name = text.parent.name if text.name == "plan.json" else text.stem
+        name = text.parent.name if text.name == PLAN_JSON else text.stem
         same = sum(plan.name.split(" (")[0] == name for plan in plans) + (name in _MEASURED_ANYWAY)
         plans.append(NamedPlan(f"{name} ({same + 1})" if same else name, text, tensors, document))
     return plans

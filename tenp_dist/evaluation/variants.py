@@ -14,7 +14,7 @@ from pathlib import Path
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.checkpoint.compensated import made_from
 from tenp_dist.checkpoint.kept import layer_digests
-from tenp_dist.run_files import layer_of_name
+from tenp_dist.run_files import LAYER_FILES, layer_of_name
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Variant:
 
     def _solved(self) -> dict[int, list]:
         """Layer -> what its compensated files were made from."""
-        files = sorted(self.compensation.glob("layer_*.safetensors")) if self.compensation else []
+        files = sorted(self.compensation.glob(LAYER_FILES)) if self.compensation else []
         solved: dict[int, list] = {}
         for path in files:
             solved.setdefault(layer_of_name(path.name), []).append(made_from(path))

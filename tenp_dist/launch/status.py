@@ -17,6 +17,7 @@ from typing import Any
 
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.records import read_record
+from tenp_dist.run_files import RunFiles
 
 SILENT_SECONDS = 120.0
 """Without news for longer, a run that has not ended may have been killed."""
@@ -24,11 +25,21 @@ SILENT_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class RunStatus:
-    """state: empty, running, silent, failed or finished. stages: name -> done, running, failed or waiting.
+    """How a run stands.
 
-    stage, note: what is at work, e.g. `score`, `layers 0-3, wave 4`; layer: the last one named there. done: share of
-    the stage, 0 to 1. tokens_per_second, bytes_per_second, eta_seconds: as far as they are known. retries: workers
-    that were lost and started again. memory: resident bytes per worker. news: seconds since anything was written.
+    run_dir: its directory.
+    state: empty, running, silent, failed or finished.
+    stages: name -> done, running, failed, unfinished or waiting.
+    stage: the one at work.
+    note: what is at work in it, e.g. `layers 0-3, wave 4`.
+    layer: the last one that the note names.
+    done: share of the stage, 0 to 1.
+    tokens_per_second, bytes_per_second, eta_seconds: as far as they are known.
+    retries: workers that were lost and started again.
+    memory: resident bytes of every worker.
+    last_error: of the stages and of lost workers, the latest.
+    news: seconds since anything was written.
+    files: what a finished run offers to look at.
     """
 
     run_dir: str
@@ -63,10 +74,10 @@ def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -
     """
     if not run_dir.is_dir():
         raise JobError("Run directory not found", where=run_dir, next_step="give the run_dir of a job")
-    now = time.time() if now is None else now
+    now, files = time.time() if now is None else now, RunFiles(run_dir)
     finished = [name for name in order if read_record(run_dir, name) is not None]
-    journal = list(_lines(run_dir / "stages/progress.jsonl"))
-    units = {name: list(_lines(run_dir / "stages" / f"{name}.ledger.jsonl")) for name in order}
+    journal = list(_lines(files.journal))
+    units = {name: list(_lines(files.ledger(name))) for name in order}
     stage = _stage_at_work(finished, journal)
     figures = _figures(stage, journal, units[stage]) if stage else {}
     error = _last_error(journal, units)
@@ -85,7 +96,7 @@ def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -
         retries=max(lost, figures.pop("retries", 0) or 0),
         last_error=error,
         news=news,
-        files=_files(run_dir),
+        files=_offered(files),
         **figures,
     )
 
@@ -167,7 +178,7 @@ def _last_error(journal: Sequence[Mapping], units: Mapping[str, Sequence[Mapping
     return max(errors)[1] if errors else None
 
 
-def _files(run_dir: Path) -> dict[str, str]:
+def _offered(files: RunFiles) -> dict[str, str]:
     """What a finished run offers to look at."""
-    places = {"checkpoints": "checkpoint", "report": "report/index.html", "evaluation": "evaluation.json"}
-    return {what: str(run_dir / name) for what, name in places.items() if (run_dir / name).exists()}
+    places = {"checkpoints": files.checkpoints, "report": files.report_page, "evaluation": files.evaluation}
+    return {what: str(path) for what, path in places.items() if path.exists()}

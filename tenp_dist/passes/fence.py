@@ -13,13 +13,14 @@ from pathlib import Path
 
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.errors import WorkerLost
+from tenp_dist.run_files import owner_file
 
 
 class Fence:
     """The mark of one rank of the shard that begins at layer `start`."""
 
     def __init__(self, folder: Path, start: int, rank: int):
-        self.path = folder / "owners" / f"layer_{start:05d}.rank_{rank:03d}"
+        self.path = owner_file(folder, start, rank)
         self._mark = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4()}".encode()
 
     def take(self) -> None:

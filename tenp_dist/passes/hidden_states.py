@@ -8,7 +8,6 @@ fit the host memory declared for them live here between layers.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,7 @@ import torch
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.errors import StaleError, first_line
 from tenp_dist.model.memory import own_copy
-from tenp_dist.run_files import layer_name
-
-_NAME = re.compile(r"wave_(\d+)\.layer_(\d+)\.safetensors$")
-
+from tenp_dist.run_files import stored_layers, wave_file
 
 _PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds, between tries to open a file that is listed
 
@@ -86,11 +82,10 @@ class HiddenStateFiles:
         return safe_open(self._path(wave, layer), framework="pt")
 
     def _layers(self, wave: int) -> list[int]:
-        found = (_NAME.search(path.name) for path in self.folder.glob(f"wave_{wave:03d}.*"))
-        return [int(match[2]) for match in found if match]
+        return stored_layers(self.folder, wave)
 
     def _path(self, wave: int, layer: int) -> Path:
-        return self.folder / f"wave_{wave:03d}.{layer_name(layer)}.safetensors"
+        return wave_file(self.folder, wave, layer)
 
     def _ours(self, wave: int, layer: int) -> bool:
         from safetensors import SafetensorError

@@ -20,6 +20,7 @@ from tenp_dist.passes.layer_ops import check_finite, run_layer
 from tenp_dist.passes.layer_worker import SINGLE_STREAM, Hidden, LayerWorker
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
+from tenp_dist.run_files import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LayerSumTask(PassTask):
 
     moe: Sequence[int] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
-    hidden: str = "hidden"
+    hidden: str = HIDDEN
 
     def done_by(self, layer: int, rank: int) -> bool:
         """Whether a rank has stored its result of a layer."""

@@ -11,6 +11,7 @@ from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.hidden_states import HiddenStateFiles
 from tenp_dist.passes.layer_ops import microbatches
 from tenp_dist.passes.schedule import Mode, split_waves
+from tenp_dist.run_files import HIDDEN, worker_logs
 
 DEFAULT_WAVES = 8
 
@@ -43,11 +44,11 @@ class PassTask:
     @property
     def logs(self) -> Path:
         """Where the workers' logs go: beside the folder, for they outlive it."""
-        return self.folder.parent / "logs" / self.folder.name
+        return worker_logs(self.folder)
 
     @property
     def boundaries(self) -> HiddenStateFiles:
-        return HiddenStateFiles(self.folder / "hidden", self.file_key)
+        return HiddenStateFiles(self.folder / HIDDEN, self.file_key)
 
     def side_by_side(self) -> int:
         """How many of the model's forms go through a layer side by side, at most."""

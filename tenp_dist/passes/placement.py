@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tenp_dist.checkpoint.entries import ITEM_SIZE
+from tenp_dist.checkpoint.facts import Facts
 from tenp_dist.config import Cluster
 from tenp_dist.errors import ClusterError, WorkerLost
 from tenp_dist.passes.schedule import Mode, split_layers
@@ -89,17 +89,16 @@ def cores_per_rank(node_cores: Sequence[int], shards: int, ranks: int) -> float:
     return max(fitting, default=0.01)
 
 
-def layer_bytes(facts: Mapping[str, Any], itemsize: int) -> list[int]:
-    """Bytes of every decoder layer in a compute dtype of `itemsize` bytes, from `facts.json`."""
-    stored = max(facts["dtypes"], key=facts["dtypes"].get)
+def layer_bytes(facts: Facts, itemsize: int) -> list[int]:
+    """Bytes of every decoder layer in a compute dtype of `itemsize` bytes, of a model."""
+    stored = max(facts.dtypes, key=lambda dtype: facts.dtypes[dtype])
     ratio = itemsize / ITEM_SIZE[stored]
-    per_layer = facts["bytes"]["per_layer"]
-    return [int(per_layer[str(layer)] * ratio) for layer in range(facts["num_layers"])]
+    return [int(facts.bytes.per_layer[layer] * ratio) for layer in range(facts.num_layers)]
 
 
-def active_bytes(facts: Mapping[str, Any], itemsize: int) -> list[int]:
+def active_bytes(facts: Facts, itemsize: int) -> list[int]:
     """Like `layer_bytes`, of routed experts only the `top_k` that a token goes to."""
-    nbytes, experts = layer_bytes(facts, itemsize), facts["num_experts"]
-    routed = facts["parameters"]["routed"] // max(1, len(facts["moe_layers"])) * itemsize
-    passed_by = routed * (experts - (facts["top_k"] or experts)) // max(1, experts)
-    return [size - passed_by * (layer in facts["moe_layers"]) for layer, size in enumerate(nbytes)]
+    nbytes, experts = layer_bytes(facts, itemsize), facts.num_experts
+    routed = facts.parameters.routed // max(1, len(facts.moe_layers)) * itemsize
+    passed_by = routed * (experts - (facts.top_k or experts)) // max(1, experts)
+    return [size - passed_by * (layer in facts.moe_layers) for layer, size in enumerate(nbytes)]

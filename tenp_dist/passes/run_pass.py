@@ -18,6 +18,7 @@ from tenp_dist.passes.placement import choose_mode, cut_layers, fitted, group_re
 from tenp_dist.passes.schedule import Mode
 from tenp_dist.pool.base import GroupRequest, Pool
 from tenp_dist.progress import Ledger, Progress
+from tenp_dist.run_files import threads_file
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _tight(task: PassTask, waves: int) -> str:
 
 def _begun_with(task: PassTask, threads: int) -> int:
     """The threads that this work was begun with: another number would change the last bits of what is to come."""
-    path = task.boundaries.folder / "threads.json"
+    path = threads_file(task.boundaries.folder)
     if path.exists():
         begun = read_json(path)
         if begun["key"] == task.file_key:

@@ -9,16 +9,20 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, read_json, write_json
 from tenp_dist.errors import StaleError
+from tenp_dist.run_files import RunFiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
     """What a finished stage leaves behind.
 
-    key: digest of the job fields read, the upstream digests and the schema version.
-    digest: digest of what was written; part of the keys downstream.
+    stage: its name.
+    key: digest of the settings read, the digests of the stages before it and the schema version.
+    digest: digest of what was written; part of the keys of stages that read it.
     files: path relative to the run directory -> size in bytes, to notice deleted or cut files.
+    summary: for people and `--json`.
     inputs: what the key was made from, so that a mismatch can be explained.
+    schema_version: of the files that the stage writes.
     """
 
     stage: str
@@ -30,7 +34,7 @@ class StageRecord:
     schema_version: int = SCHEMA_VERSION
 
     def write(self, run_dir: Path) -> None:
-        write_json(record_path(run_dir, self.stage), asdict(self))
+        write_json(RunFiles(run_dir).record(self.stage), asdict(self))
 
     def intact(self, run_dir: Path) -> bool:
         """Whether every file that the stage wrote is still there at its size."""
@@ -41,13 +45,9 @@ class StageRecord:
         return [name for name, size in self.files.items() if _size(run_dir / name) != size]
 
 
-def record_path(run_dir: Path, stage: str) -> Path:
-    return run_dir / "stages" / f"{stage}.json"
-
-
 def read_record(run_dir: Path, stage: str) -> StageRecord | None:
     """The record of `stage`, or None if the stage never finished under this schema."""
-    path = record_path(run_dir, stage)
+    path = RunFiles(run_dir).record(stage)
     if not path.exists():
         return None
     try:

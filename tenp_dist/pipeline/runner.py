@@ -1,8 +1,7 @@
-"""Drives stages: decides which are due, runs them in order, records what they wrote.
+"""Drives stages in a run directory: decides which are due, runs them in order, records what they wrote.
 
-A plain object. A stage is data: what it reads (job fields and upstream stages) and a function that
-does it; where the work runs is the pool's business. A stage is skipped when its key is already there:
-sha256 of the job fields that it reads, the digests of the stages it needs, and the schema version.
+What the stages do is not its business. A stage is skipped when its key is already there: sha256 of the settings that
+it reads, the digests of the stages it needs, and the schema version.
 """
 
 from __future__ import annotations
@@ -12,33 +11,41 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, exclusive
-from tenp_dist.config import Job
 from tenp_dist.errors import OutputError, StaleError, WorkerLost
-from tenp_dist.pipeline.records import StageRecord, read_record, record_path, sizes
+from tenp_dist.pipeline.records import StageRecord, read_record, sizes
 from tenp_dist.pipeline.settings_diff import difference, plain
-from tenp_dist.pipeline.stage import Context, Listener, Stage
+from tenp_dist.pipeline.stage import Listener, Stage, StageContext
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Journal, Ledger, Progress
+from tenp_dist.run_files import RunFiles
 
 
 class PipelineRunner:
-    """Runs stages of one job on one pool.
+    """Runs the stages of one run directory on one pool.
 
     The pool is made at the start if a stage that needs it is not there yet: what is wrong with it is said before
     any work. A run that finds everything done starts no Ray.
     """
 
     def __init__(
-        self, job: Job, stages: Sequence[Stage], make_pool: Callable[[], Pool], listener: Listener, *, overwrite: bool
+        self,
+        run_dir: Path,
+        stages: Sequence[Stage],
+        make_pool: Callable[[], Pool],
+        listener: Listener,
+        *,
+        overwrite: bool = False,
     ):
-        self.job = job
+        self.run_dir = run_dir
+        self.files = RunFiles(run_dir)
         self.stages = {stage.name: stage for stage in stages}
         self.listener = listener
         self.overwrite = overwrite
-        self.journal = Journal(job.run_dir)
+        self.journal = Journal(run_dir)
         self._make_pool = make_pool
         self._pool: Pool | None = None
         self._at_work: Stage | None = None
@@ -55,9 +62,9 @@ class PipelineRunner:
         for name in names:
             self._check_settings(self.stages[name])
         try:
-            if any(self.stages[name].remote and read_record(self.job.run_dir, name) is None for name in names):
+            if any(self.stages[name].remote and read_record(self.run_dir, name) is None for name in names):
                 self.pool()
-            with exclusive(self.job.run_dir):
+            with exclusive(self.files.lock, self.run_dir):
                 return {name: self._run_one(self.stages[name]) for name in names}
         finally:
             if self._pool is not None:
@@ -72,8 +79,8 @@ class PipelineRunner:
     def _run_one(self, stage: Stage) -> StageRecord:
         inputs = self.inputs(stage)
         key = digest_of({"stage": stage.name, "schema": SCHEMA_VERSION, "inputs": inputs})
-        record = read_record(self.job.run_dir, stage.name)
-        if record is not None and record.key == key and record.intact(self.job.run_dir):
+        record = read_record(self.run_dir, stage.name)
+        if record is not None and record.key == key and record.intact(self.run_dir):
             self.listener.skipped(stage, record)
             self._tidy(stage)
             return record
@@ -82,8 +89,7 @@ class PipelineRunner:
         self.listener.started(stage)
         self.journal.started(stage.name)
         started = time.monotonic()
-        context = Context(
-            job=self.job,
+        context = StageContext(
             get_pool=self.pool,
             key=key,
             digests=inputs["needs"],
@@ -101,11 +107,11 @@ class PipelineRunner:
             stage=stage.name,
             key=key,
             digest=output.digest,
-            files=sizes(self.job.run_dir, output.files),
+            files=sizes(self.run_dir, output.files),
             summary=output.summary,
             inputs=inputs,
         )
-        record.write(self.job.run_dir)
+        record.write(self.run_dir)
         self.listener.finished(stage, record, time.monotonic() - started)
         self.journal.event("finished", stage.name, seconds=round(time.monotonic() - started, 3))
         self._tidy(stage)
@@ -113,8 +119,9 @@ class PipelineRunner:
 
     def _task_lost(self, function: str, losses: int, error: WorkerLost) -> None:
         """A task's worker was lost and it begins anew: noted as a shard's loss is."""
+        assert self._at_work is not None, "only a stage at work has tasks"
         self._losses += 1
-        ledger = Ledger(self.job.run_dir / "stages" / f"{self._at_work.name}.ledger.jsonl")
+        ledger = Ledger(self.files.ledger(self._at_work.name))
         ledger.lost(f"A worker of `{function}`", str(error.where), losses, error)
 
     def _progress(self, stage: Stage, progress: Progress) -> None:
@@ -124,18 +131,18 @@ class PipelineRunner:
         figures = self.journal.progress(stage.name, progress)
         if self._pool is not None:
             memory = {"largest_worker_memory_bytes": max(progress.memory)} if progress.memory else {}
-            tags = {"stage": stage.name, "run": self.job.run_dir.name}
+            tags = {"stage": stage.name, "run": self.run_dir.name}
             self._pool.publish({**figures, **memory}, tags)
             for worker, nbytes in zip(progress.workers, progress.memory, strict=True):
                 self._pool.publish({"worker_memory_bytes": nbytes}, tags | {"worker": worker})
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything that a stage's key is made from."""
-        return {"fields": stage.fields(self.job), "needs": {name: self._upstream(name) for name in stage.needs}}
+        return {"fields": stage.fields(), "needs": {name: self._upstream(name) for name in stage.needs}}
 
     def _upstream(self, name: str) -> str:
         """Digest of an upstream stage, proved to belong to this job and to be still there."""
-        stage, run_dir = self.stages[name], self.job.run_dir
+        stage, run_dir = self.stages[name], self.run_dir
         record = read_record(run_dir, name)
         if record is None:
             raise StaleError(
@@ -147,7 +154,7 @@ class PipelineRunner:
         if record.inputs != plain(inputs):
             raise StaleError(
                 f"Stage `{name}` was made from something else",
-                where=record_path(run_dir, name),
+                where=self.files.record(name),
                 found=difference(record.inputs, plain(inputs)),
                 next_step=f"run `tenp-dist {name} --overwrite`, or choose another --run-dir",
             )
@@ -163,9 +170,9 @@ class PipelineRunner:
 
     def _check_settings(self, stage: Stage) -> None:
         """Before anything runs: refuse where finished work was made from other settings of this stage."""
-        record = read_record(self.job.run_dir, stage.name)
+        record = read_record(self.run_dir, stage.name)
         if record is not None:
-            inputs = {"fields": stage.fields(self.job), "needs": record.inputs["needs"]}
+            inputs = {"fields": stage.fields(), "needs": record.inputs["needs"]}
             self._refuse_changed_settings(stage, record, inputs)
 
     def _refuse_changed_settings(self, stage: Stage, record: StageRecord | None, inputs: Mapping) -> None:
@@ -173,7 +180,7 @@ class PipelineRunner:
         if record is not None and record.inputs != plain(inputs) and not self.overwrite:
             raise OutputError(
                 f"Stage `{stage.name}` is already there, made from other settings",
-                where=self.job.run_dir,
+                where=self.run_dir,
                 found=difference(record.inputs, plain(inputs)),
                 next_step="add --overwrite to replace it, or --run-dir to keep both",
             )
@@ -182,9 +189,9 @@ class PipelineRunner:
         """Remove what is about to be made again: all of it, or the damaged files of the same key."""
         if record is None:
             return
-        record_path(self.job.run_dir, stage.name).unlink(missing_ok=True)
-        for name in record.damaged(self.job.run_dir) if record.key == key else stage.owns:
-            path = self.job.run_dir / name
+        self.files.record(stage.name).unlink(missing_ok=True)
+        for name in record.damaged(self.run_dir) if record.key == key else stage.owns:
+            path = self.run_dir / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -192,7 +199,7 @@ class PipelineRunner:
 
     def _tidy(self, stage: Stage) -> None:
         """After the record: a run that dies before would have to make again what is removed here."""
-        for path in [path for pattern in stage.scratch for path in self.job.run_dir.glob(pattern)]:
+        for path in [path for pattern in stage.scratch for path in self.run_dir.glob(pattern)]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

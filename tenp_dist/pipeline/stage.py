@@ -1,4 +1,4 @@
-"""What a stage of a pipeline is, what it gets and what it leaves."""
+"""What a stage of a pipeline is, what it gets to do its work with, and what it leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.config import Job
 from tenp_dist.pipeline.records import StageRecord
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress
@@ -15,7 +14,12 @@ from tenp_dist.progress import Progress
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage wrote: files, a digest of their content, a summary for people and `--json`."""
+    """What a stage wrote.
+
+    files: all of them.
+    digest: of their content; part of the keys of stages that read them.
+    summary: for people and `--json`.
+    """
 
     files: Sequence[Path]
     digest: str
@@ -23,15 +27,19 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a stage function gets.
+class StageContext:
+    """What a stage gets when it runs.
 
-    key: the stage's own; digests: of the stages it needs. replace: to be called before the first file is
-    written, removes what --overwrite replaces; until then a stage that fails has cost nothing. repair: the
-    stage had finished with this key and lost files since.
+    get_pool: where work runs; started by the first stage that asks.
+    key: digest of all that the stage reads.
+    digests: of what the stages before it wrote.
+    progress: is told of every step.
+    overwrite: whether what was made from other settings may be replaced.
+    replace: removes what is about to be replaced. To be called before the first file is written; a stage that fails
+        before that has cost nothing.
+    repair: the stage had finished with this key and lost files since.
     """
 
-    job: Job
     get_pool: Callable[[], Pool]
     key: str
     digests: Mapping[str, str]
@@ -42,35 +50,37 @@ class Context:
 
     @property
     def pool(self) -> Pool:
-        """Where work runs; started by the first stage that asks."""
         return self.get_pool()
 
-    @property
-    def run_dir(self) -> Path:
-        return self.job.run_dir
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One arrow of the pipeline.
+    """One arrow of a pipeline.
 
-    needs: stages whose digests enter the key. fields: the job fields that the stage reads.
-    owns: paths in the run directory that the stage replaces as a whole. remote: its work runs on the pool.
+    name: of its record.
+    title: a few words for the line that shows its progress.
+    needs: stages whose digests enter its key.
+    fields: the settings that it reads, as JSON types.
+    run: does the work.
+    owns: paths in the run directory that it replaces as a whole.
+    remote: whether its work runs on the pool.
     scratch: patterns of paths in the run directory that only the unfinished stage needs; they go after its record.
+    gist: its summary in the few words that fit on its line.
     """
 
     name: str
     title: str
     needs: tuple[str, ...]
-    fields: Callable[[Job], Any]
-    run: Callable[[Context], Output]
+    fields: Callable[[], Any]
+    run: Callable[[StageContext], Output]
     owns: tuple[str, ...]
     remote: bool = False
     scratch: tuple[str, ...] = ()
+    gist: Callable[[Mapping[str, Any]], str] = lambda summary: ""
 
 
 class Listener:
-    """What the coordinator tells while it works; the command line draws it. Does nothing itself."""
+    """What a pipeline tells while it works; the command line draws it. Does nothing itself."""
 
     def skipped(self, stage: Stage, record: StageRecord) -> None: ...
 

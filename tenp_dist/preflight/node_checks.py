@@ -10,17 +10,17 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tenp_dist.artifacts import atomic_write, free_bytes
 from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Job
 from tenp_dist.errors import ClusterError, DiskFullError, JobError, TenpError
 from tenp_dist.pool.base import Pool
-from tenp_dist.preflight.disk_space import _written, room_needed
+from tenp_dist.preflight.disk_space import bytes_needed, written_bytes
 
 _PATIENCE_SECONDS = 10.0  # until a file that one node wrote is seen by another
 
@@ -29,8 +29,12 @@ _PATIENCE_SECONDS = 10.0  # until a file that one node wrote is seen by another
 class NodeView:
     """What one node sees.
 
-    model: the checkpoint's fingerprint, or what is wrong where `model_seen` is false. probe: whether it saw the
-    driver's file. own: name of the file that it left, or what is wrong where `own_written` is false. free: bytes.
+    model: the checkpoint's fingerprint, or what is wrong where `model_seen` is false.
+    model_seen: whether the checkpoint's headers could be read.
+    probe: whether it saw the driver's file.
+    own: name of the file that it left, or what is wrong where `own_written` is false.
+    own_written: whether it could write to the run directory.
+    free: bytes.
     """
 
     model: str
@@ -41,15 +45,13 @@ class NodeView:
     free: int
 
 
-def with_node_checks(
-    make_pool: Callable[[], Pool], job: Job, facts: Mapping[str, Any], scratch: int = 0
-) -> Callable[[], Pool]:
-    """The same factory; the pool that it makes has passed `check_nodes`."""
+def with_node_checks(make_pool: Callable[[], Pool], job: Job, source: Source) -> Callable[[], Pool]:
+    """The same factory; the pool that it makes has passed `check_nodes`, or is closed again."""
 
     def make() -> Pool:
         pool = make_pool()
         try:
-            check_nodes(pool, job, facts, scratch)
+            check_nodes(pool, job, source)
         except BaseException:
             pool.close()
             raise
@@ -58,8 +60,8 @@ def with_node_checks(
     return make
 
 
-def check_nodes(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 0) -> None:
-    """Ask every node. facts: of the source, as the driver sees it. scratch: bytes of what is made and removed again.
+def check_nodes(pool: Pool, job: Job, source: Source) -> None:
+    """Ask every node. source: as the driver sees it.
 
     Raises:
         ClusterError: a node does not see the model or the run directory, or sees another one.
@@ -70,9 +72,9 @@ def check_nodes(pool: Pool, job: Job, facts: Mapping[str, Any], scratch: int = 0
         pass
     try:
         seen = pool.each_node(inspect_node, job.model, job.run_dir, probe)
-        needed = max(0, room_needed(job, facts) + scratch - _written(job.run_dir))
+        needed = max(0, bytes_needed(job, source) - written_bytes(job.run_dir))
         for node, view in seen.items():
-            _check_model(node, job.model, view, facts["fingerprint"])
+            _check_model(node, job.model, view, source.fingerprint)
             _check_run_dir(node, job.run_dir, view)
             _check_disk_space(node, job.run_dir, view, needed)
     finally:

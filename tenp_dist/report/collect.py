@@ -30,10 +30,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tenp_dist.artifacts import read_json
+from tenp_dist.checkpoint.facts import Facts
 from tenp_dist.errors import StaleError
+from tenp_dist.pipeline.names import STAGE_NAMES
 from tenp_dist.report.described import described_job, domain_weights, is_auto, plain
 from tenp_dist.report.method import importance_of, map_ranking, method_facts
-from tenp_dist.run_files import layer_name
+from tenp_dist.run_files import RunFiles
 from tenp_dist.scoring.methods.registry import Method
 from tenp_dist.scoring.statistics import read_statistics
 
@@ -42,7 +44,6 @@ STARVED_SHARE = 0.1
 """An expert with fewer tokens than this share of an even split is called starved."""
 
 LIBRARIES = ("tenp-dist", "torch", "transformers", "safetensors", "numpy", "matplotlib")
-STAGES = ("inspect", "calibrate", "score", "plan", "compensate", "write", "verify", "evaluate")
 LAYOUTS = ("ragged", "uniform", "padded")
 MODEL_KEYS = (
     "family",
@@ -70,24 +71,25 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         StaleError: `facts.json` or `plan.json` is missing, or they are of different models.
     """
-    facts = _required(run_dir / "facts.json", "inspect")
-    plan = _required(run_dir / "plan.json", "plan")
-    if plan["source_fingerprint"] != facts["fingerprint"]:
+    files = RunFiles(run_dir)
+    facts = Facts.from_plain(_required(files.facts, "inspect"))
+    plan = _required(files.plan, "plan")
+    if plan["source_fingerprint"] != facts.fingerprint:
         raise StaleError(
             "The plan was made from another model",
-            where=run_dir / "plan.json",
+            where=files.plan,
             found=plan["source_fingerprint"],
-            wanted=facts["fingerprint"],
+            wanted=facts.fingerprint,
             next_step="plan again for this model, or report on the run that the plan belongs to",
         )
-    verify = _optional(run_dir / "verify.json")
-    compensation = _compensation(run_dir, job, verify)
-    evaluation = _evaluation(_optional(run_dir / "evaluation.json"))
-    checkpoints = _checkpoints(run_dir)
-    layers = _layers(run_dir, plan, domain_weights(job))
+    verify = _optional(files.verify)
+    compensation = _compensation(files, job, verify)
+    evaluation = _evaluation(_optional(files.evaluation))
+    checkpoints = _checkpoints(files)
+    layers = _layers(files, plan, domain_weights(job))
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"name": facts["model"], **{key: facts.get(key) for key in MODEL_KEYS}},
+        "model": {"name": facts.model, **{key: facts.plain()[key] for key in MODEL_KEYS}},
         "headline": _headline(facts, plan, checkpoints, evaluation, verify),
         "warnings": [
             warning for part in (plan, compensation, evaluation) for warning in (part or {}).get("warnings", [])
@@ -101,9 +103,9 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "verify": verify and verify["layouts"],
         "compensation": compensation,
         "evaluation": evaluation,
-        "selection": _optional(run_dir / "selection.json") if is_auto(job) else None,
+        "selection": _optional(files.selection) if is_auto(job) else None,
         "job": described_job(job),
-        "provenance": _provenance(run_dir, facts, plan),
+        "provenance": _provenance(files, facts, plan),
     }
 
 
@@ -125,19 +127,19 @@ def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _layers(run_dir: Path, plan: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
+def _layers(files: RunFiles, plan: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
     ranking, layers = map_ranking(plan), sorted((int(layer), entry) for layer, entry in plan["layers"].items())
-    return [_layer(run_dir, layer, entry, ranking, weights) for layer, entry in layers]
+    return [_layer(files, layer, entry, ranking, weights) for layer, entry in layers]
 
 
 def _layer(
-    run_dir: Path, layer: int, entry: Mapping[str, Any], ranking: Method, weights: Mapping[str, float]
+    files: RunFiles, layer: int, entry: Mapping[str, Any], ranking: Method, weights: Mapping[str, float]
 ) -> dict[str, Any]:
     neurons = entry["experts"] * entry["intermediate_size"]
     kept = sum(int(width) * experts for width, experts in entry["widths"].items())
     whole = len(entry["whole"]) * entry["intermediate_size"]
     found: dict[str, Any] = {"domains": None, "importance": None, "tokens": None, "routing": None}
-    path = run_dir / "scores" / f"{layer_name(layer)}.safetensors"
+    path = files.scores.layer(layer)
     if path.exists():
         names = dict.fromkeys((*ranking.expert_statistics, "token_count"))
         scores = read_statistics(path, list(names), weight_norm=False)
@@ -169,7 +171,13 @@ def _routing_total(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     }
 
 
-def _headline(facts, plan, checkpoints, evaluation, verify) -> dict[str, Any]:
+def _headline(
+    facts: Facts,
+    plan: Mapping[str, Any],
+    checkpoints: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    verify: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     layout = _main_layout(checkpoints, evaluation)
     means = {name: variant["mean"] for name, variant in (evaluation or {"variants": {}})["variants"].items()}
 
@@ -181,7 +189,7 @@ def _headline(facts, plan, checkpoints, evaluation, verify) -> dict[str, Any]:
         "retention_realised": plan["retention"]["realised"],
         "activated": plan["retention"]["activated"],
         "layout": layout,
-        "bytes_before": facts["bytes"]["stored"],
+        "bytes_before": facts.bytes.stored,
         "bytes_after": checkpoints[layout]["bytes"] if layout else None,
         "nll_before": mean("source", "nll"),
         "nll_after": mean("pruned", "nll"),
@@ -198,8 +206,8 @@ def _main_layout(checkpoints: Mapping[str, Any], evaluation: Mapping[str, Any] |
     return evaluated if evaluated in checkpoints else next(iter(checkpoints), None)
 
 
-def _checkpoints(run_dir: Path) -> dict[str, dict[str, int]]:
-    folders = {path.parent.name: path.parent for path in (run_dir / "checkpoint").glob("*/config.json")}
+def _checkpoints(files: RunFiles) -> dict[str, dict[str, int]]:
+    folders = {path.parent.name: path.parent for path in files.checkpoints.glob("*/config.json")}
     order = sorted(folders, key=lambda name: (LAYOUTS.index(name) if name in LAYOUTS else len(LAYOUTS), name))
     sizes = {name: [path.stat().st_size for path in folders[name].glob("*.safetensors")] for name in order}
     return {name: {"files": len(found), "bytes": sum(found)} for name, found in sizes.items()}
@@ -228,15 +236,20 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _compensation(run_dir: Path, job: Mapping[str, Any], verify: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _compensation(files: RunFiles, job: Mapping[str, Any], verify: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What was compensated; a document that another job left behind does not count."""
-    document = _optional(run_dir / "compensation.json")
+    document = _optional(files.compensation)
     if document is None or not (job.get("output") or {}).get("compensate"):
         return None
     return {**document, "verified": (verify or {}).get("compensation")}
 
 
-def _absent(layers, checkpoints, verify, evaluation) -> list[str]:
+def _absent(
+    layers: Sequence[Mapping[str, Any]],
+    checkpoints: Mapping[str, Any],
+    verify: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+) -> list[str]:
     unscored = [layer["layer"] for layer in layers if layer["importance"] is None]
     findings = [
         (bool(unscored), f"Scores of {len(unscored)} of {len(layers)} layers are not in the run folder."),
@@ -255,10 +268,10 @@ def _controlled(evaluation: Mapping[str, Any]) -> bool:
     return "random" in evaluation["variants"] or any(plan["control"] for plan in evaluation["plans"])
 
 
-def _provenance(run_dir: Path, facts: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    records = {stage: _optional(run_dir / "stages" / f"{stage}.json") for stage in STAGES}
+def _provenance(files: RunFiles, facts: Facts, plan: Mapping[str, Any]) -> dict[str, Any]:
+    records = {stage: _optional(files.record(stage)) for stage in STAGE_NAMES if stage != "report"}
     return {
-        "source_fingerprint": facts["fingerprint"],
+        "source_fingerprint": facts.fingerprint,
         "scores_digest": plan.get("scores_digest"),
         "stages": {
             stage: {"digest": record["digest"], "summary": plain(record.get("summary", {}))}

@@ -14,11 +14,17 @@ from tenp_dist.report import templates, text
 from tenp_dist.report.card import model_card
 from tenp_dist.report.charts import all_charts
 from tenp_dist.report.collect import collect
+from tenp_dist.run_files import CARD, RunFiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
-    """What was written. cards: layout -> the model card in that layout's folder."""
+    """What was written.
+
+    page: the report.
+    data: the numbers behind it.
+    cards: layout -> the model card in that layout's folder.
+    """
 
     page: Path
     data: Path
@@ -36,12 +42,12 @@ def write_report(run_dir: Path, *, job: Mapping[str, Any]) -> ReportFiles:
         StaleError: `facts.json` or `plan.json` is missing, or they are of different models.
         DiskFullError: no space left.
     """
-    run_dir = Path(run_dir)
+    paths = RunFiles(Path(run_dir))
     report = collect(run_dir, job)
     files = ReportFiles(
-        page=run_dir / "report" / "index.html",
-        data=run_dir / "report" / "report.json",
-        cards={layout: run_dir / "checkpoint" / layout / "README.md" for layout in report["checkpoints"]},
+        page=paths.report_page,
+        data=paths.report,
+        cards={layout: paths.checkpoint(layout) / CARD for layout in report["checkpoints"]},
     )
     write_json(files.data, report)
     _write_text(files.page, html_page(report))

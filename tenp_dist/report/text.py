@@ -26,13 +26,13 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def size(value: float | None) -> str:
+def size(value: float | None, digits: int = 1) -> str:
     """Bytes in decimal units: 49247744 -> `49.2 MB`."""
     if value is None:
         return ABSENT
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= scale:
-            return f"{value / scale:.1f} {unit}"
+            return f"{value / scale:.{digits}f} {unit}"
     return f"{value:.0f} B"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tenp_dist.errors import StaleError
-from tenp_dist.run_files import layer_name
+from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.statistics import LayerStatistics, join_experts, read_metadata, read_statistics, write_statistics
 
 
@@ -23,7 +23,7 @@ class Parts:
     """
 
     def __init__(self, scores: Path, key: str, rank: int, ranks: int):
-        self.scores, self.key, self.rank, self.ranks = scores, key, rank, ranks
+        self.files, self.key, self.rank, self.ranks = ScoreFiles(scores), key, rank, ranks
 
     def waves(self, layer: int) -> int:
         """Waves that are summed for a layer: in its score file, or else in this rank's part."""
@@ -73,20 +73,21 @@ class Parts:
         return join_experts([read_statistics(file) for file in files])
 
     def score_file(self, layer: int) -> Path:
-        return self.scores / f"{layer_name(layer)}.safetensors"
+        return self.files.layer(layer)
 
     def part_file(self, layer: int, rank: int) -> Path:
-        return self.scores / "parts" / f"{layer_name(layer)}.rank_{rank:03d}-of-{self.ranks:03d}.safetensors"
+        return self.files.part(layer, rank, self.ranks)
 
 
 def check_ranks(scores: Path, ranks: int) -> None:
     """Raise StaleError where a run was begun with another number of ranks: its sums are not the same bytes."""
-    for path in sorted((scores / "parts").glob("layer_*.rank_*")):
+    parts = ScoreFiles(scores).parts
+    for path in sorted(parts.glob("layer_*.rank_*")):
         begun = int(path.name.split("-of-")[1].split(".")[0])
         if begun != ranks:
             raise StaleError(
                 "Scoring was begun with another tensor_parallel",
-                where=scores / "parts",
+                where=parts,
                 found=f"cluster.tensor_parallel: {begun}",
                 wanted=f"cluster.tensor_parallel: {ranks}",
                 next_step=f"go on with {begun}, or start over in another --run-dir",

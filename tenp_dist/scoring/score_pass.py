@@ -20,6 +20,7 @@ from tenp_dist.passes.layer_ops import check_finite, run_layer
 from tenp_dist.passes.layer_worker import SINGLE_STREAM, Hidden, LayerWorker
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
+from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
 from tenp_dist.scoring.partial_sums import Parts, check_ranks
 from tenp_dist.scoring.statistics import LayerStatistics
@@ -161,7 +162,8 @@ def score_model(site: PassContext, task: ScoreTask, moe_layers: Sequence[int]) -
     scored = all(task.parts().waves(layer) == waves for layer in moe_layers)
     done = run_pass(site, ScoreShard, task, finished=scored)
     task.parts().join(moe_layers, waves)
-    for folder in ("parts", "hidden"):  # what only an unfinished run needs
-        shutil.rmtree(task.folder / folder, ignore_errors=True)
+    files = ScoreFiles(task.folder)
+    for folder in (files.parts, files.hidden):  # what only an unfinished run needs
+        shutil.rmtree(folder, ignore_errors=True)
     drop_leftovers(task.folder)
     return done

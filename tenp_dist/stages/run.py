@@ -1,94 +1,105 @@
-"""What stages read of a job and of the run so far: headers, facts, scores, the budget as it stands."""
+"""A run: one job, the source that it prunes, and the files of its run directory. Every stage gets one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 from tenp_dist.artifacts import read_json
 from tenp_dist.budget.plan import Plan, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
-from tenp_dist.budget.sizes import layers_of_job
-from tenp_dist.checkpoint.source import source_index
+from tenp_dist.budget.sizes import MoeLayer, moe_layers
+from tenp_dist.checkpoint.compensated import open_compensated
+from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
 from tenp_dist.evaluation.selection import chosen_budget
+from tenp_dist.layouts.table import layouts_of
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
 from tenp_dist.passes.run_pass import PassContext
-from tenp_dist.pipeline.stage import Context
+from tenp_dist.pipeline.stage import StageContext
 from tenp_dist.progress import Ledger
-from tenp_dist.run_files import layer_name
+from tenp_dist.run_files import RunFiles
 from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
 
-CORPUS = "calibration/calibration.arrow"
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of one job work on.
+
+    job: what was asked for.
+    source: the checkpoint to prune, opened once.
+    """
+
+    job: Job
+    source: Source
+
+    @cached_property
+    def files(self) -> RunFiles:
+        return RunFiles(self.job.run_dir)
+
+    @cached_property
+    def layers(self) -> list[MoeLayer]:
+        """The source's MoE layers, in depth order."""
+        return moe_layers(self.source)
+
+    @cached_property
+    def layouts(self) -> tuple[str, ...]:
+        """Names of the layouts that are written."""
+        return layouts_of(self.job)
+
+    @property
+    def budget(self) -> Budget:
+        """The job's budget, its `auto` keys as they were chosen."""
+        budget = self.job.budget
+        return chosen_budget(budget, read_json(self.files.selection)) if budget.auto else budget
+
+    @cached_property
+    def domain_weights(self) -> dict[str, Fraction]:
+        """Domain -> weight: the weight of its first source."""
+        weights: dict[str, Decimal] = {}
+        for source in self.job.calibration.sources:
+            weights.setdefault(source.domain, source.weight)
+        return {domain: Fraction(weight) for domain, weight in weights.items()}
+
+    @property
+    def compensated(self) -> CheckpointIndex | None:
+        """The compensated W_down of the run, None where the job asks for none."""
+        return open_compensated(self.files.compensation_folder) if self.job.output.compensate else None
+
+    def make_plan(self, budget: Budget) -> Plan:
+        """A plan from the stored scores."""
+        return make_plan(budget, self.layers, self._statistics(budget), domain_weights=self.domain_weights)
+
+    def _statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
+        """layer -> its statistics, only those that the budget's method reads."""
+        names = planning_statistics(budget)
+        return lambda layer: read_statistics(self.files.scores.layer(layer), names)
+
+    def store_plan(self, folder: Path, plan: Plan, digests: Mapping[str, str]) -> list[Path]:
+        """Write a plan of the source; returns `write_plan`'s paths. digests: of the stages that it was made from."""
+        scores = digests.get("score", digests.get("plan", ""))
+        return write_plan(folder, plan, source_fingerprint=self.source.fingerprint, scores_digest=scores)
+
+    def compute(self, context: StageContext, batch_tokens: int) -> Compute:
+        """How workers compute: device and dtype settled here, for all of a run agree."""
+        device = self.job.cluster.device
+        on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
+        return Compute("cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens, context.pool.threads).settled()
+
+    def pass_context(self, context: StageContext, stage: str, compute: Compute) -> PassContext:
+        """Where a stage's shards run. compute: settled."""
+        facts, itemsize = self.source.facts, compute.torch_dtype.itemsize
+        nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
+        ledger = Ledger(self.files.ledger(stage))
+        return PassContext(context.pool, self.job.cluster, nbytes, ledger, context.progress, active)
 
 
-SELECTION = "calibration/selection.arrow"
-
-
-HELD_OUT = "evaluation/evaluation.arrow"
-
-
-def facts_of(context: Context) -> dict:
-    return read_json(context.run_dir / "facts.json")
-
-
-def statistics_of(context: Context, budget: Budget) -> Callable[[int], LayerStatistics]:
-    """layer -> its statistics, only those that the budget's method reads."""
-    names = planning_statistics(budget)
-
-    def read(layer: int) -> LayerStatistics:
-        return read_statistics(context.run_dir / "scores" / f"{layer_name(layer)}.safetensors", names)
-
-    return read
-
-
-def settled_budget(context: Context) -> Budget:
-    """The job's budget, its `auto` keys as chosen."""
-    budget = context.job.budget
-    return chosen_budget(budget, read_json(context.run_dir / "selection.json")) if budget.auto else budget
-
-
-def plan_maker(context: Context) -> Callable[[Budget], Plan]:
-    """Makes plans from the stored scores."""
-    layers, weights = layers_of_job(context.job, facts_of(context)), domain_weights(context.job)
-    return lambda budget: make_plan(budget, layers, statistics_of(context, budget), domain_weights=weights)
-
-
-def plan_writer(context: Context) -> Callable[[Path, Plan], list[Path]]:
-    return lambda folder, plan: store_plan(context, folder, plan)
-
-
-def store_plan(context: Context, folder: Path, plan: Plan) -> list[Path]:
-    """Write a plan of the job's model; returns `write_plan`'s paths."""
-    return write_plan(
-        folder,
-        plan,
-        source_fingerprint=source_index(context.job.model).fingerprint,
-        scores_digest=context.digests.get("score", context.digests.get("plan", "")),
-    )
-
-
-def domain_weights(job: Job) -> dict[str, Fraction]:
-    """Domain -> weight: the weight of its first source."""
-    weights: dict[str, Decimal] = {}
-    for source in job.calibration.sources:
-        weights.setdefault(source.domain, source.weight)
-    return {domain: Fraction(weight) for domain, weight in weights.items()}
-
-
-def settled_compute(context: Context, batch_tokens: int) -> Compute:
-    """How workers compute, settled: all of a run agree."""
-    device = context.job.cluster.device
-    on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
-    return Compute("cuda" if on_gpu else "cpu", context.job.score.dtype, batch_tokens, context.pool.threads).settled()
-
-
-def pass_context(context: Context, stage: str, compute: Compute) -> PassContext:
-    """Where the stage's shards run. compute: settled."""
-    facts, itemsize = facts_of(context), compute.torch_dtype.itemsize
-    nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
-    ledger = Ledger(context.run_dir / "stages" / f"{stage}.ledger.jsonl")
-    return PassContext(context.pool, context.job.cluster, nbytes, ledger, context.progress, active)
+def open_run(job: Job) -> Run:
+    """Open the job's model. Raises what `open_source` does."""
+    return Run(job, open_source(job.model))

@@ -34,8 +34,7 @@ from tenp_dist.errors import DiskFullError, OutputError
 from tenp_dist.layouts.uniform import uniform_size, uniform_tensors
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress
-
-MARK = ".writing.json"
+from tenp_dist.run_files import WRITING_MARK
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _reader(index: CheckpointIndex | None) -> AbstractContextManager[TensorReade
 
 def _is_ours(folder: Path, key: str) -> bool:
     """Whether an interrupted run of the same key left the folder."""
-    mark = folder / MARK
+    mark = folder / WRITING_MARK
     return mark.is_file() and read_json(mark).get("key") == key
 
 
@@ -155,7 +154,7 @@ def _claim(folder: Path, key: str, ours: bool) -> None:
     if folder.exists() and not ours:
         shutil.rmtree(folder)
     drop_leftovers(folder)
-    write_json(folder / MARK, {"key": key})
+    write_json(folder / WRITING_MARK, {"key": key})
 
 
 def _tree_bytes(folder: Path) -> int:

@@ -1,0 +1,62 @@
+"""inspect: what config and headers say of the source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tenp_dist.artifacts import digest_of, write_json
+from tenp_dist.checkpoint.facts import Facts
+from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.report.text import size
+from tenp_dist.stages.base import RunStage, reads
+from tenp_dist.stages.run import Run
+
+
+def inspect_fields(run: Run) -> dict[str, Any]:
+    return {"model": run.source.fingerprint}
+
+
+def inspect_source(run: Run, context: StageContext) -> Output:
+    facts = run.source.facts
+    context.replace()
+    write_json(run.files.facts, facts.plain())
+    summary = {
+        "model": facts.model,
+        "family": facts.family,
+        "num_layers": facts.num_layers,
+        "num_experts": facts.num_experts,
+        "intermediate_size": facts.intermediate_size,
+        "top_k": facts.top_k,
+        "moe_layers": len(facts.moe_layers),
+        "bytes": facts.bytes.stored,
+        "warnings": _fp8_warnings(facts),
+    }
+    return Output([run.files.facts], digest_of(facts.plain()), summary)
+
+
+def _fp8_warnings(facts: Facts) -> list[str]:
+    stored, read = facts.bytes.stored, facts.bytes.total
+    if stored == read:
+        return []
+    return [
+        f"the source is in FP8 ({size(stored)}): it is read as bfloat16 ({size(read)}), "
+        "and that is what checkpoints are written in"
+    ]
+
+
+def _gist(summary: Mapping[str, Any]) -> str:
+    return (
+        f"{summary['family']}, {summary['moe_layers']} MoE layers x {summary['num_experts']} experts"
+        f" x {summary['intermediate_size']} neurons, {size(summary['bytes'], 2)}"
+    )
+
+
+STAGE = RunStage(
+    title="Inspect the source",
+    run=inspect_source,
+    needs=reads(),
+    fields=inspect_fields,
+    owns=("facts.json",),
+    gist=_gist,
+)

@@ -1,0 +1,46 @@
+"""plan: which experts stay whole, and which neurons the others keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tenp_dist.artifacts import digest_of, file_digest
+from tenp_dist.budget.plan_files import read_plan
+from tenp_dist.layouts.table import layout_warnings
+from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.stages.base import RunStage, reads, weight_fields
+from tenp_dist.stages.run import Run
+
+
+def plan_fields(run: Run) -> dict[str, Any]:
+    # uniform: a plan warns of what its checkpoint leaves out
+    budget = run.job.budget.model_dump(mode="json")
+    return budget | {"weights": weight_fields(run), "uniform": "uniform" in run.layouts}
+
+
+def plan_model(run: Run, context: StageContext) -> Output:
+    plan = run.make_plan(run.budget)
+    missing = layout_warnings(run.job, plan.shape, len(run.source.facts.mtp_layers))
+    plan = replace(plan, warnings=(*missing, *plan.warnings))
+    context.replace()
+    files = run.store_plan(run.files.run_dir, plan, context.digests)
+    document = read_plan(run.files.run_dir)
+    keys = ("retention", "experts", "narrow_width", "leftover_neurons", "warnings")
+    digest = digest_of({path.name: file_digest(path) for path in files})
+    return Output(files, digest, {key: document[key] for key in keys})
+
+
+def _gist(summary: Mapping[str, Any]) -> str:
+    return f"kept {summary['retention']['realised']:.2%} of routed parameters"
+
+
+STAGE = RunStage(
+    title="Plan the budget",
+    run=plan_model,
+    needs=reads("inspect", "score", "select"),
+    fields=plan_fields,
+    owns=("plan.json", "plan.safetensors"),
+    gist=_gist,
+)

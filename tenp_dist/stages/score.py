@@ -1,0 +1,47 @@
+"""score: the statistics of every MoE layer, in one pass of the calibration tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tenp_dist.artifacts import digest_of, file_digest
+from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.scoring.score_pass import ScoreTask, score_model
+from tenp_dist.scoring.statistics import MERGE_RULES
+from tenp_dist.stages.base import RunStage, bits_fields, reads
+from tenp_dist.stages.run import Run
+
+
+def score_fields(run: Run) -> dict[str, Any]:
+    return run.job.score.model_dump(mode="json") | bits_fields(run) | {"statistics": sorted(MERGE_RULES)}
+
+
+def score(run: Run, context: StageContext) -> Output:
+    job, files, moe_layers = run.job, run.files, run.source.facts.moe_layers
+    context.replace()
+    compute = run.compute(context, job.score.batch_tokens)
+    task = ScoreTask(job.model, files.calibration, files.scores.folder, context.key, compute, waves=job.score.waves)
+    done = score_model(run.pass_context(context, "score", compute), task, moe_layers)
+    written = [files.scores.layer(layer) for layer in moe_layers]
+    digest = digest_of({path.name: file_digest(path) for path in written})
+    rate = round(done.tokens / done.seconds) if done.seconds else None
+    summary = {"layers": len(written), "tokens": done.tokens, "tokens_per_second": rate, "mode": done.mode}
+    return Output(written, digest, summary | {"shards": done.shards, "resumed": round(done.resumed_share, 3)})
+
+
+def _gist(summary: Mapping[str, Any]) -> str:
+    shards = f", {len(summary['shards'])} shards {summary['mode']}" if len(summary["shards"]) > 1 else ""
+    resumed = f", {summary['resumed']:.0%} was there already" if summary["resumed"] else ""
+    return f"{summary['layers']} layers, {summary['tokens_per_second'] or 0:,} tokens/s{shards}{resumed}"
+
+
+STAGE = RunStage(
+    title="Score experts and neurons",
+    run=score,
+    needs=reads("inspect", "calibrate"),
+    fields=score_fields,
+    owns=("scores",),
+    remote=True,
+    gist=_gist,
+)

@@ -1,0 +1,75 @@
+"""select: the budget's `auto` keys, chosen on calibration text that was set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, write_json
+from tenp_dist.errors import JobError
+from tenp_dist.evaluation.metrics import SOURCE
+from tenp_dist.evaluation.plans import store_plans
+from tenp_dist.evaluation.selection import candidates, selection_document
+from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.run_files import PLANS
+from tenp_dist.stages.base import RunStage, reads
+from tenp_dist.stages.measured_plans import Measured, measure
+from tenp_dist.stages.plan import plan_fields
+from tenp_dist.stages.run import Run
+from tenp_dist.stages.score import score_fields
+
+
+def select_fields(run: Run) -> dict[str, Any]:
+    tried = [budget.model_dump(mode="json") for budget in candidates(run.job.budget).values()]
+    output = run.job.output
+    solved = {"compensation": {"ridge": str(output.ridge)}} if output.compensate else {}
+    return plan_fields(run) | score_fields(run) | {"candidates": digest_of(tried)} | solved
+
+
+def select(run: Run, context: StageContext) -> Output:
+    job, files, folder = run.job, run.files, run.files.selection_folder
+    context.replace()
+    write = partial(run.store_plan, digests=context.digests)
+    plans, infeasible = store_plans(candidates(job.budget), folder / PLANS, run.make_plan, write)
+    plans = [plan.compensate(job.output.compensate) for plan in plans]
+    measured = Measured("select", files.selection_text, folder, job.score.batch_tokens)
+    figures = measure(run, context, measured, plans)
+    source = figures.pop(SOURCE)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "compensated": any(plan.compensated for plan in plans),
+        **selection_document(job.budget, plans, figures, source, run.domain_weights),
+        "infeasible": infeasible,
+    }
+    write_json(files.selection, document)
+    summary = {key: document[key] for key in ("chosen", "criterion", "infeasible")}
+    return Output([files.selection], digest_of(document), summary)
+
+
+def _not_asked(run: Run) -> JobError | None:
+    if run.job.budget.auto:
+        return None
+    return JobError(
+        "Nothing in the job's budget is to be chosen",
+        where=run.job.run_dir,
+        wanted="important: auto or slope: auto",
+        next_step="plan as the budget says, or set one of them to auto",
+    )
+
+
+def _gist(summary: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in summary["chosen"].items())
+
+
+STAGE = RunStage(
+    title="Choose the budget",
+    run=select,
+    needs=reads("inspect", "calibrate", "score"),
+    fields=select_fields,
+    not_asked=_not_asked,
+    owns=("selection", "selection.json"),
+    remote=True,
+    scratch=("selection",),
+    gist=_gist,
+)

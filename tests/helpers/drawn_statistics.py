@@ -1,0 +1,29 @@
+"""Statistics of a layer drawn at random, exact in any order of summation."""
+
+from __future__ import annotations
+
+import torch
+
+from tenp_dist.scoring.statistics import EXPERT_STATISTICS, MERGE_RULES, NEURON_STATISTICS, LayerStatistics
+
+N, E, F = 3, 12, 9
+
+
+def drawn(seed: int, domains: int = N, unseen: tuple[int, ...] = (5,)) -> LayerStatistics:
+    """All statistics, in steps of 1/64: sums of a few are exact in any order. Experts `unseen` got no token."""
+    draw = torch.Generator().manual_seed(seed)
+    counts_NE = torch.randint(1, 6, (domains, E), generator=draw).double()
+    counts_NE[0, 2] = 0  # seen by the other domains
+    if domains > 1:
+        counts_NE[1, 3] = 0
+    counts_NE[:, list(unseen)] = 0
+    tensors = {"token_count": counts_NE}
+    for name in MERGE_RULES:
+        if name == "token_count":
+            continue
+        low = -64 if name == "neuron_projection_sum" else 1
+        shape = (domains, E, F) if name in NEURON_STATISTICS else (domains, E)
+        steps = torch.randint(low, 256, shape, generator=draw).double() / 64
+        tensors[name] = steps * (counts_NE if name in EXPERT_STATISTICS else counts_NE.unsqueeze(2))
+    norms = torch.randint(1, 256, (E, F), generator=torch.Generator().manual_seed(9)).double() / 64  # of the weights
+    return LayerStatistics(tuple(f"d{i}" for i in range(domains)), tensors, norms)
