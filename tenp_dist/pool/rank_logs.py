@@ -9,13 +9,15 @@ from pathlib import Path
 from tenp_dist.errors import WorkerLost
 from tenp_dist.pool.heartbeat import Heartbeat, drop_heartbeat, read_heartbeat
 from tenp_dist.pool.worker_log import last_words, size_of
+from tenp_dist.run_files import rank_name
 
 
 class RankLogs:
     """Logs of the ranks of one group. Without a folder there are none, and no heartbeats."""
 
     def __init__(self, folder: Path | None, group: str, ranks: int):
-        self._paths = [folder / f"{group}.rank_{rank:03d}.log" for rank in range(ranks)] if folder else []
+        """group: its name, with which the names of its logs begin."""
+        self._paths = [folder / f"{group}.{rank_name(rank)}.log" for rank in range(ranks)] if folder else []
         self._starts = [0] * len(self._paths)  # bytes that former workers left in the log of a rank
 
     def __bool__(self) -> bool:
