@@ -243,7 +243,7 @@ def test_logs_metrics_and_last_words_on_ray(tiny_model, tmp_path, monkeypatch):
 
 def scraped(pool) -> str:
     """What the node's metrics port shows once there is something of ours."""
-    node = pool._ray.nodes()[0]
+    node = pool.client.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     for _ in range(60):
         with urllib.request.urlopen(address, timeout=20) as answer:

@@ -35,13 +35,13 @@ COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
 
 
 def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
-    """Look at these heartbeats every so many seconds: (second, who hangs) of the first look that finds one."""
+    """Check ranks with these heartbeats every so many seconds: (second, who hangs) of the first that finds one."""
     now, ranks = [0.0], list(range(len(histories)))
     watch = StallWatch(lambda rank: histories[rank][int(now[0] / seconds) - 1], lambda: now[0])
     watch.begin()
     for _ in histories[0]:
         now[0] += seconds
-        found = watch.look(ranks, limit)
+        found = watch.check(ranks, limit)
         if found is not None:
             return now[0], found, watch
     return None
@@ -102,7 +102,7 @@ def test_time_without_work_does_not_count():
         watch.begin()
         for _ in range(4):
             now[0] += BEAT_SECONDS
-            assert watch.look([0], LIMIT) is None
+            assert watch.check([0], LIMIT) is None
         now[0] += 3600
 
 

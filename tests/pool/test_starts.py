@@ -105,4 +105,6 @@ def test_a_worker_killed_while_it_starts_says_how_far_it_was(
 
 
 def test_ray_is_known_by_its_answer(ray_pool):
-    check_reachable(ray_pool._ray.get_runtime_context().gcs_address)
+    import ray
+
+    check_reachable(ray.get_runtime_context().gcs_address)
