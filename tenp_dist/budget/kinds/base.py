@@ -91,16 +91,19 @@ class PlanKind(ABC):
     def shape(self, layers: Sequence[MoeLayer]) -> Shape:
         """The sizes of the plan; needs no scores, so a job can fail before it scores.
 
+        Args:
+            layers: the MoE layers in depth order.
+
         Raises:
-            BudgetError: the budget is infeasible.
+            BudgetError: the budget is infeasible, or there is no layer.
         """
         if not layers:
             raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
-        return self._sizes(layers)
+        return self.sizes(layers)
 
     @abstractmethod
-    def _sizes(self, layers: Sequence[MoeLayer]) -> Shape:
-        """`shape` of at least one layer."""
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+        """What a kind implements of `shape`: the sizes for at least one layer. Raises BudgetError as it does."""
 
     def form(self, shape: Shape) -> PlanForm:
         """What a layout has to hold of a plan of these sizes."""

@@ -1,8 +1,8 @@
 """Widths that the scores decide: the neurons of the whole model compete at one price (method `global`).
 
 Two passes over the layers' statistics, one layer in memory at a time: the first turns what neurons are worth into
-curves (`widths/prices.py`), the second chooses the neurons. Minima and experts to keep whole are checked before any
-score is read.
+curves (`budget/widths/prices.py`), the second chooses the neurons. Minima and experts to keep whole are checked
+before any score is read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ByPrice(PlanKind):
     def plans_for(cls, method: Method) -> bool:
         return method.worth is not None
 
-    def _sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         """Open; only what no widths could meet is refused: minima and protected experts over the budget."""
         protected = _protected(self.budget, layers)
         floors = [

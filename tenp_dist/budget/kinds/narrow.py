@@ -57,7 +57,7 @@ class Narrow(PlanKind):
     def important(self) -> Fraction:
         return self.budget.important_exact if self.keeps_whole else Fraction(0)
 
-    def _sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         budget, rho, alpha = self.budget, self.budget.retention_exact, self.important
         experts = [layer.experts for layer in layers]
         sizes = [layer.intermediate_size for layer in layers]

@@ -37,7 +37,7 @@ class Remove(PlanKind):
     def plans_for(cls, method: Method) -> bool:
         return method.experts is not None and method.neurons is None
 
-    def _sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         rho = self.budget.retention_exact
         kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
         return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))

@@ -1,7 +1,7 @@
 """What a pruning method is, and the list of them: every other module of this folder is one.
 
 A method is a file named like the method (`easy-ep`: easy_ep.py) that defines `METHOD`. Nothing else has
-to be told of it; tests/test_registry.py takes every method that is there through the same tests.
+to be told of it; tests/scoring/test_registry.py takes every method that is there through the same tests.
 
 | ranks              | what becomes of an expert that is not among the best                       |
 |--------------------|----------------------------------------------------------------------------|
