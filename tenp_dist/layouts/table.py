@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.budget.widths.layer_optimum import legal_widths
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError
-from tenp_dist.scoring.methods import registry
 
 ENGINE_ALIGN = 8  # 16 bytes: torch's grouped matrix multiplication refuses other strides
 
 
 def layouts_of(job: Job) -> tuple[str, ...]:
     """The job's layouts; where a method removes experts and the job names none, `uniform`."""
-    if "layouts" not in job.output.model_fields_set and registry.of_budget(job.budget).removes:
+    if "layouts" not in job.output.model_fields_set and kind_of(job.budget).experts_leave:
         return ("uniform",)
     return job.output.layouts
 
@@ -31,7 +31,7 @@ def layout_warnings(job: Job, shape: Shape, mtp_layers: int) -> list[str]:
             "the config's expert numbers and were not scored."
         )
     narrow = {width for width in shape.narrow if width is not None and width % ENGINE_ALIGN}
-    if narrow and not registry.of_budget(job.budget).removes:
+    if narrow and kind_of(job.budget).leaves_narrow:
         warnings.append(
             f"Stock engines multiply experts in groups whose width is a multiple of {ENGINE_ALIGN} in bfloat16: "
             f"{min(narrow)} neurons may not run. Set align to {ENGINE_ALIGN} or 16."
@@ -45,9 +45,9 @@ def check_layouts(job: Job, shapes: Sequence[Shape]) -> None:
     Raises:
         JobError: `uniform` for experts of several widths; another layout, or compensation, where experts are removed.
     """
-    removes, layouts = registry.of_budget(job.budget).removes, layouts_of(job)
+    kind, layouts = kind_of(job.budget), layouts_of(job)
     others = [layout for layout in layouts if layout != "uniform"]
-    if removes and others:
+    if kind.experts_leave and others:
         raise JobError(
             f"Method {job.budget.method} removes experts, which only the uniform layout can hold",
             where="output.layouts",
@@ -55,14 +55,14 @@ def check_layouts(job: Job, shapes: Sequence[Shape]) -> None:
             wanted="uniform",
             next_step="set output.layouts to [uniform], or use a method that narrows experts",
         )
-    if removes and job.output.compensate:
+    if not kind.leaves_narrow and job.output.compensate:
         raise JobError(
             f"Method {job.budget.method} leaves no narrow expert to compensate",
             where="output.compensate",
             wanted="a method that narrows experts",
             next_step="set output.compensate to false",
         )
-    if "uniform" in layouts and registry.of_budget(job.budget).model_wide:
+    if "uniform" in layouts and any(kind.form(shape).widths is None for shape in shapes):
         raise JobError(
             f"Method {job.budget.method} gives experts widths of their own, a uniform checkpoint needs one",
             where="output.layouts",
@@ -71,7 +71,7 @@ def check_layouts(job: Job, shapes: Sequence[Shape]) -> None:
             next_step="use layout ragged, or method enp for one width",
         )
     widths = max((_widths(shape) for shape in shapes), key=len)
-    if "uniform" in layouts and not removes and len(widths) > 1:
+    if "uniform" in layouts and not kind.experts_leave and len(widths) > 1:
         raise JobError(
             "A uniform checkpoint needs one width for all experts",
             where="output.layouts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tenp_dist.budget.kinds.narrow import plan_shape
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.documents import check_sources
 from tenp_dist.checkpoint.source import Source
@@ -45,7 +45,7 @@ def _shapes(budget: Budget, layers: Sequence[MoeLayer]) -> list[Shape]:
     budgets, shapes, errors = list(candidates(budget).values()) if budget.auto else [budget], [], []
     for one in budgets:
         try:
-            shapes.append(plan_shape(one, layers))
+            shapes.append(kind_of(one).shape(layers))
         except BudgetError as error:
             errors.append(error)
     if not shapes:
