@@ -31,7 +31,13 @@ _WINDOW = 32  # tokens that are compared at a time
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences. tokens_NS int32, mask_NS bool (false on padding), domain_N index into domains."""
+    """Sequences of one length.
+
+    tokens_NS: int32.
+    mask_NS: bool, false on padding.
+    domain_N: int32, index into `domains`.
+    domains: their names.
+    """
 
     tokens_NS: np.ndarray
     mask_NS: np.ndarray
@@ -96,8 +102,10 @@ def _assemble(rows: Sequence[tuple[int, list[int]]], length: int, pad: int, doma
 
 def joined(*corpora: Corpus) -> Corpus:
     """Corpora of the same domains and length, one after the other."""
-    arrays = [np.concatenate([getattr(c, name) for c in corpora]) for name in ("tokens_NS", "mask_NS", "domain_N")]
-    return Corpus(*arrays, corpora[0].domains)
+    tokens_NS, mask_NS, domain_N = (
+        np.concatenate([getattr(c, name) for c in corpora]) for name in ("tokens_NS", "mask_NS", "domain_N")
+    )
+    return Corpus(tokens_NS, mask_NS, domain_N, corpora[0].domains)
 
 
 def write_corpus(path: Path, corpus: Corpus) -> None:

@@ -69,8 +69,8 @@ def _slurm(
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    options = [*cluster_options(given, nodes, gpus), *words]
-    script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=options, **values)
+    settings = [*cluster_options(given, nodes, gpus), *words]
+    script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=settings, **values)
     path = out or Path(f"{job.stem}.sbatch")
     write_script(path, script, overwrite=overwrite)
     click.echo(f"Script:  {path}")
@@ -159,8 +159,9 @@ def doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json:
 
 
 def _doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json: bool) -> None:
-    from tenp_dist.cli.doctor import draw, visit
+    from tenp_dist.cli.doctor import draw
     from tenp_dist.cli.view import quieten
+    from tenp_dist.launch.visit import visit
 
     quieten()
     findings = visit(address, job, run_dir)
