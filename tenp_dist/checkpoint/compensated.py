@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN, Family
 from tenp_dist.checkpoint.index import CheckpointIndex, index_files
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -113,7 +114,8 @@ def compensated_tensors(
     source: CheckpointIndex, family: Family, layer: int, experts: Sequence[int], kept: KeptNeurons
 ) -> list[OutputTensor]:
     """What `write_layer` is to store for these experts."""
-    entries = [source.entry(family.tensor(layer, expert, DOWN)) for expert in experts]
+    slices = ExpertSlices(family)
+    entries = [source.entry(slices.of(layer, expert, DOWN).tensor) for expert in experts]
     return [
         OutputTensor(entry.name, entry.dtype, (entry.shape[0], int(kept.widths[expert])))
         for entry, expert in zip(entries, experts, strict=True)
@@ -136,11 +138,11 @@ def full_width_down(
     Returns:
         [E, D, F] in the dtype and on the device of `down_EDF`.
     """
-    held = range(kept.num_experts) if experts is None else experts
+    slices, held = ExpertSlices(family), range(kept.num_experts) if experts is None else experts
     mask_EF = torch.from_numpy(kept.mask(down_EDF.shape[2])[held.start : held.stop]).to(down_EDF.device)
     full_EDF = down_EDF * mask_EF[:, None, :]
     for row, expert in enumerate(held):
-        name = family.tensor(layer, expert, DOWN)
+        name = slices.of(layer, expert, DOWN).tensor
         if name in compensated.index.tensors:
             ids = torch.from_numpy(kept.of(expert)).long().to(down_EDF.device)
             full_EDF[row].index_copy_(1, ids, compensated.tensor(name).to(full_EDF))

@@ -50,7 +50,7 @@ def expected_names(source: CheckpointIndex, family: Family, kept: Mapping[int, K
     names, result = Names(family), {}
     for name in source.tensors:
         layer, expert = names.layer(name), names.expert(name)
-        if layer is not None and layer >= source.config["num_hidden_layers"]:
+        if layer is not None and layer >= family.num_layers(source.config):
             continue
         if expert is None or layer not in kept:
             result[name] = name

@@ -121,7 +121,7 @@ class CompensateShard(LayerSumWorker):
 
     def _down(self, layer: int, loaded_EDF: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
         """W_down of local experts with all the digits of the source: as loaded, or read again where that rounded."""
-        names = [self.skeleton.family.tensor(layer, self._held.start + expert, DOWN) for expert in ids]
+        names = [self.skeleton.slices.of(layer, self._held.start + expert, DOWN).tensor for expert in ids]
         dtypes = {TORCH_DTYPES[self.skeleton.index.entry(name).dtype] for name in names}
         if all(torch.promote_types(dtype, loaded_EDF.dtype) == loaded_EDF.dtype for dtype in dtypes):
             return loaded_EDF[list(ids)]

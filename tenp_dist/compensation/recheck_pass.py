@@ -139,7 +139,7 @@ class RecheckShard(LayerSumWorker):
 
     def _try(self, layer: int, expert: int, sums: Tap, source: TensorReader, stored: TensorReader) -> float:
         """`Probe.left_over` of the stored columns; raises VerifyError where it is too much."""
-        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        name = self.skeleton.slices.of(layer, expert, DOWN).tensor
         kept_W = self._kept_of(layer, expert)
         found_DW, source_DF = stored.tensor(name), source.tensor(name).double()
         row, damping = expert - sums.first, sums.damping[expert]
@@ -162,7 +162,7 @@ class RecheckShard(LayerSumWorker):
         stored: TensorReader,
     ) -> float:
         """Share of the possible gain that the stored columns lose; raises VerifyError where it is too much."""
-        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        name = self.skeleton.slices.of(layer, expert, DOWN).tensor
         kept_W = self._kept_of(layer, expert)
         lost = lost_share(source.tensor(name).double(), stored.tensor(name), G_FF, kept_W, damping)
         allowed = TOLERANCE[self.task.compute.dtype]

@@ -20,6 +20,7 @@ import torch
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.errors import WorkerLost
 from tenp_dist.evaluation.evaluate_pass import EvaluateShard, VariantsTask
@@ -88,9 +89,9 @@ class EvaluateTask:
         if host_memory is None:
             return self.waves
         tokens = read_corpus(self.corpus).tokens_NS.size
-        width = int(open_index(self.passes[0].checkpoint).config["hidden_size"])
+        family, config = family_and_config(open_index(self.passes[0].checkpoint).config)
         streams = max(len(one.variants) for one in self.passes)
-        nbytes = 2 * tokens * width * self.compute.torch_dtype.itemsize * streams
+        nbytes = 2 * tokens * family.hidden_size(config) * self.compute.torch_dtype.itemsize * streams
         return max(self.waves, -(-nbytes // host_memory))
 
 
@@ -177,4 +178,5 @@ def _read_box(stored: Any, stream: str, device: str, number: int, box: Box) -> t
 
 
 def _num_layers(checkpoint: Path) -> int:
-    return int(open_index(checkpoint).config["num_hidden_layers"])
+    family, config = family_and_config(open_index(checkpoint).config)
+    return family.num_layers(config)

@@ -137,7 +137,7 @@ def _predicting(batch: Microbatch) -> torch.Tensor:
 
 
 def _chunk(frame: Frame) -> int:
-    return max(1, _TAIL_ELEMENTS // int(frame.skeleton.config_dict["vocab_size"]))
+    return max(1, _TAIL_ELEMENTS // frame.skeleton.vocab_size)
 
 
 def _add_chunk(

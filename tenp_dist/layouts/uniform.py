@@ -69,7 +69,7 @@ def uniform_tensors(
         SourceError: a router tensor without a row per expert.
     """
     layers = layers_of(index, family)
-    absent = {name for layer, names in layers.items() if layer >= index.config["num_hidden_layers"] for name in names}
+    absent = {name for layer, names in layers.items() if layer >= family.num_layers(index.config) for name in names}
     changed: dict[str, OutputTensor] = {}
     for layer, neurons in kept.items():
         matrices = {(e, m): family.tensor(layer, e, m) for e in range(neurons.num_experts) for m in NEURON_AXIS}

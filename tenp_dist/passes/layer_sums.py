@@ -55,7 +55,7 @@ class LayerSumWorker(LayerWorker):
 
     def open(self) -> None:
         super().open()
-        experts = self.skeleton.family.num_experts(self.skeleton.config_dict)
+        experts = self.skeleton.num_experts
         self._held = self._share.get("experts", range(experts))  # global ids of the experts that this rank holds
         self._weights = [float(self.task.weights.get(domain, 1)) for domain in self.domains]
         self._sums: Any = None

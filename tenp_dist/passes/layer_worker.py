@@ -101,7 +101,7 @@ class LayerWorker:
         self.frame = Frame(self.skeleton)
         self._writer = side_thread("result-writer")
         self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
-        self._share = self.ranks.share(self.skeleton.family.num_experts(self.skeleton.config_dict))
+        self._share = self.ranks.share(self.skeleton.num_experts)
         self.source = LayerLoader(
             self.skeleton,
             self.layers,
@@ -113,7 +113,7 @@ class LayerWorker:
         self.fence.take()
         self.source.begin()
         tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
-        width = int(self.skeleton.config_dict["hidden_size"])
+        width = self.skeleton.hidden_size
         streams = max(len(self.streams(layer)) for layer in (*self.layers, self.layers.stop))
         self._spill = tokens * width * task.compute.torch_dtype.itemsize * streams > task.host_memory
         self._log(f"is ready for layers {self.layers.start} to {self.layers.stop - 1}")

@@ -84,10 +84,9 @@ def check_parallel(family: Family, config: Mapping[str, Any], size: int) -> None
             wanted=f"one of {', '.join(name for name, row in FAMILIES.items() if row.tensor_parallel)}",
             next_step="set cluster.tensor_parallel to 1 and use more shards",
         )
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
-    limits = {"attention key-value heads": heads, "routed experts": family.num_experts(config)}
+    limits = {"attention key-value heads": family.heads(config), "routed experts": family.num_experts(config)}
     for name, limit in limits.items():
-        if limit is not None and size > int(limit):
+        if limit is not None and size > limit:
             raise UnsupportedModelError(
                 f"More ranks than {name} to split over them",
                 where=f"cluster.tensor_parallel: {size}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from tenp_dist.artifacts import read_json, write_json
 from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.config import Cluster
 from tenp_dist.errors import Unplaced
@@ -115,7 +116,8 @@ def _placed(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest)
 def _tight(task: PassTask, waves: int) -> str:
     """What to say where the declared host memory does not hold one wave; held twice, for it is copied to be stored."""
     tokens = -(-read_corpus(task.corpus).tokens_NS.size // waves)
-    width = int(open_index(task.model).config["hidden_size"])
+    family, config = family_and_config(open_index(task.model).config)
+    width = family.hidden_size(config)
     nbytes = 2 * tokens * width * task.compute.torch_dtype.itemsize * task.side_by_side()
     if nbytes <= task.host_memory:
         return ""
