@@ -139,7 +139,6 @@ def join_ranks(
         if device.type == "cuda":
             torch.cuda.set_device(device)
         limit = timedelta(seconds=timeout)
-        limit = timedelta(seconds=timeout)
         with _meeting_at(f"rank {rank} of {size} at {address}:{port}"):
             store = own or dist.TCPStore(address, port, is_master=False, timeout=limit)
             backend = "nccl" if device.type == "cuda" else "gloo"
