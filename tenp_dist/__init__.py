@@ -9,6 +9,7 @@ transformers is imported here, the families are registered when transformers loa
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import wrapt
@@ -22,20 +23,20 @@ __version__ = "0.1.0"
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_configs(module):
+def _register_configs(module: ModuleType) -> None:
     from tenp_dist.runtime.auto_classes import register_configs
 
     register_configs(module)
 
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
-def _register_models(module):
+def _register_models(module: ModuleType) -> None:
     from tenp_dist.runtime.auto_classes import register_models
 
     register_models(module)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """`run_job`, imported when it is asked for: it needs torch."""
     if name == "run_job":
         from tenp_dist.stages.run_job import run_job

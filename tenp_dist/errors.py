@@ -22,6 +22,8 @@ A message says what failed, where, what was found, what was wanted and what to d
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TenpError(Exception):
     """Base of all errors that the command line prints without a traceback.
@@ -61,11 +63,13 @@ class TenpError(Exception):
         lines = [self.what, *(f"  {label + ':':<8}{value}" for label, value in self.details().items())]
         return "\n".join(lines)
 
-    def __reduce__(self):  # crosses process borders with all its parts
+    def __reduce__(self) -> tuple[Any, ...]:  # crosses process borders with all its parts
         return _rebuild, (type(self), self.what, self.where, self.found, self.wanted, self.next_step)
 
 
-def _rebuild(cls, what, where, found, wanted, next_step):
+def _rebuild(
+    cls: type[TenpError], what: str, where: object, found: object, wanted: object, next_step: str | None
+) -> TenpError:
     return cls(what, where=where, found=found, wanted=wanted, next_step=next_step)
 
 

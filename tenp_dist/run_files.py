@@ -55,6 +55,11 @@ def rank_name(rank: int) -> str:
     return f"rank_{rank:03d}"
 
 
+def worker_name(shard: int, rank: int) -> str:
+    """What the worker of a rank is called, in its log's name and in progress."""
+    return f"shard_{shard}.{rank_name(rank)}"
+
+
 def wave_file(folder: Path, wave: int, layer: int) -> Path:
     """The hidden states of a wave that enter a layer."""
     return folder / f"wave_{wave:03d}.{layer_name(layer)}.safetensors"

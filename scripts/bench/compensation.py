@@ -79,17 +79,16 @@ class Bench:
     def plan(self, method: str, retention: str) -> str:
         from tenp_dist.budget.plan import make_plan
         from tenp_dist.budget.sizes import MoeLayer
-        from tenp_dist.checkpoint.facts import checkpoint_facts
-        from tenp_dist.checkpoint.index import open_index
         from tenp_dist.checkpoint.kept import write_kept
+        from tenp_dist.checkpoint.source import open_source
         from tenp_dist.config import Budget
         from tenp_dist.run_files import layer_name
         from tenp_dist.scoring.statistics import read_statistics
 
         name, _, important = method.partition(":")
         budget = Budget(method=name, retention=Decimal(retention), important=Decimal(important) if important else None)
-        facts = checkpoint_facts(open_index(self.model))
-        layers = [MoeLayer(layer, facts["num_experts"], facts["intermediate_size"]) for layer in facts["moe_layers"]]
+        facts = open_source(self.model).facts
+        layers = [MoeLayer(layer, facts.num_experts, facts.intermediate_size) for layer in facts.moe_layers]
         made = make_plan(
             budget, layers, lambda layer: read_statistics(self.folder / "scores" / f"{layer_name(layer)}.safetensors")
         )

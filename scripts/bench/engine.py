@@ -115,22 +115,19 @@ def make_task(model: Path, folder: Path, dtype: str, batch_tokens: int, waves: i
 def describe(task, corpus) -> dict[str, Any]:
     """Write the corpus, say what runs, and return what the bounds need to know."""
     from tenp_dist.calibration.corpus import write_corpus
-    from tenp_dist.checkpoint.facts import checkpoint_facts
-    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.source import open_source
     from tenp_dist.passes.layer_ops import microbatches
     from tenp_dist.passes.placement import active_bytes, layer_bytes
 
     write_corpus(task.corpus, corpus)
-    index = open_index(task.model)
-    itemsize = task.compute.torch_dtype.itemsize
-    facts = checkpoint_facts(index)
+    facts, itemsize = open_source(task.model).facts, task.compute.torch_dtype.itemsize
     tokens, batches = corpus.tokens_NS.size, len(microbatches(corpus, task.compute.batch_tokens))
     waves = min(task.waves, batches)
-    click.echo(f"model     {task.model.name}, {index.nbytes / MEGABYTE:,.0f} MB, {task.compute.dtype}")
+    click.echo(f"model     {task.model.name}, {facts.bytes.total / MEGABYTE:,.0f} MB, {task.compute.dtype}")
     click.echo(f"tokens    {tokens:,} in {batches} microbatches of at most {task.compute.batch_tokens}, {waves} waves")
-    hidden = tokens * index.config["hidden_size"] * itemsize
+    hidden = tokens * facts.hidden_size * itemsize
     layers = {"nbytes": layer_bytes(facts, itemsize), "active": active_bytes(facts, itemsize)}
-    layers["moe"] = facts["moe_layers"]
+    layers["moe"] = facts.moe_layers
     return {"tokens": tokens, "hidden": hidden, "batches": batches, **layers}
 
 

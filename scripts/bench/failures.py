@@ -87,15 +87,14 @@ def scoring_workers() -> list[int]:
 
 def score(pool, model: Path, corpus, cluster, folder: Path) -> tuple[float, dict[str, bytes]]:
     from tenp_dist.calibration.corpus import write_corpus
-    from tenp_dist.checkpoint.facts import checkpoint_facts
-    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.source import open_source
     from tenp_dist.passes.compute import Compute
     from tenp_dist.scoring.score_pass import ScoreTask, score_model
 
     write_corpus(folder / "corpus.arrow", corpus)
     compute = Compute("cpu", "float32", 2048, 1)
     task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "bench", compute, waves=16)
-    moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
+    moe_layers = open_source(model).facts.moe_layers
     site = replace(pass_context_here(model, folder, 1), pool=pool, cluster=cluster)
     started = time.perf_counter()
     score_model(site, task, moe_layers)

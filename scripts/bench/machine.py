@@ -24,25 +24,23 @@ def print_machine(*libraries: str) -> None:
 
 def pass_context_here(model: Path, folder: Path, threads: int):
     """This process as the place where a model's shards run in float32; ledgers go into the folder."""
-    from tenp_dist.checkpoint.facts import checkpoint_facts
-    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.source import open_source
     from tenp_dist.config import Cluster
     from tenp_dist.passes.placement import layer_bytes
     from tenp_dist.passes.run_pass import PassContext
     from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.progress import Ledger
 
-    nbytes = layer_bytes(checkpoint_facts(open_index(model)), 4)
+    nbytes = layer_bytes(open_source(model).facts, 4)
     return PassContext(InProcessPool(threads), Cluster(), nbytes, Ledger(folder / "ledger.jsonl"))
 
 
 def score_here(model: Path, corpus: Path, scores: Path, compute, key: str = "bench") -> None:
     """Score a model in this process. corpus: Arrow file. scores: folder of the score files."""
-    from tenp_dist.checkpoint.facts import checkpoint_facts
-    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.source import open_source
     from tenp_dist.scoring.score_pass import ScoreTask, score_model
 
-    moe_layers = checkpoint_facts(open_index(model))["moe_layers"]
+    moe_layers = open_source(model).facts.moe_layers
     score_model(
         pass_context_here(model, scores.parent, compute.threads),
         ScoreTask(model, corpus, scores, key, compute),

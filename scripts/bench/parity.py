@@ -58,7 +58,7 @@ def main(model, texts, samples, length, retention, important, slope):
 
 def score(model: Path, corpus, threads: int, dtype: str):
     from tenp_dist.calibration.corpus import write_corpus
-    from tenp_dist.engine.compute import Compute
+    from tenp_dist.passes.compute import Compute
     from tenp_dist.scoring.statistics import read_statistics
 
     with tempfile.TemporaryDirectory() as name:

@@ -135,17 +135,16 @@ def make_job(folder: Path, model: Path, texts, tokens: int, length: int, retenti
 
 def run_stages(job, threads: int, names) -> dict[str, float]:
     """Run stages here, without Ray; seconds of each."""
-    from tenp_dist.pipeline.runner import PipelineRunner
+    from tenp_dist import run_job
     from tenp_dist.pipeline.stage import Listener
     from tenp_dist.pool.in_process import InProcessPool
-    from tenp_dist.stages.catalogue import stages_for
 
     class Clock(Listener):
         def finished(self, stage, record, seconds: float) -> None:
             parts[stage.name] = seconds
 
     parts: dict[str, float] = {}
-    PipelineRunner(job, stages_for(job), lambda: InProcessPool(threads), Clock(), overwrite=False).run(names)
+    run_job(job, stages=names, pool=lambda: InProcessPool(threads), listener=Clock())
     return parts
 
 

@@ -20,9 +20,8 @@ from tenp_dist.budget.plan import make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write_corpus
-from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families.table import family_of
-from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
 from tenp_dist.config import Budget, Cluster, Source, Text
 from tenp_dist.errors import BudgetError
@@ -61,18 +60,18 @@ class Study:
 
     def __init__(self, model: Path, folder: Path, length: int, threads: int):
         self.model, self.length = model, length
-        self.index = open_index(model)
-        self.facts = checkpoint_facts(self.index)
+        source = open_source(model)
+        self.index, self.facts = source.index, source.facts
         self.folder = folder / self.index.fingerprint[:12]
         self.compute = Compute("cpu", "float32", 8192, threads)
-        self.moe_layers = self.facts["moe_layers"]
+        self.moe_layers = self.facts.moe_layers
         self.site = replace(pass_context_here(model, self.folder, threads), cluster=Cluster(host_memory=4 * 10**9))
 
     def corpora(self, text: CalibrationSet) -> tuple[Path, Path | None]:
         """The set's tokens and what was set aside of them, as files."""
         sources = tuple(Source(path=path, domain=domain, samples=count) for path, domain, count in text.sources)
         part = Text(sources=sources, sequence_length=self.length)
-        corpora = build_split(part, self.model, self.facts["vocab_size"], text.share)
+        corpora = build_split(part, self.model, self.facts.vocab_size, text.share)
         return self._stored(corpora[0]), corpora[1] and self._stored(corpora[1])
 
     def _stored(self, corpus: Corpus) -> Path:
@@ -112,7 +111,7 @@ class Study:
     def _moe_layers(self) -> list[MoeLayer]:
         config = self.index.config
         family = family_of(config)
-        experts, width = self.facts["num_experts"], self.facts["intermediate_size"]
+        experts, width = self.facts.num_experts, self.facts.intermediate_size
         limits = (family.groups(config), family.least_experts(config))
         return [MoeLayer(layer, experts, width, *limits) for layer in self.moe_layers]
 

@@ -66,13 +66,13 @@ def random_plan(index, retention: float):
     """The same number of neurons in every expert, drawn at random."""
     import numpy as np
 
-    from tenp_dist.checkpoint.facts import checkpoint_facts
     from tenp_dist.checkpoint.kept import KeptNeurons
+    from tenp_dist.checkpoint.source import open_source
 
-    facts, generator = checkpoint_facts(index), np.random.default_rng(0)
-    experts, neurons = facts["num_experts"], facts["intermediate_size"]
+    facts, generator = open_source(index.folder).facts, np.random.default_rng(0)
+    experts, neurons = facts.num_experts, facts.intermediate_size
     plan = {}
-    for layer in facts["moe_layers"]:
+    for layer in facts.moe_layers:
         ranks_EF = generator.random((experts, neurons)).argsort(axis=1)
         plan[layer] = KeptNeurons.from_mask(ranks_EF < round(retention * neurons))
     return plan

@@ -96,8 +96,10 @@ def _assemble(rows: Sequence[tuple[int, list[int]]], length: int, pad: int, doma
 
 def joined(*corpora: Corpus) -> Corpus:
     """Corpora of the same domains and length, one after the other."""
-    arrays = [np.concatenate([getattr(c, name) for c in corpora]) for name in ("tokens_NS", "mask_NS", "domain_N")]
-    return Corpus(*arrays, corpora[0].domains)
+    tokens_NS, mask_NS, domain_N = (
+        np.concatenate([getattr(c, name) for c in corpora]) for name in ("tokens_NS", "mask_NS", "domain_N")
+    )
+    return Corpus(tokens_NS, mask_NS, domain_N, corpora[0].domains)
 
 
 def write_corpus(path: Path, corpus: Corpus) -> None:

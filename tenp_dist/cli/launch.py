@@ -69,8 +69,8 @@ def _slurm(
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    options = [*cluster_options(given, nodes, gpus), *words]
-    script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=options, **values)
+    settings = [*cluster_options(given, nodes, gpus), *words]
+    script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=settings, **values)
     path = out or Path(f"{job.stem}.sbatch")
     write_script(path, script, overwrite=overwrite)
     click.echo(f"Script:  {path}")

@@ -90,11 +90,11 @@ def _execute_stages(
     with View(total=len(names or stages_of(checked))) as view:
         make_pool = view.announce(_pool_maker(loaded, address, debug))
         records = run_stages(checked, names, make_pool, view, overwrite=overwrite)
-    result = {"run_dir": str(loaded.run_dir), "stages": {name: dict(r.summary) for name, r in records.items()}}
+    summaries = {name: dict(record.summary) for name, record in records.items()}
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps({"run_dir": str(loaded.run_dir), "stages": summaries}, indent=2))
     else:
-        print_summary(loaded, result["stages"])
+        print_summary(loaded, summaries)
 
 
 def _pool_maker(job: Job, address: str | None, debug: bool) -> Callable[[], Pool]:
@@ -102,8 +102,10 @@ def _pool_maker(job: Job, address: str | None, debug: bool) -> Callable[[], Pool
     from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.stages.run_job import ray_pool_maker
 
-    given = click.get_current_context().obj
-    return given or (InProcessPool if debug else ray_pool_maker(job, address))
+    given: Callable[[], Pool] | None = click.get_current_context().obj
+    if given is not None:
+        return given
+    return InProcessPool if debug else ray_pool_maker(job, address)
 
 
 def _plans_option(command: Callable[..., None]) -> Callable[..., None]:

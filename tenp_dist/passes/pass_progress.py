@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from tenp_dist.passes.schedule import Unit
 from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.progress import Progress
+from tenp_dist.run_files import worker_name
 
 _NAMED = 2  # units that the live view names
 
@@ -69,11 +70,6 @@ class PassProgress:
         done = min(self.total, sum(positions) + ahead)
         named = {"memory": [*workers.values()], "workers": [*workers], "layer": min(positions)}
         self.progress(Progress(done, self.total, tokens, seconds, note, read, retries=self.retries, **named))
-
-
-def worker_name(shard: int, rank: int) -> str:
-    """As its log is called."""
-    return f"shard_{shard}.rank_{rank:03d}"
 
 
 def at_work(units: Sequence[Unit]) -> str:

@@ -119,6 +119,7 @@ class PipelineRunner:
 
     def _task_lost(self, function: str, losses: int, error: WorkerLost) -> None:
         """A task's worker was lost and it begins anew: noted as a shard's loss is."""
+        assert self._at_work is not None, "only a stage at work has tasks"
         self._losses += 1
         ledger = Ledger(self.files.ledger(self._at_work.name))
         ledger.lost(f"A worker of `{function}`", str(error.where), losses, error)

@@ -171,7 +171,13 @@ def _routing_total(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     }
 
 
-def _headline(facts, plan, checkpoints, evaluation, verify) -> dict[str, Any]:
+def _headline(
+    facts: Facts,
+    plan: Mapping[str, Any],
+    checkpoints: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    verify: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     layout = _main_layout(checkpoints, evaluation)
     means = {name: variant["mean"] for name, variant in (evaluation or {"variants": {}})["variants"].items()}
 
@@ -238,7 +244,12 @@ def _compensation(files: RunFiles, job: Mapping[str, Any], verify: Mapping[str, 
     return {**document, "verified": (verify or {}).get("compensation")}
 
 
-def _absent(layers, checkpoints, verify, evaluation) -> list[str]:
+def _absent(
+    layers: Sequence[Mapping[str, Any]],
+    checkpoints: Mapping[str, Any],
+    verify: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+) -> list[str]:
     unscored = [layer["layer"] for layer in layers if layer["importance"] is None]
     findings = [
         (bool(unscored), f"Scores of {len(unscored)} of {len(layers)} layers are not in the run folder."),

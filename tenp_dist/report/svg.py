@@ -56,7 +56,7 @@ class Chart:
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
     """Settings for building and saving the chart `name`; the same chart gives the same bytes."""
-    settings = {
+    settings: dict[Any, object] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "text.parse_math": False,

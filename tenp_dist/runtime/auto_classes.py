@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from types import ModuleType
+from typing import Any
 
 from tenp_dist.runtime import ragged_config
 
@@ -74,7 +75,7 @@ def register_models(modeling_auto: ModuleType) -> None:
 
 
 @functools.cache
-def config_class(family: str) -> type:
+def config_class(family: str) -> Any:
     """Config class of a family, e.g. TenpDeepseekV3Config for "deepseek_v3"."""
     from tenp_dist.runtime.pretrained_config import ragged_config_class
 
@@ -95,7 +96,7 @@ def model_class(family: str) -> type:
 class _ModelingText:
     """Class attribute that makes the text when it is read: only saving needs it."""
 
-    def __get__(self, instance: object, owner: type) -> str:
+    def __get__(self, instance: object, owner: Any) -> str:
         return modeling_source(owner.model_type.removeprefix(ragged_config.PREFIX))
 
 

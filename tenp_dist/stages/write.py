@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import digest_of
@@ -27,7 +28,8 @@ def write_fields(run: Run) -> dict[str, Any]:
 def write(run: Run, context: StageContext) -> Output:
     job, files = run.job, run.files
     read_plan(files.run_dir)  # its two files belong together
-    made, summary = [], {}
+    made: list[Path] = []
+    summary: dict[str, Any] = {}
     for layout in run.layouts:
         written = write_layout(
             context.pool,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.formats.block_fp8 import unscale
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.errors import SourceError, UnsupportedModelError
 from tenp_dist.model.skeleton import Skeleton
 
@@ -170,7 +170,7 @@ def test_transformers_reads_the_same_weights(tmp_path, tiny_model):
 
 
 def test_sizes_are_those_in_bfloat16_and_what_lies_on_the_disk(pair):
-    fp8, plain = (checkpoint_facts(open_index(folder)) for folder in pair)
+    fp8, plain = (open_source(folder).facts.plain() for folder in pair)
     on_disk = sum(tensor.nbytes for path in pair[0].glob("*.safetensors") for tensor in load_file(path).values())
     assert fp8["bytes"] == plain["bytes"] | {"stored": on_disk}
     assert plain["bytes"]["stored"] == plain["bytes"]["total"] > 1.5 * on_disk
@@ -238,7 +238,7 @@ def test_blocks_of_another_size_are_refused(fp8):
 def test_fp8_without_factors_is_refused_by_name(fp8):
     spoil(fp8, GATE + "_scale_inv", lambda factors: None)
     with pytest.raises(UnsupportedModelError) as raised:
-        checkpoint_facts(open_index(fp8))
+        open_source(fp8)
     assert GATE in raised.value.where and raised.value.found == "F8_E4M3" and "weight_scale_inv" in raised.value.wanted
 
 
@@ -248,4 +248,4 @@ def test_fp8_whose_blocks_the_config_does_not_state_is_refused(fp8, config):
     index = open_index(fp8)
     assert GATE + "_scale_inv" in index.tensors and index.config["quantization_config"] == config
     with pytest.raises(UnsupportedModelError, match="quantised"):
-        checkpoint_facts(index)
+        open_source(fp8)

@@ -8,12 +8,13 @@ import torch
 
 from helpers.checkpoints import all_tensors
 from helpers.jobs import evaluation, files_of
-from tenp_dist.checkpoint.compensated import layer_file, open_compensated
+from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.errors import VerifyError
+from tenp_dist.run_files import layer_file
 
 
 def test_a_job_that_compensates(text_files, tiny_model, job_file, tenp, tmp_path):

@@ -15,7 +15,6 @@ from helpers.scoring import FAMILIES, random_corpus
 from tenp_dist.checkpoint.compensated import (
     CompensatedExpert,
     full_width_down,
-    layer_file,
     open_compensated,
     read_table,
     write_layer,
@@ -29,6 +28,7 @@ from tenp_dist.checkpoint.recipes import OutputTensor
 from tenp_dist.compensation.compensate_pass import CompensateTask, outcome
 from tenp_dist.compensation.moments import _factorise
 from tenp_dist.errors import NumericalError
+from tenp_dist.run_files import layer_file
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["concat", "padded"])

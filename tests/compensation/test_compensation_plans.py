@@ -14,7 +14,7 @@ from helpers.compensation import bytes_of, compensate, hooked, least_squares, st
 from helpers.deaths import Death, cuts, lives
 from helpers.scoring import pass_context, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
-from tenp_dist.checkpoint.compensated import layer_file, read_table
+from tenp_dist.checkpoint.compensated import read_table
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -23,6 +23,7 @@ from tenp_dist.compensation import moments as compensation
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
 from tenp_dist.compensation.moments import Moments, union_of
 from tenp_dist.pool.ray_pool import RayPool
+from tenp_dist.run_files import layer_file
 
 
 def compensate_all(model, folder, plans, *, corpus, weights=None, pool=None, **cluster) -> CompensateTask:

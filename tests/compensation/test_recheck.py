@@ -11,13 +11,14 @@ import torch
 from helpers.checkpoints import all_tensors, random_kept
 from helpers.compensation import compensate, least_squares, recheck
 from helpers.scoring import random_corpus
-from tenp_dist.checkpoint.compensated import layer_file, read_table
+from tenp_dist.checkpoint.compensated import read_table
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.compensation.random_vectors import Probe
 from tenp_dist.errors import VerifyError
 from tenp_dist.model.experts import Dispatch
+from tenp_dist.run_files import layer_file
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

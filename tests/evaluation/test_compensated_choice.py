@@ -14,9 +14,8 @@ from helpers.evaluation import expected_figures, load, logits_of, masked
 from helpers.jobs import AUTO, evaluation, measured
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint import compensated as compensated_module
-from tenp_dist.checkpoint.facts import checkpoint_facts
-from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.evaluation.plans import NamedPlan, in_forms
 from tenp_dist.job_file import load_job
 from tenp_dist.passes import hidden_states as boundaries
@@ -253,11 +252,11 @@ def test_a_grid_that_compensates_by_other_words_is_refused(value, says, job_file
 
 def test_room_for_compensated_columns_by_hand(job_file, text_files, tiny_model):
     """W_down is a third of the routed parameters; the run's own plan at 0.6, and what a stage measures with it."""
-    facts = checkpoint_facts(open_index(tiny_model()))
-    third, part = facts["bytes"]["routed"] / 3, evaluation(text_files)
+    source = open_source(tiny_model())
+    third, part = source.facts.bytes.routed / 3, evaluation(text_files)
 
     def held(**parts) -> float:
-        return columns_held(load_job(job_file(**parts)), facts) / third
+        return columns_held(load_job(job_file(**parts)), source) / third
 
     solved = {"output": {"compensate": True}}
     assert held(evaluation=part) == 0
@@ -274,11 +273,11 @@ def test_room_for_compensated_columns_by_hand(job_file, text_files, tiny_model):
 
 def test_room_for_the_hidden_states_of_all_plans_by_hand(job_file, text_files, tiny_model):
     """Two files of 3 sequences of 32 tokens, 32 wide, in float32; on calibration text a quarter of 2 x 4 x 32."""
-    facts, part = checkpoint_facts(open_index(tiny_model())), evaluation(text_files)
+    source, part = open_source(tiny_model()), evaluation(text_files)
     stream = 2 * 3 * 32 * 32 * 4
 
     def held(**parts) -> float:
-        return states_held(load_job(job_file(**parts)), facts) / stream
+        return states_held(load_job(job_file(**parts)), source) / stream
 
     assert held() == 0
     assert held(evaluation=part) == 3
@@ -290,7 +289,7 @@ def test_room_for_the_hidden_states_of_all_plans_by_hand(job_file, text_files, t
 
 
 def test_room_for_them_is_asked_for_before_any_work(job_file, tenp, tiny_model, monkeypatch):
-    job, facts, needed = job_file(budget=AUTO), checkpoint_facts(open_index(tiny_model())), []
-    monkeypatch.setattr(places, "_check_room", lambda node, run_dir, sight, room: needed.append(room))
+    job, source, needed = job_file(budget=AUTO), open_source(tiny_model()), []
+    monkeypatch.setattr(places, "_check_disk_space", lambda node, run_dir, view, room: needed.append(room))
     assert tenp("score", job).exit_code == tenp("score", job, *SOLVED).exit_code == 12, "nothing is there yet"
-    assert needed[1] - needed[0] == columns_held(load_job(job, ("output.compensate=true",)), facts) > 0
+    assert needed[1] - needed[0] == columns_held(load_job(job, ("output.compensate=true",)), source) > 0

@@ -16,7 +16,7 @@ from helpers.evaluation import evaluate, expected_figures, load, logits_of, mask
 from helpers.scoring import COMPUTE, pass_context, random_corpus
 from helpers.spoiling import edit_tensors
 from tenp_dist.calibration.corpus import write_corpus
-from tenp_dist.checkpoint.compensated import full_width_down, layer_file, open_compensated
+from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import FAMILIES
 from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
@@ -30,6 +30,7 @@ from tenp_dist.evaluation.variants import Variant, shared_prefixes
 from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.passes.layer_ops import of_variants
 from tenp_dist.passes.layer_worker import LayerWorker
+from tenp_dist.run_files import layer_file
 
 
 def plan_files(folder: Path, source: Path, count: int) -> dict[str, Variant]:

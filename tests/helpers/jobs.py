@@ -44,26 +44,20 @@ def job_file(tmp_path, tiny_model, text_files):
 
 
 @pytest.fixture
-def tenp(monkeypatch):
+def tenp():
     """tenp(*arguments) -> exit_code, stdout, stderr, exception of the real command line; no Ray unless ray=True."""
     import signal
 
     from click.testing import CliRunner
 
     from tenp_dist.cli.main import cli
-    from tenp_dist.pool import base as local
-    from tenp_dist.pool import ray_pool as pool
-    from tenp_dist.stages import run as inputs
+    from tenp_dist.pool.in_process import InProcessPool
 
     handler = signal.getsignal(signal.SIGTERM)
 
     def invoke(*arguments, ray: bool = False) -> SimpleNamespace:
-        inputs.source_index.cache_clear()  # a new process would open the checkpoint anew
-        with monkeypatch.context() as patch:
-            if not ray:
-                # one core: threads cost more than they do
-                patch.setattr(pool, "RayPool", lambda *_: local.InProcessPool(cores=1))
-            result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        here = None if ray else lambda: InProcessPool(cores=1)  # one core: threads cost more than they do
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments], obj=here)
         return SimpleNamespace(
             exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, exception=result.exception
         )

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tenp_dist.calibration.corpus import Corpus, write_corpus
-from tenp_dist.checkpoint.facts import checkpoint_facts
-from tenp_dist.checkpoint.index import open_index, read_config
+from tenp_dist.checkpoint.index import read_config
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.config import Cluster
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.layer_ops import microbatches
@@ -41,7 +41,7 @@ def pass_context(model: Path, ledger: Path, pool=None, progress=lambda step: Non
 
 
 def moe_layers(model: Path) -> list[int]:
-    return checkpoint_facts(open_index(model))["moe_layers"]
+    return list(open_source(model).facts.moe_layers)
 
 
 def score(model, corpus, folder, compute=COMPUTE) -> dict[int, LayerStatistics]:
@@ -73,6 +73,6 @@ def run_scores(pool, model, folder: Path, *, corpus=None, waves=4, **cluster) ->
         model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=waves
     )
     site = pass_context(model, folder / "stages" / "score.ledger.jsonl", pool, **cluster)
-    score_model(replace(site, nbytes=layer_bytes(checkpoint_facts(open_index(model)), 4)), task, moe_layers(model))
+    score_model(replace(site, nbytes=layer_bytes(open_source(model).facts, 4)), task, moe_layers(model))
     assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
     return {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}

@@ -21,6 +21,7 @@ from tenp_dist.launch.status import read_status
 from tenp_dist.launch.submit import pack
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.preflight import node_checks as places
+from tenp_dist.preflight.disk_space import bytes_needed
 
 SHIPPED = ROOT / "cluster" / "slurm" / "prune.sbatch"
 ORDER = ["inspect", "calibrate", "score", "plan", "write", "verify", "report"]
@@ -154,12 +155,11 @@ class TwoNodes(InProcessPool):
 
 @pytest.fixture
 def loaded(job_file):
-    from tenp_dist.checkpoint.facts import checkpoint_facts
-    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.source import open_source
 
     job = job_files.load_job(job_file())
     job.run_dir.mkdir()
-    return job, checkpoint_facts(open_index(job.model))
+    return job, open_source(job.model)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def loaded(job_file):
     ],
 )
 def test_a_node_that_sees_something_else_is_named(views, kind, text, loaded, monkeypatch):
-    job, facts = loaded
+    job, source = loaded
     monkeypatch.setattr(places, "_PATIENCE_SECONDS", 0.3)
-    places.check_places(TwoNodes(), job, facts)
+    places.check_nodes(TwoNodes(), job, source)
     with pytest.raises(kind) as caught:
-        places.check_places(TwoNodes(**views), job, facts)
+        places.check_nodes(TwoNodes(**views), job, source)
     said = str(caught.value)
     assert text in said and "node bad: " in said
     assert str(job.model if "model" in text or "model_seen" in views else job.run_dir) in said
@@ -188,12 +188,12 @@ def test_a_node_that_sees_something_else_is_named(views, kind, text, loaded, mon
 
 def test_room_needed_by_hand(loaded):
     """4 samples x 2 domains x 32 tokens, D = 32; 3 MoE layers x 8 experts x 24 neurons of 3 x 32 float32 values."""
-    job, facts = loaded
-    routed = 3 * 8 * 24 * 3 * 32 * 4
-    assert facts["bytes"]["routed"] == routed
+    job, source = loaded
+    facts, routed = source.facts, 3 * 8 * 24 * 3 * 32 * 4
+    assert facts.bytes.routed == routed
     sums = 8 * 2 * (4 * 24 + 7) * 8 * 3
     hidden = 4 * (4 * 2 * 32) * 32
-    assert places.room_needed(job, facts) == facts["bytes"]["total"] - int(routed * 2 / 5) + sums + hidden
+    assert bytes_needed(job, source) == facts.bytes.total - int(routed * 2 / 5) + sums + hidden
 
 
 # submission
@@ -201,7 +201,8 @@ def test_room_needed_by_hand(loaded):
 
 def test_a_packed_job_is_the_same_job(job_file, tmp_path):
     """Its paths are settled, its text is packed, and every stage has the same key."""
-    from tenp_dist.stages.catalogue import stages_for
+    from tenp_dist.stages.catalogue import stages_of
+    from tenp_dist.stages.run import open_run
 
     job = job_files.load_job(
         job_file(evaluation={"sources": [{"path": "own.jsonl", "domain": "own"}], "sequence_length": 32}),
@@ -214,8 +215,8 @@ def test_a_packed_job_is_the_same_job(job_file, tmp_path):
     again = job_files.load_job(folder / "job.yaml")
     assert again.model == job.model and again.run_dir == job.run_dir and again.budget == job.budget
     assert all(folder in source.path.parents for source in (*again.calibration.sources, *again.evaluation.sources))
-    for one, two in zip(stages_for(job), stages_for(again), strict=True):
-        assert one.fields(job) == two.fields(again), one.name
+    for one, two in zip(stages_of(open_run(job)), stages_of(open_run(again)), strict=True):
+        assert one.fields() == two.fields(), one.name
 
 
 def test_text_that_is_too_large_stays_where_it_is(job_file, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.pool.ray_pool import RayPool
 from tenp_dist.pool.worker_log import last_words
 from tenp_dist.progress import Journal, Progress
+from tenp_dist.run_files import RunFiles
 from tenp_dist.scoring.score_pass import ScoreShard, score_model
 
 
@@ -69,7 +70,7 @@ def test_the_journal_tells_pace_and_time_left(tmp_path, monkeypatch):
 
 
 def test_one_run_at_a_time(tenp, job_file, tmp_path):
-    with exclusive(tmp_path / "run"):
+    with exclusive(RunFiles(tmp_path / "run").lock, tmp_path / "run"):
         refused = tenp("run", job_file())
     assert refused.exit_code == OutputError.exit_code
     assert "Another run is at work" in refused.stderr

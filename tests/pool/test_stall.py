@@ -35,7 +35,7 @@ COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
 
 
 def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
-    """Look every so many seconds at ranks with these heartbeats: (second, who hangs) of the first look that finds one."""
+    """Look at these heartbeats every so many seconds: (second, who hangs) of the first look that finds one."""
     now, ranks = [0.0], list(range(len(histories)))
     watch = StallWatch(lambda rank: histories[rank][int(now[0] / seconds) - 1], lambda: now[0])
     watch.begin()

@@ -112,7 +112,7 @@ def test_real_file_system_without_space(tenp, job_file, tmp_path, monkeypatch):
         refused(result, "DiskFullError", "Not enough space for the run", "node ", str(folder / "run"), "MB free")
         assert not (folder / "run" / "facts.json").exists(), "before any work"
         with monkeypatch.context() as patch:
-            patch.setattr("tenp_dist.preflight.node_checks.room_needed", lambda job, facts: 0)
+            patch.setattr("tenp_dist.preflight.node_checks.bytes_needed", lambda job, source: 0)
             result = tenp("run", job, "--run-dir", folder / "run")
         refused(result, "DiskFullError", "No space left", "small/run/scores")
         assert not list(folder.rglob("*.tmp"))

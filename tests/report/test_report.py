@@ -13,7 +13,7 @@ import yaml
 from helpers.reports import CHARTS, JOB, edit, make_run, page_text, read
 from tenp_dist.artifacts import write_json
 from tenp_dist.errors import StaleError
-from tenp_dist.report import write_report
+from tenp_dist.report.page import write_report
 from tenp_dist.scoring.statistics import LayerStatistics, write_statistics
 
 

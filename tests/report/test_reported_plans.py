@@ -8,7 +8,7 @@ import torch
 
 from helpers.reports import JOB, edit, page_text, read
 from tenp_dist.artifacts import write_json
-from tenp_dist.report import write_report
+from tenp_dist.report.page import write_report
 from tenp_dist.scoring.statistics import read_statistics, write_statistics
 
 
