@@ -1,8 +1,8 @@
 """Check compensated weights from the calibration tokens and by another road: all on random vectors, some solved again.
 
 Nothing here comes from `compensation/moments.py`. That every expert's W_down solves its equations is tried on random
-vectors (`probe.py`). Experts of a sample are solved again: a hook takes what the router hands to the experts, the
-activations are made by plain products in float32, the whole G is summed in float64, and the minimum is found in the
+vectors (`random_vectors.py`). Experts of a sample are solved again: a hook takes what the router hands to the experts,
+the activations are made by plain products in float32, the whole G is summed in float64, and the minimum is found in the
 other form of the definition, (W G[:,S] + r W_S)(G_SS + r I)^-1, by LU instead of Cholesky. The stored W_down passes if
 it wins all but a small share of what that minimum wins over the plain columns. Every layer of the plan has experts in
 the sample: all of a small layer, SAMPLE of a larger one, by a seeded draw.
@@ -30,7 +30,8 @@ from tenp_dist.compensation.random_vectors import Probe
 from tenp_dist.errors import VerifyError
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
-from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
+from tenp_dist.passes.layer_step import OpenShard
+from tenp_dist.passes.layer_sums import LayerSum, LayerSumTask, run_layer_sums
 from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.run_files import layer_file, layer_name, rank_name
 
@@ -50,6 +51,9 @@ class RecheckTask(LayerSumTask):
     plan: Path = Path()
     compensation: Path = Path()
     ridge: float = 0.01
+
+    def layer_sum(self, shard: OpenShard) -> RecheckSum:
+        return RecheckSum(self, shard)
 
     def result(self, layer: int, rank: int) -> Path:
         return self.folder / f"{layer_name(layer)}.{rank_name(rank)}.json"
@@ -88,21 +92,20 @@ class Tap:
             self.tokens[expert] = self.tokens.get(expert, 0) + (len(g_T) if self.weight else 0)
 
 
-class RecheckShard(LayerSumWorker):
-    """One rank of a shard that checks its layers."""
+class RecheckSum(LayerSum[Tap]):
+    """Sums on two roads what the equations of a layer's experts need, on one rank, and judges what is stored."""
 
-    task: RecheckTask
+    def __init__(self, task: RecheckTask, shard: OpenShard):
+        self.task, self.shard = task, shard
+        self._weights = task.weights_of(shard.domains)
+        kept = read_kept(task.plan)
+        self._kept = {layer: kept[layer] for layer in shard.layers if layer in kept}
 
-    def open(self) -> None:
-        super().open()
-        kept = read_kept(self.task.plan)
-        self._kept = {layer: kept[layer] for layer in self.layers if layer in kept}
-
-    def _begin(self, layer: int, experts: nn.Module) -> Tap:
-        table = read_table(layer_file(self.task.compensation, layer, self.rank, self.task.ranks))
+    def begin(self, layer: int, experts: nn.Module) -> Tap:
+        table = read_table(layer_file(self.task.compensation, layer, self.shard.rank, self.task.ranks))
         damping = dict(zip(table["experts"], table["damping"], strict=True))
         held, _, neurons = experts.down_proj.shape
-        device, first = experts.down_proj.device, self._held.start
+        device, first = experts.down_proj.device, self.shard.held.start
         made = {
             expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
             for expert in sample(sorted(damping), layer)
@@ -111,35 +114,37 @@ class RecheckShard(LayerSumWorker):
         probe = Probe(kept, self._weights, (held, neurons), layer, device)
         return Tap(experts, first, made, damping, probe)
 
-    def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
-        tap: Tap = self._sums
-        hook = self.skeleton.experts_of(module).register_forward_pre_hook(tap)
+    def add(
+        self, layer: int, module: nn.Module, batches: Sequence[Microbatch], states: list[torch.Tensor], sums: Tap
+    ) -> None:
+        frame, share = self.shard.frame, self.shard.share
+        hook = frame.skeleton.experts_of(module).register_forward_pre_hook(sums)
         try:
             for i, batch in enumerate(batches):
-                tap.valid_T, tap.weight = batch.valid_T, self._weights[batch.domain]
-                run_layer(self.frame, layer, module, [batch], [states[i]], self._share, tap.probe)
+                sums.valid_T, sums.weight = batch.valid_T, self._weights[batch.domain]
+                run_layer(frame, layer, module, [batch], [states[i]], share, sums.probe)
         finally:
             hook.remove()
 
-    def _finish(self, layer: int, sums: Tap, down_EDF: torch.Tensor) -> None:
+    def finish(self, layer: int, sums: Tap, down_EDF: torch.Tensor) -> None:
         worst = left = 0.0
         with (
             TensorReader(open_compensated(self.task.compensation)) as stored,
-            TensorReader(self.skeleton.index) as source,
+            TensorReader(self.shard.skeleton.index) as source,
         ):
             for expert, G_FF in sums.G_FF.items():
                 tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
                 worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
-                self._made += 1
+                self.shard.count_work()
             for expert in sums.damping:
                 left = max(left, self._try(layer, expert, sums, source, stored))
-                self._made += 1
+                self.shard.count_work()
         result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
-        write_json(self.task.result(layer, self.rank), result | {"tried": len(sums.damping), "left": left})
+        write_json(self.task.result(layer, self.shard.rank), result | {"tried": len(sums.damping), "left": left})
 
     def _try(self, layer: int, expert: int, sums: Tap, source: TensorReader, stored: TensorReader) -> float:
         """`Probe.left_over` of the stored columns; raises VerifyError where it is too much."""
-        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        name = self.shard.skeleton.family.tensor(layer, expert, DOWN)
         kept_W = self._kept_of(layer, expert)
         found_DW, source_DF = stored.tensor(name), source.tensor(name).double()
         row, damping = expert - sums.first, sums.damping[expert]
@@ -162,7 +167,7 @@ class RecheckShard(LayerSumWorker):
         stored: TensorReader,
     ) -> float:
         """Share of the possible gain that the stored columns lose; raises VerifyError where it is too much."""
-        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        name = self.shard.skeleton.family.tensor(layer, expert, DOWN)
         kept_W = self._kept_of(layer, expert)
         lost = lost_share(source.tensor(name).double(), stored.tensor(name), G_FF, kept_W, damping)
         allowed = TOLERANCE[self.task.compute.dtype]
@@ -227,7 +232,7 @@ def _tenfold(ratio: float) -> bool:
     return power >= 0 and abs(ratio / 10**power - 1) < 1e-6
 
 
-def recheck_model(site: PassContext, task: RecheckTask) -> Mapping[str, Any]:
+def recheck_model(context: PassContext, task: RecheckTask) -> Mapping[str, Any]:
     """Check every layer: experts solved again and the largest share of a gain lost; all that were tried on random
     vectors, and the largest share of what plain columns leave over.
 
@@ -235,7 +240,7 @@ def recheck_model(site: PassContext, task: RecheckTask) -> Mapping[str, Any]:
         ClusterError: as `run_pass`.
         VerifyError: the first expert whose stored weights are not the solution.
     """
-    run_layer_sums(site, RecheckShard, task)
+    run_layer_sums(context, task)
     results = [read_json(task.result(layer, rank)) for layer in task.moe for rank in range(task.ranks)]
     sums = {name: sum(one[name] for one in results) for name in ("experts", "tried")}
     return sums | {name: max(one[name] for one in results) for name in ("worst", "left")}

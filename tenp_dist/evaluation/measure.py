@@ -22,7 +22,7 @@ from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.errors import WorkerLost
-from tenp_dist.evaluation.evaluate_pass import EvaluateShard, VariantsTask
+from tenp_dist.evaluation.evaluate_pass import VariantsTask
 from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
@@ -94,24 +94,24 @@ class EvaluateTask:
         return max(self.waves, -(-nbytes // host_memory))
 
 
-def evaluate_model(site: PassContext, task: EvaluateTask) -> Metrics:
-    """Run all passes on the site's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
+def evaluate_model(context: PassContext, task: EvaluateTask) -> Metrics:
+    """Run all passes on the context's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
 
     Args:
-        task: settled (no `auto` in it); its ranks are those of the site. compute.threads: of the tail's worker.
+        task: settled (no `auto` in it); its ranks are those of the context. compute.threads: of the tail's worker.
 
     Raises:
         ClusterError: as `run_pass`.
         NumericalError: NaN or Inf left a layer or the head.
     """
-    waves = task.waves_within(site.cluster.host_memory)
-    passes = replace(task, ranks=site.cluster.tensor_parallel, waves=waves).pass_tasks()
+    waves = task.waves_within(context.cluster.host_memory)
+    passes = replace(task, ranks=context.cluster.tensor_parallel, waves=waves).pass_tasks()
     waves = passes[0].count_waves()
-    steps = len(site.nbytes) * waves
+    steps = len(context.nbytes) * waves
     total = len(passes) * steps + waves
     for one in passes:
-        run_pass(_shifted(site, one.number * steps, total), EvaluateShard, one)
-    return _tail_on(_shifted(site, len(passes) * steps, total), passes)
+        run_pass(_shifted(context, one.number * steps, total), one)
+    return _tail_on(_shifted(context, len(passes) * steps, total), passes)
 
 
 def drop_hidden(task: EvaluateTask) -> None:
@@ -119,32 +119,32 @@ def drop_hidden(task: EvaluateTask) -> None:
     shutil.rmtree(task.folder / HIDDEN, ignore_errors=True)
 
 
-def _shifted(site: PassContext, before: int, total: int) -> PassContext:
-    """The site, telling a part's progress as that of the whole."""
-    return replace(site, progress=lambda step: site.progress(replace(step, done=before + step.done, total=total)))
+def _shifted(context: PassContext, before: int, total: int) -> PassContext:
+    """The context, telling a part's progress as that of the whole."""
+    return replace(context, progress=lambda step: context.progress(replace(step, done=before + step.done, total=total)))
 
 
-def _tail_on(site: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
+def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
     """`run_tail` in one worker, started again where it is lost: what it reads is stored."""
     losses = 0
     while True:
         try:
-            for event in site.pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
+            for event in context.pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
                 if isinstance(event, Metrics):
                     return event
-                site.progress(replace(event, retries=losses))
+                context.progress(replace(event, retries=losses))
             raise AssertionError("the tail yields its metrics last")
         except WorkerLost as error:
             losses += 1
             where = "final hidden states"
-            Retries().after(losses, error, "The worker of norm and head", where, site.ledger, time.sleep)
+            Retries().after(losses, error, "The worker of norm and head", where, context.ledger, time.sleep)
 
 
 @torch.inference_mode()
 def run_tail(passes: Sequence[VariantsTask]) -> Iterator[Progress | Metrics]:
     """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last."""
     first = passes[0]
-    compute = first.compute.resolved()
+    compute = first.compute.on_this_machine()
     corpus = read_corpus(first.corpus)
     batches = microbatches(corpus, compute.batch_tokens, compute.device)
     waves = split_waves(len(batches), first.waves)
@@ -154,7 +154,7 @@ def run_tail(passes: Sequence[VariantsTask]) -> Iterator[Progress | Metrics]:
         with contextlib.ExitStack() as files:
             final = {}
             for one, streams in zip(passes, leaders, strict=True):
-                stored = files.enter_context(one.boundaries.open(wave, one.layers))
+                stored = files.enter_context(one.hidden_state_files.open(wave, one.layers))
                 final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
             for count, i in enumerate(numbers, start=1):  # each may take minutes, with many variants
                 started = time.monotonic()

@@ -27,7 +27,7 @@ class Compute:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def resolved(self) -> Compute:
+    def on_this_machine(self) -> Compute:
         """The same with `auto` replaced by what the machine that asks has.
 
         Raises:
@@ -41,9 +41,9 @@ class Compute:
                 wanted="cluster.device: cuda",
                 next_step="set cluster.device to auto or cpu, or install a CUDA build of torch",
             )
-        return replace(self, device="cuda" if has_cuda and self.device != "cpu" else "cpu").settled()
+        return replace(self, device="cuda" if has_cuda and self.device != "cpu" else "cpu").with_own_dtype()
 
-    def settled(self) -> Compute:
+    def with_own_dtype(self) -> Compute:
         """The same with the dtype `auto` replaced by the device's own: all workers of a run must agree."""
         own = {"cuda": "bfloat16", "cpu": "float32"}[self.device]
         return replace(self, dtype=own if self.dtype == "auto" else self.dtype)

@@ -140,8 +140,8 @@ def tensor_name(stream: str, batch: int) -> str:
 
 
 def read_hidden(
-    boundaries: HiddenStateFiles, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
+    files: HiddenStateFiles, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
 ) -> Hidden:
     """A wave's hidden states of all streams from its boundary file."""
-    stored = boundaries.read(wave, layer)
+    stored = files.read(wave, layer)
     return {stream: [own_copy(stored.pop(tensor_name(stream, i)), device) for i in batches] for stream in streams}

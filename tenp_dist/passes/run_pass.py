@@ -48,7 +48,7 @@ class PassSummary:
     resumed_share: float
 
 
-def run_pass(site: PassContext, worker: type[LayerWorker], task: PassTask, *, finished: bool = False) -> PassSummary:
+def run_pass(context: PassContext, task: PassTask, *, finished: bool = False) -> PassSummary:
     """Take all waves through all shards, from where they were left.
 
     Where a node was lost and no other takes its shard in time, the work goes on with what the others take: the same
@@ -56,28 +56,28 @@ def run_pass(site: PassContext, worker: type[LayerWorker], task: PassTask, *, fi
 
     Args:
         task: settled (no `auto` in it), with its ranks.
-        finished: everything that the task makes is stored already, whatever its boundaries say.
+        finished: everything that the task makes is stored already, whatever its hidden states say.
 
     Raises:
         ClusterError: more shards than layers, the cluster is smaller than asked, or a shard was lost too often.
     """
     device = task.compute.device
     while True:
-        fit = replace(site, cluster=fitted(site.pool, site.cluster, device))
-        asked = group_request(site.pool, fit.cluster, device)
+        fit = replace(context, cluster=fitted(context.pool, context.cluster, device))
+        asked = group_request(context.pool, fit.cluster, device)
         try:
-            return _run_once(fit, worker, task, finished)
+            return _run_once(fit, task, finished)
         except Unplaced:
-            left = fitted(site.pool, site.cluster, device)
-            if (left, group_request(site.pool, left, device)) == (fit.cluster, asked):
+            left = fitted(context.pool, context.cluster, device)
+            if (left, group_request(context.pool, left, device)) == (fit.cluster, asked):
                 raise
 
 
-def _run_once(site: PassContext, worker: type[LayerWorker], task: PassTask, finished: bool) -> PassSummary:
-    pool, cluster, waves, layers = site.pool, site.cluster, task.count_waves(), len(site.nbytes)
-    shards = cut_layers(cluster, site.nbytes, site.active)
-    mode = choose_mode(pool, cluster, site.nbytes, shards, task.compute.device)
-    stored = lambda: [task.boundaries.position(wave) for wave in range(waves)]  # noqa: E731
+def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSummary:
+    pool, cluster, waves, layers = context.pool, context.cluster, task.count_waves(), len(context.nbytes)
+    shards = cut_layers(cluster, context.nbytes, context.active)
+    mode = choose_mode(pool, cluster, context.nbytes, shards, task.compute.device)
+    stored = lambda: [task.hidden_state_files.position(wave) for wave in range(waves)]  # noqa: E731
     resumed = 1.0 if finished else sum(stored()) / (waves * layers)
     if resumed == 1:
         return PassSummary(0, 0.0, mode, [], 1.0)
@@ -86,12 +86,12 @@ def _run_once(site: PassContext, worker: type[LayerWorker], task: PassTask, fini
     names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
     message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
     message += _tight(task, waves) if cluster.host_memory else ""  # reads plans, where there are any
-    site.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
-    site.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
-    groups = pool.groups(worker, [(task, shard) for shard in shards], request)
-    progress = PassProgress(layers * waves, len(groups), site.progress)
+    context.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
+    context.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
+    groups = pool.groups(LayerWorker, [(task, shard) for shard in shards], request)
+    progress = PassProgress(layers * waves, len(groups), context.progress)
     try:
-        Controller(groups, shards, mode, stored, pool.wait, progress, site.ledger).run()
+        Controller(groups, shards, mode, stored, pool.wait, progress, context.ledger).run()
     finally:
         for group in groups:
             group.close()
@@ -127,7 +127,7 @@ def _tight(task: PassTask, waves: int) -> str:
 
 def _begun_with(task: PassTask, threads: int) -> int:
     """The threads that this work was begun with: another number would change the last bits of what is to come."""
-    path = threads_file(task.boundaries.folder)
+    path = threads_file(task.hidden_state_files.folder)
     if path.exists():
         begun = read_json(path)
         if begun["key"] == task.file_key:

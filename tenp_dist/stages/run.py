@@ -90,7 +90,9 @@ class Run:
         """How workers compute: device and dtype settled here, for all of a run agree."""
         device = self.job.cluster.device
         on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
-        return Compute("cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens, context.pool.threads).settled()
+        return Compute(
+            "cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens, context.pool.threads
+        ).with_own_dtype()
 
     def pass_context(self, context: StageContext, stage: str, compute: Compute) -> PassContext:
         """Where a stage's shards run. compute: settled."""
