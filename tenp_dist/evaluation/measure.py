@@ -1,8 +1,8 @@
-"""Compare models on held-out tokens: layer by layer through shards, then the tail over what left them.
+"""Compare models on held-out tokens: layer by layer through shards, then norm and head over what left them.
 
-Every pass takes its variants through the layers of one checkpoint, on the same shards as scoring, and
-stores the final hidden states of every wave. One worker then reads them, wave by wave and piece by
-piece, and makes the figures. What is stored is what a run goes on from, after a worker or the driver was lost.
+Every pass takes its variants through the layers of one checkpoint, on the same shards as scoring, and stores the
+final hidden states of every wave. The tail follows: one worker reads them, wave by wave and piece by piece, and makes
+the figures. What is stored is what a run goes on from, after a worker or the driver was lost.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ class VariantsPass:
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """passes[0] holds the variant `source`, whose checkpoint also gives the head.
+    """What an evaluation is asked for.
 
-    folder: for hidden states, until the figures are made. key: of the evaluate stage. waves, ranks: see `PassTask`.
+    passes: the first holds the variant `source`, whose checkpoint also gives the head.
+    corpus: file of the held-out tokens.
+    folder: for hidden states, until the figures are made.
+    key: of the evaluate stage.
+    compute: how workers compute.
+    waves, ranks: see `PassTask`.
     """
 
     passes: Sequence[VariantsPass]
@@ -60,7 +65,7 @@ class EvaluateTask:
     ranks: int = 1
 
     def pass_tasks(self) -> list[VariantsTask]:
-        """What the workers of each pass need; compute must be settled."""
+        """What the workers of each pass need; compute must be without `auto`."""
         return [self._pass_task(number, one) for number, one in enumerate(self.passes)]
 
     def _pass_task(self, number: int, one: VariantsPass) -> VariantsTask:
@@ -98,7 +103,7 @@ def evaluate_model(context: PassContext, task: EvaluateTask) -> Metrics:
     """Run all passes on the context's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
 
     Args:
-        task: settled (no `auto` in it); its ranks are those of the context. compute.threads: of the tail's worker.
+        task: without `auto` in it; its ranks are those of the context.
 
     Raises:
         ClusterError: as `run_pass`.
@@ -129,7 +134,8 @@ def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
     losses = 0
     while True:
         try:
-            for event in context.pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
+            gpus = int(passes[0].compute.device == "cuda")
+            for event in context.pool.stream(run_tail, passes, context.pool.threads, gpus=gpus):
                 if isinstance(event, Metrics):
                     return event
                 context.progress(replace(event, retries=losses))
@@ -141,10 +147,13 @@ def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
 
 
 @torch.inference_mode()
-def run_tail(passes: Sequence[VariantsTask]) -> Iterator[Progress | Metrics]:
-    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last."""
+def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress | Metrics]:
+    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last.
+
+    threads: CPU threads of this worker, which has its node to itself: all that the pool lets one worker have.
+    """
     first = passes[0]
-    compute = first.compute.on_this_machine()
+    compute = replace(first.compute.on_this_machine(), threads=threads)
     corpus = read_corpus(first.corpus)
     batches = microbatches(corpus, compute.batch_tokens, compute.device)
     waves = split_waves(len(batches), first.waves)

@@ -1,4 +1,4 @@
-"""Drive one model's shards on a pool: how it is cut, what its groups ask for, the controller over them."""
+"""Take one pass through a model on a pool: how the model is cut, what its groups ask for, the controller over them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tenp_dist.passes.controller import Controller
 from tenp_dist.passes.layer_worker import LayerWorker
 from tenp_dist.passes.pass_progress import PassProgress
 from tenp_dist.passes.pass_task import PassTask
-from tenp_dist.passes.placement import choose_mode, cut_layers, fitted, group_request
+from tenp_dist.passes.placement import choose_mode, cut_layers, fitted, group_request, rank_threads
 from tenp_dist.passes.schedule import Mode
 from tenp_dist.pool.base import GroupRequest, Pool
 from tenp_dist.progress import Ledger, Progress
@@ -25,8 +25,12 @@ from tenp_dist.run_files import threads_file
 class PassContext:
     """Where the shards of a model run, and who is told how it goes.
 
-    nbytes: of every decoder layer at its full width in compute dtype. active: of what a token passes of it, which is
-    what it costs to compute; as `nbytes` if it is not given.
+    pool: where work runs.
+    cluster: what the job says of shards, ranks and memory.
+    nbytes: of every decoder layer at its full width in compute dtype.
+    ledger: notes every unit that ended and every worker that was lost.
+    progress: is told how far the pass is.
+    active: bytes of what a token passes of every layer, which is what the layer costs to compute; `nbytes` if empty.
     """
 
     pool: Pool
@@ -39,7 +43,14 @@ class PassContext:
 
 @dataclass(frozen=True)
 class PassSummary:
-    """tokens through all layers, seconds of the slowest shard, what was chosen, how much was there already."""
+    """What a pass did.
+
+    tokens: through all layers.
+    seconds: at work, of the slowest shard.
+    mode: that was chosen.
+    shards: layers of each, for people.
+    resumed_share: how much was there already, from 0 to 1.
+    """
 
     tokens: int
     seconds: float
@@ -55,7 +66,7 @@ def run_pass(context: PassContext, task: PassTask, *, finished: bool = False) ->
     shards with fewer cores, fewer shards where accelerators are too few.
 
     Args:
-        task: settled (no `auto` in it), with its ranks.
+        task: without `auto` in it, with its ranks.
         finished: everything that the task makes is stored already, whatever its hidden states say.
 
     Raises:
@@ -63,14 +74,18 @@ def run_pass(context: PassContext, task: PassTask, *, finished: bool = False) ->
     """
     device = task.compute.device
     while True:
-        fit = replace(context, cluster=fitted(context.pool, context.cluster, device))
-        asked = group_request(context.pool, fit.cluster, device)
+        cluster, request = _what_fits(context, device)
         try:
-            return _run_once(fit, task, finished)
+            return _run_once(replace(context, cluster=cluster), task, finished)
         except Unplaced:
-            left = fitted(context.pool, context.cluster, device)
-            if (left, group_request(context.pool, left, device)) == (fit.cluster, asked):
+            if _what_fits(context, device) == (cluster, request):
                 raise
+
+
+def _what_fits(context: PassContext, device: str) -> tuple[Cluster, GroupRequest]:
+    """The cluster that the nodes which are there now can be, and what its groups ask for."""
+    cluster = fitted(context.pool, context.cluster, device)
+    return cluster, group_request(context.pool, cluster, device)
 
 
 def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSummary:
@@ -82,10 +97,10 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
     if resumed == 1:
         return PassSummary(0, 0.0, mode, [], 1.0)
     request = group_request(pool, cluster, task.compute.device, task.logs)
-    task = _placed(task, mode, cluster, request)
+    task = _placed_task(task, mode, cluster, request)
     names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
     message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
-    message += _tight(task, waves) if cluster.host_memory else ""  # reads plans, where there are any
+    message += _memory_warning(task, waves) if cluster.host_memory else ""  # reads plans, where there are any
     context.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
     context.ledger.append("begin", shards=names, mode=mode, resumed=round(resumed, 4), threads=task.compute.threads)
     groups = pool.groups(LayerWorker, [(task, shard) for shard in shards], request)
@@ -98,11 +113,11 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
     return PassSummary(progress.tokens // layers, progress.slowest, mode, names, resumed)
 
 
-def _placed(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> PassTask:
-    """The task with what the cluster says: mode, memory, how often to commit, threads of a rank."""
-    threads = cluster.threads or max(1, int(request.cores))
+def _placed_task(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> PassTask:
+    """The task with what is known where it runs: mode, memory, how often to commit, threads of a rank."""
+    threads = rank_threads(cluster, request)
     if task.compute.device == "cpu":
-        threads = _begun_with(task, threads)
+        threads = _threads_begun_with(task, threads)
     return replace(
         task,
         mode=mode,
@@ -112,7 +127,7 @@ def _placed(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest)
     )
 
 
-def _tight(task: PassTask, waves: int) -> str:
+def _memory_warning(task: PassTask, waves: int) -> str:
     """What to say where the declared host memory does not hold one wave; held twice, for it is copied to be stored."""
     tokens = -(-read_corpus(task.corpus).tokens_NS.size // waves)
     width = int(open_index(task.model).config["hidden_size"])
@@ -125,8 +140,8 @@ def _tight(task: PassTask, waves: int) -> str:
     )
 
 
-def _begun_with(task: PassTask, threads: int) -> int:
-    """The threads that this work was begun with: another number would change the last bits of what is to come."""
+def _threads_begun_with(task: PassTask, threads: int) -> int:
+    """The threads that this pass was begun with: another number would change the last bits of what is to come."""
     path = threads_file(task.hidden_state_files.folder)
     if path.exists():
         begun = read_json(path)
