@@ -47,7 +47,7 @@ FEW = 0.1  # share of narrow experts with few tokens above which there is a warn
 
 @dataclass(frozen=True)
 class Target:
-    """plan: kept-neurons file. folder: that receives its layer files."""
+    """A plan to compensate. plan: its file of kept neurons. folder: that receives its layer files."""
 
     plan: Path
     folder: Path
@@ -55,8 +55,9 @@ class Target:
 
 @dataclass(frozen=True)
 class CompensateTask(LayerSumTask):
-    """targets: plans of one model, each in a folder of its own; the same ones when the pass goes on from a kill.
+    """What the workers of a compensation need, beyond `LayerSumTask`.
 
+    targets: plans of one model, each in a folder of its own; the same ones when the pass goes on from a kill.
     ridge: see `compensation/moments.py`; the key names it, for the files are told apart by their key alone.
     """
 

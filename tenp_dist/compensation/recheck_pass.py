@@ -41,12 +41,17 @@ SAMPLE = 8  # experts of a layer, per rank
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # share of the gain that compute in this dtype may lose
 
 
-LEFT = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
+LEFT_OVER = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
 
 
 @dataclass(frozen=True)
 class RecheckTask(LayerSumTask):
-    """folder: of the results. plan: kept-neurons file. compensation: its layer files, made by `ranks` ranks."""
+    """What the workers of a check need: a `LayerSumTask` whose folder gets the results.
+
+    plan: file of kept neurons.
+    compensation: folder of its layer files, made by `ranks` ranks.
+    ridge: that they were made with.
+    """
 
     plan: Path = Path()
     compensation: Path = Path()
@@ -64,10 +69,17 @@ class RecheckTask(LayerSumTask):
 
 
 @dataclass
-class Tap:
-    """Sums a sampled layer's moments in float64. G_FF, damping (as stored), tokens: by global expert id.
+class LayerCheck:
+    """Sums of a layer: the moments of its sampled experts in float64, and the probe of all experts of the rank.
 
-    probe: of all experts of the rank, beside it.
+    experts: the module that the hook is on.
+    first: global id of the first expert that this rank holds.
+    G_FF: sampled expert -> its moments; by global id, like what follows.
+    damping: every compensated expert -> its damping, as stored.
+    probe: the random vectors of all experts of the rank.
+    tokens: sampled expert -> tokens that reached it.
+    valid_T: positions of the next microbatch that are not padding, None for all.
+    weight: of the next microbatch's domain.
     """
 
     experts: nn.Module
@@ -92,7 +104,7 @@ class Tap:
             self.tokens[expert] = self.tokens.get(expert, 0) + (len(g_T) if self.weight else 0)
 
 
-class RecheckSum(LayerSum[Tap]):
+class RecheckSum(LayerSum[LayerCheck]):
     """Sums on two roads what the equations of a layer's experts need, on one rank, and judges what is stored."""
 
     def __init__(self, task: RecheckTask, shard: OpenShard):
@@ -101,7 +113,7 @@ class RecheckSum(LayerSum[Tap]):
         kept = read_kept(task.plan)
         self._kept = {layer: kept[layer] for layer in shard.layers if layer in kept}
 
-    def begin(self, layer: int, experts: nn.Module) -> Tap:
+    def begin(self, layer: int, experts: nn.Module) -> LayerCheck:
         table = read_table(layer_file(self.task.compensation, layer, self.shard.rank, self.task.ranks))
         damping = dict(zip(table["experts"], table["damping"], strict=True))
         held, _, neurons = experts.down_proj.shape
@@ -112,10 +124,10 @@ class RecheckSum(LayerSum[Tap]):
         }
         kept = {expert - first: self._kept[layer].of(expert) for expert in damping}
         probe = Probe(kept, self._weights, (held, neurons), layer, device)
-        return Tap(experts, first, made, damping, probe)
+        return LayerCheck(experts, first, made, damping, probe)
 
     def add(
-        self, layer: int, module: nn.Module, batches: Sequence[Microbatch], states: list[torch.Tensor], sums: Tap
+        self, layer: int, module: nn.Module, batches: Sequence[Microbatch], states: list[torch.Tensor], sums: LayerCheck
     ) -> None:
         frame, share = self.shard.frame, self.shard.share
         hook = frame.skeleton.experts_of(module).register_forward_pre_hook(sums)
@@ -126,7 +138,7 @@ class RecheckSum(LayerSum[Tap]):
         finally:
             hook.remove()
 
-    def finish(self, layer: int, sums: Tap, down_EDF: torch.Tensor) -> None:
+    def finish(self, layer: int, sums: LayerCheck, down_EDF: torch.Tensor) -> None:
         worst = left = 0.0
         with (
             TensorReader(open_compensated(self.task.compensation)) as stored,
@@ -134,29 +146,31 @@ class RecheckSum(LayerSum[Tap]):
         ):
             for expert, G_FF in sums.G_FF.items():
                 tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
-                worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
+                worst = max(worst, self._check_by_solving(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
                 self.shard.count_work()
             for expert in sums.damping:
-                left = max(left, self._try(layer, expert, sums, source, stored))
+                left = max(left, self._check_on_vectors(layer, expert, sums, source, stored))
                 self.shard.count_work()
         result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
         write_json(self.task.result(layer, self.shard.rank), result | {"tried": len(sums.damping), "left": left})
 
-    def _try(self, layer: int, expert: int, sums: Tap, source: TensorReader, stored: TensorReader) -> float:
+    def _check_on_vectors(
+        self, layer: int, expert: int, sums: LayerCheck, source: TensorReader, stored: TensorReader
+    ) -> float:
         """`Probe.left_over` of the stored columns; raises VerifyError where it is too much."""
         name = self.shard.skeleton.family.tensor(layer, expert, DOWN)
         kept_W = self._kept_of(layer, expert)
         found_DW, source_DF = stored.tensor(name), source.tensor(name).double()
         row, damping = expert - sums.first, sums.damping[expert]
         left = sums.probe.left_over(row, kept_W, damping, source_DF, found_DW)
-        tokens, allowed = int(sums.probe.token_count_E[row]), LEFT[self.task.compute.dtype]
+        tokens, allowed = int(sums.probe.token_count_E[row]), LEFT_OVER[self.task.compute.dtype]
         self._judge(stored, name, "the error left over", left, allowed, damping, len(kept_W), tokens)
         return left
 
     def _kept_of(self, layer: int, expert: int) -> torch.Tensor:
         return torch.from_numpy(self._kept[layer].of(expert).astype(np.int64))
 
-    def _check(
+    def _check_by_solving(
         self,
         layer: int,
         expert: int,
@@ -187,7 +201,7 @@ class RecheckSum(LayerSum[Tap]):
     ) -> None:
         """Raise VerifyError where the share is too large, or the damping not the rule's."""
         least = self.task.ridge * max(1.0, ENOUGH * width / max(tokens, 1))
-        if not (share <= allowed and _tenfold(damping / least)):
+        if not (share <= allowed and _is_damped_by_rule(damping / least)):
             raise VerifyError(
                 "Compensated weights are not the solution that their definition gives",
                 where=f"{stored.index.folder / stored.index.entry(name).file}: {name}",
@@ -226,7 +240,7 @@ def lost_share(
     return max(0.0, excess(found_DW.double()) - rounding) / max(excess(plain_DW) + noise, 1e-300)
 
 
-def _tenfold(ratio: float) -> bool:
+def _is_damped_by_rule(ratio: float) -> bool:
     """Whether a damping is the rule's, or that times a power of ten (see `solve_batch`)."""
     power = round(math.log10(ratio)) if ratio > 0 else -1
     return power >= 0 and abs(ratio / 10**power - 1) < 1e-6

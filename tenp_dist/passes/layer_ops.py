@@ -1,4 +1,4 @@
-"""What shards do with a layer and microbatches: cut, embed, run, refuse what is not finite."""
+"""Functions over microbatches: cut a corpus into them, embed them, run a layer, refuse what is not finite."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def run_layer(
 ) -> None:
     """Run a layer over microbatches; what leaves it overwrites `hidden`.
 
-    state: of the experts (`Ranks.share`, a mask). observer: sees what the experts compute of every microbatch.
+    Args:
+        hidden: what enters the layer, [B, S, D] of every microbatch.
+        state: fields of the `ExpertsState`: what `Ranks.share` gives, a mask.
+        observer: sees what the experts compute of every microbatch.
     """
     experts = frame.skeleton.experts_of(module)
     for i, batch in enumerate(batches):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-MEET_SECONDS = 600.0  # to wait for the other ranks
+MEET_SECONDS = 600.0  # that a rank waits for the others
 
 
 @dataclass(frozen=True)

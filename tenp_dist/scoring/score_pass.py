@@ -24,7 +24,7 @@ from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
 from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
-from tenp_dist.scoring.partial_sums import Parts, check_ranks
+from tenp_dist.scoring.partial_sums import PartialSums, check_ranks
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
@@ -35,8 +35,8 @@ class ScoreTask(PassTask):
     def step(self, shard: OpenShard) -> ScoreStep:
         return ScoreStep(self, shard)
 
-    def parts(self, rank: int = 0) -> Parts:
-        return Parts(self.folder, self.file_key, rank, self.ranks)
+    def partial_sums(self, rank: int = 0) -> PartialSums:
+        return PartialSums(self.folder, self.file_key, rank, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ScoreStep(LayerStep):
 
     def __init__(self, task: ScoreTask, shard: OpenShard):
         self.task, self.shard = task, shard
-        self.parts = task.parts(shard.rank)
+        self.partial_sums = task.partial_sums(shard.rank)
         self._norms: dict[int, Norms] = {}
         self._sums: dict[int, Sums] = {}
 
@@ -84,12 +84,12 @@ class ScoreStep(LayerStep):
         return self._norms[layer]
 
     def sums_of(self, layer: int, experts: nn.Module) -> Sums:
-        """What is summed for a layer so far; from its part when it is first asked for."""
+        """What is summed for a layer so far; read from its file when it is first asked for."""
         if layer not in self._sums:
             if self.task.mode == "streaming":
                 self._sums.clear()
             num_experts, _, width = experts.down_proj.shape
-            waves, stored = self.parts.read(layer)
+            waves, stored = self.partial_sums.read(layer)
             statistics = stored or LayerStatistics.zeros(self.shard.domains, num_experts, width)
             self._sums[layer] = Sums(statistics.to(experts.down_proj.device), waves, stored=waves)
         return self._sums[layer]
@@ -107,7 +107,7 @@ class ScoreStep(LayerStep):
             run_layer(shard.frame, layer, module, batches, states, shard.share)
         else:
             norms, sums = self.norms_of(layer, experts), self.sums_of(layer, experts)
-            self.parts.check_next(layer, wave, sums.waves)
+            self.partial_sums.check_next(layer, wave, sums.waves)
             score_layer(shard.frame, layer, module, batches, states, shard.share, norms, sums.statistics)
             sums.waves = wave + 1
         check_finite(states, shard.skeleton, layer, module, shard.share)
@@ -120,7 +120,7 @@ class ScoreStep(LayerStep):
         def store() -> None:
             statistics = replace(sums.statistics.to("cpu"), weight_norm=norms.weights_EF)
             check_statistics(statistics, layer, first_expert=self.shard.held.start)
-            self.parts.write(layer, statistics, sums.waves, len(self.shard.batches))
+            self.partial_sums.write(layer, statistics, sums.waves, len(self.shard.batches))
             sums.stored = sums.waves
 
         return store
@@ -170,9 +170,9 @@ def score_model(context: PassContext, task: ScoreTask, moe_layers: Sequence[int]
     """
     task, waves = replace(task, ranks=context.cluster.tensor_parallel), task.count_waves()
     check_ranks(task.folder, task.ranks)
-    scored = all(task.parts().waves(layer) == waves for layer in moe_layers)
+    scored = all(task.partial_sums().waves(layer) == waves for layer in moe_layers)
     done = run_pass(context, task, finished=scored)
-    task.parts().join(moe_layers, waves)
+    task.partial_sums().join(moe_layers, waves)
     files = ScoreFiles(task.folder)
     for folder in (files.parts, files.hidden):  # what only an unfinished run needs
         shutil.rmtree(folder, ignore_errors=True)
