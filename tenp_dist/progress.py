@@ -52,7 +52,7 @@ class Journal:
         return figures
 
     def _figures(self, progress: Progress, elapsed: float) -> dict[str, float]:
-        """eta_seconds by the pace since the stage started; what was there before it does not count."""
+        """What is noted of a step. eta_seconds: by the pace since the stage started, without what it found done."""
         done = progress.done - (self._first or 0)
         eta = elapsed * (progress.total - progress.done) / done if done > 0 else None
         figures = {
@@ -86,11 +86,18 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a stage: `done` of `total` units, tokens that went through and seconds it took.
+    """One step of a stage.
 
-    note: what is at work; `bytes` where the units are bytes. read_bytes: of the checkpoint in those seconds.
-    memory: resident bytes of every worker; workers: their names. layer: the first that not all waves are through.
-    retries: workers that were started again. message: to be told once.
+    done, total: units of work, of any kind.
+    tokens: that went through since the step before.
+    seconds: since the step before.
+    note: what is at work; `bytes` where the units are bytes.
+    read_bytes: of the checkpoint, since the step before.
+    memory: resident bytes of every worker.
+    retries: workers that were started again so far.
+    message: to be shown once.
+    workers: names of the workers, in the order of `memory`.
+    layer: the first that not all waves are through.
     """
 
     done: float

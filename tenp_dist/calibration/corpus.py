@@ -31,7 +31,13 @@ _WINDOW = 32  # tokens that are compared at a time
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences. tokens_NS int32, mask_NS bool (false on padding), domain_N index into domains."""
+    """Sequences of one length.
+
+    tokens_NS: int32.
+    mask_NS: bool, false on padding.
+    domain_N: int32, index into `domains`.
+    domains: their names.
+    """
 
     tokens_NS: np.ndarray
     mask_NS: np.ndarray

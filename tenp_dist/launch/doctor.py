@@ -32,7 +32,13 @@ _BLOCK = 64 * 2**20  # bytes written to measure a disk
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. fix: what to do where the verdict is not ok."""
+    """One line of the table.
+
+    what: that was looked at.
+    verdict: whether a run would bear it.
+    found: what was there.
+    fix: what to do where the verdict is not ok.
+    """
 
     what: str
     verdict: Verdict

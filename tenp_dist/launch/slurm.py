@@ -22,10 +22,21 @@ _NOTICE_SECONDS = 180  # before the time limit: to commit what is done and to re
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmScript:
-    """What the script asks for. job and options: of `tenp-dist run`; directives: further `#SBATCH` lines.
+    """What the script asks for.
 
-    nodes, gpus, cpus: number of nodes, accelerators and cores of one (cpus None: all of the node).
-    models, runs, text: defaults of TENP_MODELS, TENP_RUNS and TENP_TEXT; scratch: a folder on each node's own disk.
+    job: the job file of `tenp-dist run`.
+    nodes: how many.
+    gpus: accelerators of each node.
+    time: limit, as Slurm writes it.
+    cpus: cores of each node that Ray may use, None for all.
+    account, partition: to charge, and to run in.
+    directives: further `#SBATCH` lines.
+    options: further words for `tenp-dist run`.
+    models, runs, text: defaults of TENP_MODELS, TENP_RUNS and TENP_TEXT.
+    venv: virtual environment that all nodes see.
+    container: command prefix that enters one.
+    srun_options: further options of srun.
+    scratch: a folder on each node's own disk.
     """
 
     job: str

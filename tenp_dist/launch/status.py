@@ -25,11 +25,21 @@ SILENT_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class RunStatus:
-    """state: empty, running, silent, failed or finished. stages: name -> done, running, failed or waiting.
+    """How a run stands.
 
-    stage, note: what is at work, e.g. `score`, `layers 0-3, wave 4`; layer: the last one named there. done: share of
-    the stage, 0 to 1. tokens_per_second, bytes_per_second, eta_seconds: as far as they are known. retries: workers
-    that were lost and started again. memory: resident bytes per worker. news: seconds since anything was written.
+    run_dir: its directory.
+    state: empty, running, silent, failed or finished.
+    stages: name -> done, running, failed, unfinished or waiting.
+    stage: the one at work.
+    note: what is at work in it, e.g. `layers 0-3, wave 4`.
+    layer: the last one that the note names.
+    done: share of the stage, 0 to 1.
+    tokens_per_second, bytes_per_second, eta_seconds: as far as they are known.
+    retries: workers that were lost and started again.
+    memory: resident bytes of every worker.
+    last_error: of the stages and of lost workers, the latest.
+    news: seconds since anything was written.
+    files: what a finished run offers to look at.
     """
 
     run_dir: str

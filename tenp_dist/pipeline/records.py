@@ -16,10 +16,13 @@ from tenp_dist.run_files import RunFiles
 class StageRecord:
     """What a finished stage leaves behind.
 
-    key: digest of the job fields read, the upstream digests and the schema version.
-    digest: digest of what was written; part of the keys downstream.
+    stage: its name.
+    key: digest of the settings read, the digests of the stages before it and the schema version.
+    digest: digest of what was written; part of the keys of stages that read it.
     files: path relative to the run directory -> size in bytes, to notice deleted or cut files.
+    summary: for people and `--json`.
     inputs: what the key was made from, so that a mismatch can be explained.
+    schema_version: of the files that the stage writes.
     """
 
     stage: str

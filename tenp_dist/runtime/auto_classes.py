@@ -79,7 +79,7 @@ def config_class(family: str) -> Any:
     """Config class of a family, e.g. TenpDeepseekV3Config for "deepseek_v3"."""
     from tenp_dist.runtime.pretrained_config import ragged_config_class
 
-    made = ragged_config_class(family, __name__)
+    made: Any = ragged_config_class(family, __name__)
     # these classes do not live in a modeling file that transformers could copy when it saves
     made.modeling_source = _ModelingText()
     return made

@@ -16,7 +16,8 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
     "runtime": {"artifacts", "config", "job_file", "run_files", "progress"},  # its text is copied into checkpoints
     "pool": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
     "pipeline": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
-    "launch": {"checkpoint", "model", "passes", "scoring", "compensation", "budget", "layouts", "evaluation", "stages"},
+    "launch": {"checkpoint", "model", "passes", "scoring", "compensation", "budget", "layouts", "evaluation"},
+    "cli": {"checkpoint", "model", "passes", "scoring", "compensation", "budget", "evaluation"},
 }
 RAY = {"pool/ray_group.py", "pool/ray_nodes.py", "pool/ray_pool.py", "launch/submit.py"}
 
