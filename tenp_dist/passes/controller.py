@@ -20,24 +20,31 @@ from tenp_dist.progress import Ledger
 
 
 class PassListener(Protocol):
-    """Is told of units that ended, of heartbeats and units at work in between, and of lost shards, by number."""
+    """Is told how a pass goes. Shards are numbers; positions: the layer that each wave enters next."""
 
-    def ended(self, unit: Unit, shard: int, heartbeats: Sequence[Heartbeat], positions: Sequence[int]) -> None: ...
+    def ended(self, unit: Unit, shard: int, heartbeats: Sequence[Heartbeat], positions: Sequence[int]) -> None:
+        """A shard has done a unit. heartbeats: of its ranks."""
 
-    def beat(
-        self, heartbeats: Sequence[Sequence[Heartbeat]], positions: Sequence[int], units: Sequence[Unit]
-    ) -> None: ...
+    def beat(self, heartbeats: Sequence[Sequence[Heartbeat]], positions: Sequence[int], units: Sequence[Unit]) -> None:
+        """Nothing has ended for a while. heartbeats: of the ranks of every shard. units: at work."""
 
-    def lost(self, shard: int) -> None: ...
+    def lost(self, shard: int) -> None:
+        """A worker of the shard was lost; the shard is started anew."""
 
 
 @dataclass
 class Controller:
     """Runs units on groups until every wave has passed every layer.
 
-    groups, shards: the groups and the layers each owns. stored: reads the positions that are committed.
+    groups: the ranks of every shard.
+    shards: the layers that each of them owns.
+    mode: whether shards keep their layers or stream them.
+    stored: reads the positions that are committed: the layer that each wave enters next.
     wait: blocks until one of the given groups has finished its unit (or lost it), and returns it; None after a while.
     listener: is told how the work goes.
+    ledger: notes units and losses.
+    retries: how often a shard may be lost in a row.
+    sleep: waits between two starts.
     """
 
     groups: Sequence[Group[Unit, Heartbeat]]

@@ -87,13 +87,13 @@ class Run:
         return write_plan(folder, plan, source_fingerprint=self.source.fingerprint, scores_digest=scores)
 
     def compute(self, context: StageContext, batch_tokens: int) -> Compute:
-        """How workers compute: device and dtype settled here, for all of a run agree."""
+        """How workers compute. Device and dtype are decided here, so that all workers of a run agree."""
         device = self.job.cluster.device
         on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
-        return Compute("cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens, context.pool.threads).settled()
+        return Compute("cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens).with_own_dtype()
 
     def pass_context(self, context: StageContext, stage: str, compute: Compute) -> PassContext:
-        """Where a stage's shards run. compute: settled."""
+        """Where a stage's shards run. compute: without `auto` in it."""
         facts, itemsize = self.source.facts, compute.torch_dtype.itemsize
         nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
         ledger = Ledger(self.files.ledger(stage))

@@ -166,7 +166,7 @@ def lost_layers(model, folder) -> int:
     """Finished layers that some wave has to go through again."""
     task = task_of(model, folder, random_kept(model))
     finished = min(task.unfinished(), max(task.moe) + 1)
-    return finished - min(task.boundaries.position(wave) for wave in range(task.count_waves()))
+    return finished - min(task.hidden_state_files.position(wave) for wave in range(task.count_waves()))
 
 
 def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path):
