@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -128,6 +129,11 @@ class TensorReader:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.index.folder / file, os.O_RDONLY)
         return self._descriptors[file]
+
+
+def opened(index: CheckpointIndex | None) -> AbstractContextManager[TensorReader | None]:
+    """A reader to be closed after use; None of None."""
+    return nullcontext() if index is None else TensorReader(index)
 
 
 def check_shape(entry: TensorEntry, wanted: Sequence[int], where: object) -> None:
