@@ -11,6 +11,7 @@ from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import COMPENSATE, Budget, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
+from tenp_dist.layouts.table import layouts_of
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
 
 _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every domain
@@ -72,9 +73,8 @@ def _share(budgets: Sequence[Budget]) -> Fraction:
 
 def bytes_left(job: Job, source: Source) -> int:
     """Scores with the hidden states on their way, and every layout."""
-    facts, nbytes, text = source.facts, source.facts.bytes, job.calibration
-    dropped = int(nbytes.routed * (1 - job.budget.retention_exact))
-    checkpoints = sum(nbytes.total - (dropped if layout == "ragged" else 0) for layout in job.output.layouts)
+    facts, text = source.facts, job.calibration
+    checkpoints = sum(layout.nbytes(source, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)

@@ -18,6 +18,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
 from tenp_dist.evaluation.selection import chosen_budget
+from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.table import layouts_of
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
@@ -49,8 +50,8 @@ class Run:
         return moe_layers(self.source)
 
     @cached_property
-    def layouts(self) -> tuple[str, ...]:
-        """Names of the layouts that are written."""
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts that are written."""
         return layouts_of(self.job)
 
     @property
