@@ -126,9 +126,9 @@ def settings(method: str) -> list[tuple[str, dict]]:
 def _compensated(cases, compensate: bool) -> list:
     from dataclasses import replace
 
-    from tenp_dist.scoring.methods import registry
+    from tenp_dist.budget.kinds.table import kind_of
 
-    narrowing = [case for case in cases if registry.get(case.budget.method).neurons is not None]
+    narrowing = [case for case in cases if kind_of(case.budget).leaves_narrow]
     return [replace(case, compensated=True) for case in narrowing] if compensate else []
 
 

@@ -2,37 +2,38 @@
 
 `make_plan` is pure and holds the statistics of one layer at a time; `plan_files.py` stores a plan.
 
-E routed experts of a layer, F neurons of an expert, m_l whole experts of layer l, M of the model.
+E routed experts of a layer, F neurons of an expert, M experts kept whole in the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.by_price import closed_shape, model_widths, width_warnings
-from tenp_dist.budget.kinds.narrow import important_share, plan_shape, shape_warnings
-from tenp_dist.budget.kinds.remove import best_experts
-from tenp_dist.budget.selection import top_experts, top_neurons, top_neurons_each
-from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.budget.kinds.base import PlanKind
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
-from tenp_dist.errors import BudgetError, StaleError
+from tenp_dist.errors import StaleError
 from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
+from tenp_dist.scoring.methods.registry import Context
 from tenp_dist.scoring.statistics import LayerStatistics
 
 NEVER_ROUTED_LIMIT = Fraction(1, 100)
+"""The share of experts without a calibration token above which a plan warns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """What one layer keeps.
 
+    facts: the layer.
+    kept: the neurons of every expert.
     whole: ids of the experts kept whole, ascending; where the others are removed, all that stay.
     never_routed: ids of the experts that no token reached, ascending.
     routed_tokens: tokens times experts they were routed to, over all domains.
@@ -49,7 +50,7 @@ class LayerPlan:
     @property
     def removed(self) -> int:
         """Experts that leave routing."""
-        return 0 if self.kept.experts is None else self.facts.experts - len(self.whole)
+        return self.facts.experts - len(self.kept.routed)
 
     @property
     def retention(self) -> Fraction:
@@ -64,7 +65,14 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A complete plan. layers: decoder index -> LayerPlan, in depth order; important: alpha as used."""
+    """A complete plan.
+
+    budget: what it was made for.
+    important: alpha as used, 0 where the method keeps no expert whole.
+    shape: its sizes.
+    layers: decoder index -> what that layer keeps, in depth order.
+    warnings: sentences for people.
+    """
 
     budget: Budget
     important: Fraction
@@ -74,6 +82,7 @@ class Plan:
 
     @property
     def kept(self) -> dict[int, KeptNeurons]:
+        """Decoder index -> kept neurons."""
         return {layer: plan.kept for layer, plan in self.layers.items()}
 
     @property
@@ -83,11 +92,12 @@ class Plan:
 
     @property
     def narrow_width(self) -> int | None:
+        """The narrow width of the model, None where there is none or layers differ in it."""
         return self.shape.narrow_width
 
     @property
-    def whole_experts(self) -> int:
-        """M."""
+    def whole_total(self) -> int:
+        """Experts kept whole in the model, M."""
         return sum(self.shape.whole)
 
     @property
@@ -117,20 +127,6 @@ def planning_statistics(budget: Budget) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("token_count", *registry.of_budget(budget).statistics)))
 
 
-def control_budget(budget: Budget) -> Budget:
-    """The budget of the random control: the same m_l and widths (or as many experts removed), drawn by chance.
-
-    Where scores decide the widths every expert keeps its own, and its neurons are drawn.
-    """
-    method, drawn = registry.of_budget(budget), {"experts": None, "neurons": None}
-    if method.model_wide:
-        return budget.model_copy(update={"neurons": "random"})
-    if method.removes:
-        return budget.model_copy(update={"method": "random-experts", **drawn})
-    important = budget.important if method.whole_experts else Decimal(0)
-    return budget.model_copy(update={"method": "random", "important": important, **drawn})
-
-
 def make_plan(
     budget: Budget,
     layers: Sequence[MoeLayer],
@@ -141,6 +137,7 @@ def make_plan(
     """Plan a model.
 
     Args:
+        budget: how much stays, and by which method.
         layers: the MoE layers in depth order.
         statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the weight
             norm. Called layer by layer, twice where scores decide the widths; no result is held to the next call.
@@ -152,95 +149,38 @@ def make_plan(
         NumericalError: NaN or Inf in a statistic.
         JobError: unknown method or domain.
     """
-    shape, method = plan_shape(budget, layers), registry.of_budget(budget)
+    kind = kind_of(budget)
+    shape = kind.shape(layers)
     common = {"seed": budget.seed, "domain_weights": domain_weights or {}, "neuron_domains": budget.neuron_domains}
-    contexts = {facts.layer: registry.Context(layer=facts.layer, **common) for facts in shape.layers}
+    contexts = {facts.layer: Context(layer=facts.layer, **common) for facts in shape.layers}
 
     def read(facts: MoeLayer) -> LayerStatistics:
         found = statistics(facts.layer)
         _check_layer(facts, found)
         return found
 
-    widths = model_widths(budget, shape.layers, read, contexts) if method.model_wide else {}
-    shape = closed_shape(shape.layers, widths) if method.model_wide else shape
+    shape = kind.decided(shape, read, contexts)
     planned = {}
-    for facts, m, narrow in zip(shape.layers, shape.whole, shape.narrow, strict=True):
-        width, context = widths.get(facts.layer, narrow), contexts[facts.layer]
-        planned[facts.layer] = _plan_layer(budget, method, facts, m, width, read(facts), context)
-    warnings = _warnings(budget, shape, widths) + _never_routed_warnings(planned, removed=method.removes)
-    plan = Plan(budget=budget, important=important_share(budget), shape=shape, layers=planned, warnings=tuple(warnings))
+    for sizes in shape.by_layer():
+        layer = sizes.facts.layer
+        planned[layer] = _plan_layer(kind, sizes, read(sizes.facts), contexts[layer])
+    warnings = (*_unused_warnings(kind), *kind.warnings(shape), *_never_routed_warnings(kind, planned))
+    plan = Plan(budget=budget, important=kind.important, shape=shape, layers=planned, warnings=warnings)
     assert shape.kept_neurons in (None, plan.kept_neurons) and plan.retention <= budget.retention_exact
     return plan
 
 
-def _warnings(budget: Budget, shape: Shape, widths: Mapping[int, np.ndarray]) -> list[str]:
-    unused = registry.unused_keys(budget)
-    warnings = [f"Method {budget.method} does not use {', '.join(unused)}."] if unused else []
-    if widths:
-        return warnings + width_warnings(budget, widths, budget.retention_exact * shape.total_neurons)
-    return warnings + shape_warnings(budget, shape)
-
-
-def _plan_layer(
-    budget: Budget,
-    method: registry.Method,
-    facts: MoeLayer,
-    m: int,
-    width: int | np.ndarray,
-    statistics: LayerStatistics,
-    context: registry.Context,
-) -> LayerPlan:
-    """width: of the experts that are not whole, or of every expert, [E]."""
-    unrouted_E = never_routed(statistics).numpy()
+def _plan_layer(kind: PlanKind, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerPlan:
+    whole, kept = kind.choose(sizes, statistics, context)
     tokens_E = statistics["token_count"].sum(dim=0).numpy().astype(np.int64)
-    if method.removes:
-        whole = best_experts(method.expert_scores(statistics, context).numpy(), m, facts.groups)
-        kept = KeptNeurons.without_others(whole, facts.experts, facts.intermediate_size)
-        met = int(tokens_E.sum()) * facts.intermediate_size  # tokens of removed experts go to whole ones
-    else:
-        whole, kept = _keep_all_routed(budget, method, facts, m, width, statistics, context, unrouted_E)
-        met = int(tokens_E @ kept.widths)
     return LayerPlan(
-        facts=facts,
+        facts=sizes.facts,
         kept=kept,
         whole=whole,
-        never_routed=tuple(np.flatnonzero(unrouted_E).tolist()),
+        never_routed=tuple(np.flatnonzero(never_routed(statistics).numpy()).tolist()),
         routed_tokens=int(tokens_E.sum()),
-        activated_neurons=met,
+        activated_neurons=kind.neurons_met(tokens_E, kept),
     )
-
-
-def _keep_all_routed(
-    budget: Budget,
-    method: registry.Method,
-    facts: MoeLayer,
-    m: int,
-    width: int | np.ndarray,
-    statistics: LayerStatistics,
-    context: registry.Context,
-    unrouted_E: np.ndarray,
-) -> tuple[tuple[int, ...], KeptNeurons]:
-    """The m experts that stay whole, and the neurons of all."""
-    if isinstance(width, np.ndarray):
-        kept_EF = top_neurons_each(method.neuron_scores(statistics, context).numpy(), width)
-        return tuple(np.flatnonzero(width == facts.intermediate_size).tolist()), KeptNeurons.from_mask(kept_EF)
-    first_E = unrouted_E if budget.never_routed == "whole" else np.zeros_like(unrouted_E)
-    _check_first(first_E, m, facts)
-    whole = top_experts(method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
-    kept_EF = top_neurons(method.neuron_scores(statistics, context).numpy(), width)
-    kept_EF[list(whole)] = True
-    return whole, KeptNeurons.from_mask(kept_EF)
-
-
-def _check_first(first_E: np.ndarray, m: int, facts: MoeLayer) -> None:
-    if first_E.sum() > m:
-        raise BudgetError(
-            "More never-routed experts than the layer keeps whole",
-            where=f"budget.never_routed, layer {facts.layer}",
-            found=f"{int(first_E.sum())} never-routed experts",
-            wanted=f"at most {m}, the whole experts of the layer",
-            next_step="set budget.never_routed to narrow, raise budget.important, or calibrate on more text",
-        )
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -264,13 +204,17 @@ def _check_layer(facts: MoeLayer, statistics: LayerStatistics) -> None:
     registry.require_finite(statistics, ("token_count",), facts.layer)
 
 
-def _never_routed_warnings(planned: Mapping[int, LayerPlan], *, removed: bool) -> list[str]:
+def _unused_warnings(kind: PlanKind) -> list[str]:
+    unused = kind.ignored_keys()
+    return [f"Method {kind.budget.method} does not use {', '.join(unused)}."] if unused else []
+
+
+def _never_routed_warnings(kind: PlanKind, planned: Mapping[int, LayerPlan]) -> list[str]:
     count = sum(len(plan.never_routed) for plan in planned.values())
     experts = sum(plan.facts.experts for plan in planned.values())
     if Fraction(count, experts) <= NEVER_ROUTED_LIMIT:
         return []
-    consequence = "they are the first to go" if removed else "their neurons are ranked by weight norms"
     return [
         f"{count} of {experts} routed experts ({count / experts:.1%}) were reached by no calibration token; "
-        f"{consequence}. Calibrate on more text."
+        f"{kind.never_routed_words}. Calibrate on more text."
     ]

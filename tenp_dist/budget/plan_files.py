@@ -47,8 +47,8 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
             "activated": plan.activated,
         },
         "experts": {
-            "total": sum(layer.experts for layer in shape.layers),
-            "whole": plan.whole_experts,
+            "total": shape.total_experts,
+            "whole": plan.whole_total,
             "removed": sum(layer.removed for layer in plan.layers.values()),
             "never_routed": sum(len(layer.never_routed) for layer in plan.layers.values()),
         },

@@ -5,16 +5,22 @@ E routed experts of a layer, F neurons of an expert, m_l whole experts of layer 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from tenp_dist.checkpoint.source import Source
 
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """Facts of one MoE layer: decoder index, routed experts E, their intermediate size F.
+    """Facts of one MoE layer.
 
-    groups: equal groups of consecutive ids that experts are routed in. least: experts that routing needs.
+    layer: decoder index.
+    experts: routed experts, E.
+    intermediate_size: neurons of an expert, F.
+    groups: equal groups of consecutive ids that experts are routed in.
+    least: the fewest experts that routing works with.
     """
 
     layer: int
@@ -25,30 +31,62 @@ class MoeLayer:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a plan, known before any score: per MoE layer, in depth order.
+class LayerShape:
+    """The sizes of one layer in a plan.
 
-    whole: experts kept whole (m_l). narrow: the width of all others, 0 where they are removed, None where the scores
-    give every expert its own.
+    facts: the layer.
+    whole: how many experts stay whole, m_l.
+    narrow: the width of all others, 0 where they are removed, None where the scores give every expert its own.
+    widths_E: those widths, int64 [E], once they are decided.
+    """
+
+    facts: MoeLayer
+    whole: int
+    narrow: int | None
+    widths_E: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a plan, per MoE layer in depth order; known before any score unless the scores decide them.
+
+    layers: facts of the layers.
+    whole: how many experts of each stay whole, m_l.
+    narrow: the width of all others, 0 where they are removed, None where the scores give every expert its own.
+    widths: int64 [E] per layer, what the scores decided; None before, or where they decide nothing.
     """
 
     layers: tuple[MoeLayer, ...]
     whole: tuple[int, ...]
     narrow: tuple[int | None, ...]
+    widths: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
+
+    def by_layer(self) -> list[LayerShape]:
+        """The same, one entry per layer."""
+        widths = self.widths or (None,) * len(self.layers)
+        return [LayerShape(*sizes) for sizes in zip(self.layers, self.whole, self.narrow, widths, strict=True)]
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts of the model, N."""
+        return sum(layer.experts for layer in self.layers)
 
     @property
     def total_neurons(self) -> int:
+        """Neurons of all routed experts."""
         return sum(layer.experts * layer.intermediate_size for layer in self.layers)
 
     @property
     def kept_neurons(self) -> int | None:
-        """None where the widths are not known."""
-        if None in self.narrow:
-            return None
-        return sum(
-            m * layer.intermediate_size + (layer.experts - m) * width
-            for layer, m, width in zip(self.layers, self.whole, self.narrow, strict=True)
-        )
+        """Neurons that stay; None where the widths are not known."""
+        if self.widths is not None:
+            return sum(int(widths_E.sum()) for widths_E in self.widths)
+        kept = 0
+        for layer, m, width in zip(self.layers, self.whole, self.narrow, strict=True):
+            if width is None:
+                return None
+            kept += m * layer.intermediate_size + (layer.experts - m) * width
+        return kept
 
     @property
     def narrow_width(self) -> int | None:

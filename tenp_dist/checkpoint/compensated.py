@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.families.base import DOWN, Family
 from tenp_dist.checkpoint.index import CheckpointIndex, index_files
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.checkpoint.recipes import OutputTensor
+from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.checkpoint.writer import OutputShard, shard_header
 from tenp_dist.errors import NumericalError
 from tenp_dist.run_files import LAYER_FILES, layer_name
@@ -41,14 +41,14 @@ class CompensatedExpert:
 
 
 def write_layer(
-    path: Path, tensors: Sequence[OutputTensor], experts: Iterable[CompensatedExpert], *, layer: int, key: str
+    path: Path, tensors: Sequence[TensorHeader], experts: Iterable[CompensatedExpert], *, layer: int, key: str
 ) -> None:
     """Store a layer's experts as they come, in the order of `tensors`; never holds more than one.
 
     Raises:
         NumericalError: NaN or Inf in a result, nothing is stored.
     """
-    table = [OutputTensor(name, dtype, (len(tensors),)) for name, dtype in COLUMNS.items()]
+    table = [TensorHeader(name, dtype, (len(tensors),)) for name, dtype in COLUMNS.items()]
     metadata = {"tenp": json.dumps({"schema_version": SCHEMA_VERSION, "layer": layer, "key": key})}
     rows = []
     with atomic_write(path) as stream:
@@ -112,12 +112,12 @@ def open_compensated(folder: Path, layer: int | None = None) -> CheckpointIndex:
 
 def compensated_tensors(
     source: CheckpointIndex, family: Family, layer: int, experts: Sequence[int], kept: KeptNeurons
-) -> list[OutputTensor]:
+) -> list[TensorHeader]:
     """What `write_layer` is to store for these experts."""
     slices = ExpertSlices(family)
     entries = [source.entry(slices.of(layer, expert, DOWN).tensor) for expert in experts]
     return [
-        OutputTensor(entry.name, entry.dtype, (entry.shape[0], int(kept.widths[expert])))
+        TensorHeader(entry.name, entry.dtype, (entry.shape[0], int(kept.widths[expert])))
         for entry, expert in zip(entries, experts, strict=True)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -127,6 +128,11 @@ class TensorReader:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.index.folder / file, os.O_RDONLY)
         return self._descriptors[file]
+
+
+def opened(index: CheckpointIndex | None) -> AbstractContextManager[TensorReader | None]:
+    """A reader to be closed after use; None of None."""
+    return nullcontext() if index is None else TensorReader(index)
 
 
 def check_shape(entry: TensorEntry, wanted: Sequence[int], where: object) -> None:

@@ -15,12 +15,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tenp_dist.budget.plan import Plan, control_budget
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.plan import Plan
 from tenp_dist.budget.plan_files import plan_pair, read_plan_pair
 from tenp_dist.config import COMPENSATE, Budget
 from tenp_dist.errors import BudgetError, JobError, StaleError
 from tenp_dist.run_files import PLAN_JSON
-from tenp_dist.scoring.methods import registry
 
 MakePlan = Callable[[Budget], Plan]
 WritePlan = Callable[[Path, Plan], Sequence[Path]]
@@ -77,7 +77,7 @@ def grid_budgets(budget: Budget, grid: Mapping[str, Sequence[Any]]) -> tuple[dic
     for values in itertools.product(*(grid[key] for key in keys)):
         changes = dict(zip(keys, values, strict=True))
         method = str(changes.get("method", budget.method))
-        unused = registry.get(method).unused_keys
+        unused = kind_of(Budget(method=method)).unused_keys
         changes = {key: value for key, value in changes.items() if key not in unused}
         name = grid_name(method, changes)
         try:
@@ -97,7 +97,7 @@ def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
     drawn = {_kind(budget) for budget in budgets.values()}
     controls = {}
     for budget in budgets.values():
-        control = control_budget(budget)
+        control = kind_of(budget).control()
         if _kind(control) not in drawn:
             drawn.add(_kind(control))
             ranking = {"neurons": control.neurons} if control.neurons else {}

@@ -13,10 +13,10 @@ from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
 from typing import Any
 
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.config import Budget
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import NamedPlan
-from tenp_dist.scoring.methods import registry
 
 ALPHA_SHARES = tuple(Fraction(n, 12) for n in (0, 1, 2, 4, 6, 8))
 SLOPES = tuple(map(Decimal, ("0", "0.33", "0.67", "1")))
@@ -29,7 +29,7 @@ def candidates(budget: Budget) -> dict[str, Budget]:
     Raises:
         JobError: the method keeps no expert whole, so there is nothing to choose.
     """
-    if not registry.get(budget.method).whole_experts:
+    if not kind_of(Budget(method=budget.method)).keeps_whole:
         raise JobError(
             f"Method {budget.method} has no whole experts to choose a number of",
             where="budget: " + ", ".join(f"{key}: auto" for key in budget.auto),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-MEET_SECONDS = 600.0  # to wait for the other ranks
+MEET_SECONDS = 600.0  # that a rank waits for the others
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,6 @@ def join_ranks(
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        limit = timedelta(seconds=timeout)
         limit = timedelta(seconds=timeout)
         with _meeting_at(f"rank {rank} of {size} at {address}:{port}"):
             store = own or dist.TCPStore(address, port, is_master=False, timeout=limit)

@@ -21,7 +21,7 @@ QUEUE = 4  # waves between two resident shards, the one at work included; hidden
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work: take these waves from layer `start` to layer `stop`."""
+    """A piece of work, and what a lost worker costs: take these waves through the layers `start` to `stop` - 1."""
 
     start: int
     stop: int

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import COMPENSATE, Budget, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
+from tenp_dist.layouts.table import layouts_of
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
-from tenp_dist.scoring.methods import registry
 
 _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every domain
 
@@ -66,15 +67,14 @@ def _measured(job: Job, own: list[Budget], source: Source) -> list[Budget]:
 
 
 def _share(budgets: Sequence[Budget]) -> Fraction:
-    """Share of the routed parameters that plans keep together; what removes experts leaves nothing to compensate."""
-    return sum((one.retention_exact for one in budgets if not registry.of_budget(one).removes), Fraction(0))
+    """Share of the routed parameters that plans with narrow experts keep together; only they are compensated."""
+    return sum((one.retention_exact for one in budgets if kind_of(one).leaves_narrow), Fraction(0))
 
 
 def bytes_left(job: Job, source: Source) -> int:
     """Scores with the hidden states on their way, and every layout."""
-    facts, nbytes, text = source.facts, source.facts.bytes, job.calibration
-    dropped = int(nbytes.routed * (1 - job.budget.retention_exact))
-    checkpoints = sum(nbytes.total - (dropped if layout == "ragged" else 0) for layout in job.output.layouts)
+    facts, text = source.facts, job.calibration
+    checkpoints = sum(layout.nbytes(source, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)

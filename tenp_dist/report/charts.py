@@ -143,7 +143,7 @@ def _grouped_bars(
 def kept_share(report: Mapping[str, Any]) -> Chart:
     """Share of each layer's routed parameters that stays, in whole and in narrow experts."""
     layers, realised = report["layers"], report["plan"]["retention"]["realised"]
-    removes = report["method"]["removes"]
+    removed = report["method"]["removes"]
     name, title = "kept-share", "Parameters kept, layer by layer"
     row = 24 if len(layers) <= 16 else 15
     height = row * len(layers) + 62
@@ -166,7 +166,7 @@ def kept_share(report: Mapping[str, Any]) -> Chart:
         for place, layer in enumerate(layers):
             axes.text(1.03, place, f"{len(layer['whole'])} of {layer['experts']}", va="center", fontsize=12)
         axes.text(-0.02, len(layers) - 0.5 + 8 / row, "layer", ha="right", va="center", color=svg.MUTED)
-        column = "experts" if removes else "whole"
+        column = "experts" if removed else "whole"
         axes.text(1.03, len(layers) - 0.5 + 8 / row, column, va="center", color=svg.MUTED)
         drawn = svg.inline(figure, name=name, label=f"{title}. {spoken}.")
     return Chart(
@@ -175,10 +175,10 @@ def kept_share(report: Mapping[str, Any]) -> Chart:
         svgs=(drawn,),
         legend=(
             Legend(label="in experts kept whole", background=WHOLE),
-            *(() if removes else (Legend(label="in narrowed experts", background=NARROW),)),
+            *(() if removed else (Legend(label="in narrowed experts", background=NARROW),)),
             Legend(label=f"whole model, {percent(realised)}"),
         ),
-        explanation=_REMOVED if removes else _NARROWED,
+        explanation=_REMOVED if removed else _NARROWED,
     )
 
 

@@ -48,7 +48,7 @@ def importance_map(report: Mapping[str, Any]) -> Chart:
     layers = report["layers"]
     shares_LE = _matrix([_shares_of_largest(layer["importance"] or []) for layer in layers])
     whole_LE = _marked(shares_LE, [layer["whole"] for layer in layers])
-    removes, shown = report["method"]["removes"], report["method"]["map"]
+    removed, shown = report["method"]["removes"], report["method"]["map"]
     meaning = _SCORES.get(shown, f"higher its score by method {shown}")
     narrow = _coloured(NARROW_RAMP, np.sqrt(shares_LE))
     pixels_LE4 = np.where(whole_LE[..., None], _coloured(WHOLE_RAMP, np.sqrt(shares_LE)), narrow)
@@ -60,7 +60,7 @@ def importance_map(report: Mapping[str, Any]) -> Chart:
         legend=(
             Legend(label="kept whole", background=svg.gradient(WHOLE_RAMP), low="0", high="layer's top"),
             Legend(
-                label="removed" if removes else "narrowed",
+                label="removed" if removed else "narrowed",
                 background=svg.gradient(NARROW_RAMP),
                 low="0",
                 high="layer's top",
@@ -70,7 +70,7 @@ def importance_map(report: Mapping[str, Any]) -> Chart:
             f"Each cell is one expert; the darker, the {meaning}. Each layer is compared with its own most important "
             "expert, so colours cannot be compared across layers; a square-root scale keeps small values visible. "
             "Orange cells "
-            f"are the experts the plan keeps{'' if removes else ' whole'}."
+            f"are the experts the plan keeps{'' if removed else ' whole'}."
         ),
     )
 

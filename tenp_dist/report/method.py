@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tenp_dist.budget.kinds.base import PlanKind
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.config import Budget
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context, Method
@@ -19,22 +21,22 @@ def method_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     removes: whether experts leave the model. drawn: whether everything is chosen by chance. experts, neurons: methods
     whose rankings the budget takes instead, or None. map: the method whose expert scores the importance map shows.
     """
-    method, exchanged = _method(plan), {unit: plan["budget"].get(unit) for unit in ("experts", "neurons")}
-    control = "removes as many experts, chosen by chance" if method.removes else "keeps neurons chosen by chance"
+    kind, exchanged = _kind(plan), {unit: plan["budget"].get(unit) for unit in ("experts", "neurons")}
+    method = kind.method
     return {
         "name": method.name,
         "source": method.source,
-        "removes": method.removes,
+        "removes": kind.experts_leave,
         "drawn": not method.statistics,
         **exchanged,
-        "control": f"The random control {control}, at the same size.",
+        "control": f"The random control {kind.control_words}, at the same size.",
         "map": (exchanged["experts"] or method.name) if method.expert_statistics else _SHOWN_INSTEAD,
     }
 
 
 def map_ranking(plan: Mapping[str, Any]) -> Method:
     """The method whose expert scores the map shows: the plan's, or TENP's where that ranks none from the text."""
-    method = _method(plan)
+    method = _kind(plan).method
     return method if method.expert_statistics else registry.get(_SHOWN_INSTEAD)
 
 
@@ -46,6 +48,6 @@ def importance_of(
     return ranking.expert_scores(statistics, Context(layer=layer, domain_weights=known)).tolist()
 
 
-def _method(plan: Mapping[str, Any]) -> Method:
+def _kind(plan: Mapping[str, Any]) -> PlanKind:
     exchanged = {unit: plan["budget"].get(unit) for unit in ("experts", "neurons")}
-    return registry.of_budget(Budget(method=plan["method"], **exchanged))
+    return kind_of(Budget(method=plan["method"], **exchanged))

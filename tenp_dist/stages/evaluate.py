@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
-from tenp_dist.budget.plan import control_budget
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
 from tenp_dist.config import COMPENSATE, Evaluation
@@ -27,6 +27,7 @@ from tenp_dist.evaluation.plans import (
 )
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.job_file import no_evaluation
+from tenp_dist.layouts.table import main_layout
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.run_files import COMPENSATION, HIDDEN, PLANS, RunFiles
 from tenp_dist.stages.base import RunStage, bits_fields, text_fields, tokenizer_digest
@@ -64,7 +65,7 @@ def evaluate(run: Run, context: StageContext) -> Output:
     write_corpus(files.held_out, corpus)
     plans, refused = _plans_beside(run, context, given)
     control = [_control(run, context)] if asked.checkpoint else []
-    layout = "ragged" if "ragged" in run.layouts else run.layouts[0]
+    layout = main_layout(run.layouts).name
     written = [VariantsPass(files.checkpoint(layout), {"pruned": Variant()})] if asked.checkpoint else []
     measured = Measured("evaluate", files.held_out, files.evaluation_folder, asked.batch_tokens)
     seen = seen_share(corpus, _calibrated_on(files))
@@ -115,7 +116,7 @@ def _plans_beside(run: Run, context: StageContext, given: Sequence[NamedPlan]) -
 
 def _control(run: Run, context: StageContext) -> NamedPlan:
     """The random control of the written checkpoint, called `random`."""
-    plan = run.make_plan(control_budget(run.budget))
+    plan = run.make_plan(kind_of(run.budget).control())
     tensors, text = run.store_plan(run.files.random_control, plan, context.digests)
     control = NamedPlan("random", text, tensors, read_plan_pair(text, tensors))
     return control.compensate(run.job.output.compensate)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tenp_dist.budget.kinds.narrow import MoeLayer, plan_shape, shape_warnings
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.budget.trapezoid import (
     aligned_width,
     apportion,
@@ -23,7 +24,6 @@ from tenp_dist.budget.trapezoid import (
 )
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError
-from tenp_dist.scoring.methods.registry import unused_keys
 
 SLOPES = st.fractions(-1, 1, max_denominator=12)
 SHARES = st.fractions(0, 1, max_denominator=40)
@@ -31,6 +31,14 @@ SHARES = st.fractions(0, 1, max_denominator=40)
 
 def layers_of(count: int, experts: int, neurons: int) -> list[MoeLayer]:
     return [MoeLayer(layer + 1, experts, neurons) for layer in range(count)]
+
+
+def plan_shape(budget: Budget, layers):
+    return kind_of(budget).shape(layers)
+
+
+def shape_warnings(budget: Budget, shape) -> list[str]:
+    return kind_of(budget).warnings(shape)
 
 
 # --- the paper's models -------------------------------------------------------------------------
@@ -301,8 +309,8 @@ def test_empty_model_and_unknown_method():
 def test_enp_uses_no_important():
     budget = Budget(method="enp", important="0.2")
     assert plan_shape(budget, layers_of(4, 16, 128)).whole == (0, 0, 0, 0)
-    assert unused_keys(budget) == ["important"]
-    assert unused_keys(Budget(method="tenp", important="0.2", protect=["1"])) == ["protect"]
+    assert kind_of(budget).ignored_keys() == ["important"]
+    assert kind_of(Budget(method="tenp", important="0.2", protect=["1"])).ignored_keys() == ["protect"]
 
 
 def test_alpha_equal_to_rho_empties_the_others_and_says_so():

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tenp_dist.artifacts import read_json
-from tenp_dist.budget.kinds.narrow import plan_shape
-from tenp_dist.budget.plan import control_budget, make_plan, planning_statistics
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.plan import make_plan, planning_statistics
 from tenp_dist.budget.plan_files import read_plan, write_plan
 from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError, NumericalError
 from tenp_dist.evaluation.plans import budget_of, grid_budgets, with_controls
-from tenp_dist.layouts.table import check_buckets
+from tenp_dist.layouts.ragged import check_buckets
 from tenp_dist.runtime.buckets import MAX_BUCKETS, bucket_width
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LayerStatistics
@@ -73,7 +73,7 @@ def test_a_small_plan_by_hand():
     plan = make_plan(budget, [MoeLayer(1, 2, 4), MoeLayer(2, 2, 4)], {1: first, 2: second}.__getitem__)
     kept = {layer: [found.of(expert).tolist() for expert in range(2)] for layer, found in plan.kept.items()}
     assert kept == {1: [[0, 1, 2, 3], [0, 2]], 2: [[0, 2], [1]]}
-    assert (plan.whole_experts, plan.narrow_width, plan.leftover_neurons) == (1, None, 0)
+    assert (plan.whole_total, plan.narrow_width, plan.leftover_neurons) == (1, None, 0)
     assert plan.layers[1].whole == (0,) and plan.retention == Fraction(9, 16)
     assert plan.layers[1].activated == (4 + 2) / 8
 
@@ -158,7 +158,7 @@ def test_protected_and_minima():
 def test_infeasible_before_any_score_is_read(keys, message, found):
     layers, _ = drawn_model()
     with pytest.raises(BudgetError, match=message) as caught:
-        plan_shape(budget_of_global(**keys), layers)
+        kind_of(budget_of_global(**keys)).shape(layers)
     assert str(caught.value.found) == found
     assert caught.value.where and caught.value.wanted and caught.value.next_step
 
@@ -205,7 +205,7 @@ def test_bad_numbers_are_named():
 def test_the_control_has_the_same_widths_and_other_neurons():
     layers, scores = drawn_model()
     budget = budget_of_global()
-    control = control_budget(budget)
+    control = kind_of(budget).control()
     assert set(planning_statistics(control)) == {"token_count", "neuron_energy_sum"}
     plan, drawn = (make_plan(each, layers, scores.__getitem__) for each in (budget, control))
     same = total = 0
@@ -297,5 +297,5 @@ def test_minima_round_up_and_the_budget_rounds_down():
     """Half of 21 neurons: a layer that must keep 11 of them does not fit the 10 that may stay."""
     budget = Budget(method="global", retention="0.5", minimum_layer_retention="0.5")
     with pytest.raises(BudgetError) as caught:
-        plan_shape(budget, [MoeLayer(0, 3, 7)])
+        kind_of(budget).shape([MoeLayer(0, 3, 7)])
     assert caught.value.found.startswith("11 of 21") and caught.value.wanted == "at most 10"

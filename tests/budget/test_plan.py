@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tenp_dist.artifacts import read_json, write_json
-from tenp_dist.budget.plan import MoeLayer, control_budget, make_plan, planning_statistics
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import read_plan, write_plan
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.config import Budget
@@ -90,7 +91,7 @@ def test_small_plan_by_hand():
     assert {layer: sets_of(kept) for layer, kept in plan.kept.items()} == SMALL_KEPT
     assert [plan.layers[layer].whole for layer in (1, 2)] == [(0,), (1, 2)]
     assert [plan.layers[layer].never_routed for layer in (1, 2)] == [(), (3,)]
-    assert (plan.narrow_width, plan.whole_experts, plan.leftover_neurons) == (2, 3, 0)
+    assert (plan.narrow_width, plan.whole_total, plan.leftover_neurons) == (2, 3, 0)
     assert plan.widths[1].tolist() == [4, 2, 2, 2]
     assert plan.retention == Fraction(22, 32)
     # layer 1: 4 tokens meet 4 neurons, 6 meet 2: 28 of 40; layer 2: 6 meet 2, 1 and 3 meet 4: 28 of 40
@@ -240,7 +241,7 @@ def test_everything_kept_at_retention_one():
 def test_one_layer_one_expert():
     layers, scores = drawn_model(layers=1, experts=1)
     plan = make_plan(Budget(retention="0.5"), layers, scores.__getitem__)
-    assert (plan.narrow_width, plan.whole_experts) == (8, 0)
+    assert (plan.narrow_width, plan.whole_total) == (8, 0)
 
 
 def test_layers_of_different_widths_and_experts():
@@ -315,7 +316,7 @@ def test_more_never_routed_than_whole_experts():
 def test_control_has_exactly_the_same_size(method, important):
     layers, scores = drawn_model(unrouted=0.1)
     budget = Budget(method=method, important=important, align=2, seed=4)
-    control = control_budget(budget)
+    control = kind_of(budget).control()
     assert control.method == "random"
     plan, random = (make_plan(each, layers, scores.__getitem__) for each in (budget, control))
     assert plan.shape == random.shape and plan.leftover_neurons == random.leftover_neurons
@@ -328,7 +329,7 @@ def test_control_has_exactly_the_same_size(method, important):
 
 def test_control_reads_no_score():
     layers, scores = drawn_model()
-    budget = control_budget(Budget())
+    budget = kind_of(Budget()).control()
     assert planning_statistics(budget) == ("token_count",)
     assert planning_statistics(Budget()) == ("token_count", "expert_importance_sum", "neuron_projection_sum")
     bare = {

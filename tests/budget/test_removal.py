@@ -13,9 +13,9 @@ from helpers.checkpoints import change_config, with_mtp
 from helpers.drawn_statistics import E, F, drawn
 from helpers.jobs import evaluation
 from helpers.refusals import refused
-from tenp_dist.budget.kinds.narrow import plan_shape
 from tenp_dist.budget.kinds.remove import best_experts, kept_experts
-from tenp_dist.budget.plan import MoeLayer, control_budget, make_plan
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.plan import MoeLayer, make_plan
 from tenp_dist.budget.selection import top_neurons
 from tenp_dist.checkpoint.families.table import FAMILIES
 from tenp_dist.config import Budget
@@ -25,7 +25,7 @@ from tenp_dist.layouts.table import layout_warnings, layouts_of
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 
-REMOVING = [name for name in registry.names() if registry.get(name).removes]
+REMOVING = [name for name in registry.names() if kind_of(Budget(method=name)).experts_leave]
 
 
 # --- how many -----------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def plan_of(budget: Budget, groups: int = 1):
 @pytest.mark.parametrize("name", REMOVING)
 def test_a_removing_plan_is_a_rectangle_of_whole_experts(name):
     plan = plan_of(Budget(method=name, retention="0.55"))  # floor(6.6) of 12
-    assert plan.retention == Fraction(1, 2) and plan.whole_experts == 24
+    assert plan.retention == Fraction(1, 2) and plan.whole_total == 24
     for layer, kept in plan.kept.items():
         assert len(kept.experts) == 6 and plan.layers[layer].whole == tuple(kept.experts.tolist())
         assert {int(w) for w in kept.widths[kept.experts]} == {F} and kept.widths.sum() == 6 * F
@@ -106,7 +106,7 @@ def test_keys_that_do_not_apply_are_named():
 
 def test_the_control_draws_as_many():
     plan = plan_of(Budget(method="frequency", retention="0.5", seed=3))
-    control = plan_of(control_budget(plan.budget))
+    control = plan_of(kind_of(plan.budget).control())
     assert control.budget.method == "random-experts"
     assert all(len(kept.experts) == 6 for kept in control.kept.values())
     assert any(not np.array_equal(control.kept[i].experts, plan.kept[i].experts) for i in plan.kept)
@@ -138,7 +138,7 @@ def test_ablations_exchange_one_ranking_and_nothing_else():
 def test_both_rankings_drawn_is_the_random_control():
     base = {"retention": "0.6", "important": "0.25", "seed": 4}
     both = plan_of(Budget(method="tenp", experts="random", neurons="random", **base))
-    control = plan_of(control_budget(Budget(method="tenp", neurons="camera", **base)))
+    control = plan_of(kind_of(Budget(method="tenp", neurons="camera", **base)).control())
     assert control.budget.neurons is None
     for layer in both.kept:
         assert np.array_equal(both.kept[layer].indices, control.kept[layer].indices)
@@ -156,7 +156,7 @@ def test_both_rankings_drawn_is_the_random_control():
 )
 def test_rankings_that_are_not_there(budget, message):
     with pytest.raises(JobError, match=message) as caught:
-        plan_shape(Budget(**budget), [MoeLayer(0, 8, 8)])
+        kind_of(Budget(**budget)).shape([MoeLayer(0, 8, 8)])
     assert caught.value.where == f"budget.{'experts' if 'experts' in budget else 'neurons'}"
 
 
@@ -164,10 +164,12 @@ def test_rankings_that_are_not_there(budget, message):
 
 
 def test_removing_methods_write_uniform_where_the_job_is_silent(job_file):
-    assert layouts_of(load_job(job_file(budget={"method": "reap"}))) == ("uniform",)
-    assert layouts_of(load_job(job_file(budget={"method": "enp"}))) == ("ragged",)
-    job = load_job(job_file(budget={"method": "reap"}, output={"layouts": ["uniform"]}))
-    assert layouts_of(job) == ("uniform",)
+    def names(job) -> list[str]:
+        return [layout.name for layout in layouts_of(load_job(job))]
+
+    assert names(job_file(budget={"method": "reap"})) == ["uniform"]
+    assert names(job_file(budget={"method": "enp"})) == ["ragged"]
+    assert names(job_file(budget={"method": "reap"}, output={"layouts": ["uniform"]})) == ["uniform"]
 
 
 @pytest.mark.parametrize(
@@ -196,14 +198,14 @@ def test_too_few_experts_is_known_before_anything_is_written(job_file, tenp, tmp
 def test_what_a_uniform_checkpoint_leaves_out_or_asks_for(job_file):
     layers = [MoeLayer(0, 8, 64)]
     job = load_job(job_file(budget={"method": "enp", "retention": "0.6", "align": 4}, output={"layouts": ["uniform"]}))
-    warnings = layout_warnings(job, plan_shape(job.budget, layers), mtp_layers=1)
+    warnings = layout_warnings(job, kind_of(job.budget).shape(layers), mtp_layers=1)
     assert "1 multi-token prediction layers" in warnings[0] and "36 neurons may not run" in warnings[1]
     aligned = load_job(
         job_file(budget={"method": "enp", "retention": "0.63", "align": 8}, output={"layouts": ["uniform"]})
     )
-    assert layout_warnings(aligned, plan_shape(aligned.budget, layers), 0) == []
+    assert layout_warnings(aligned, kind_of(aligned.budget).shape(layers), 0) == []
     ragged = load_job(job_file(budget={"method": "enp"}))
-    assert layout_warnings(ragged, plan_shape(ragged.budget, layers), 1) == []
+    assert layout_warnings(ragged, kind_of(ragged.budget).shape(layers), 1) == []
 
 
 # --- whole runs ---------------------------------------------------------------------------------

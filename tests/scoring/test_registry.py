@@ -16,7 +16,8 @@ from helpers.brute_force import routed_tokens
 from helpers.drawn_statistics import E, F, drawn
 from helpers.paths import ROOT
 from helpers.scoring import batches_of, random_corpus, score
-from tenp_dist.budget.plan import MoeLayer, control_budget, make_plan, planning_statistics
+from tenp_dist.budget.kinds.table import KINDS, kind_of
+from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
 from tenp_dist.config import Budget
 from tenp_dist.errors import NumericalError
 from tenp_dist.scoring.domains import never_routed
@@ -58,7 +59,7 @@ def test_a_method_says_what_it_is(name):
     assert method.name == name and method.source and module.__doc__
     assert method.experts or method.neurons
     assert set(method.statistics) <= set(MERGE_RULES)
-    assert method.removes + method.whole_experts + (method.experts is None) == 1
+    assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in reference.split("## Methods")[1], f"jobs/README.md does not explain method {name}"
 
@@ -148,7 +149,7 @@ def test_domains_count_by_weight_and_not_by_order(name, unit):
     assert torch.equal(scores(name, unit, stats, only), scores(name, unit, alone))
 
 
-COUNTED = [name for name, unit in READING if unit == "neurons" and not registry.get(name).model_wide]
+COUNTED = [name for name, unit in READING if unit == "neurons" and registry.get(name).worth is None]
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -228,14 +229,14 @@ def test_a_plan_and_its_control_are_of_one_size_and_within_the_budget(name):
             lambda i: LayerStatistics(scored[i].domains, {n: scored[i][n] for n in names}, scored[i].weight_norm),
         )
 
-    made, control = plan(budget), plan(control_budget(budget))
+    made, control = plan(budget), plan(kind_of(budget).control())
     assert made.retention <= Fraction(3, 5)
     for layer in layers:
         kept, drawn_kept = made.kept[layer.layer], control.kept[layer.layer]
         assert sorted(kept.widths.tolist()) == sorted(drawn_kept.widths.tolist())
         assert (kept.experts is None) == (drawn_kept.experts is None)
         assert np.array_equal(plan(budget).kept[layer.layer].indices, kept.indices)
-        if registry.get(name).removes:
+        if kind_of(budget).experts_leave:
             assert np.bincount(kept.experts // 4).tolist() == [2, 2, 2]  # floor(0.6 * 4) of each group of four
             assert made.layers[layer.layer].removed == 6
 
@@ -301,7 +302,7 @@ def test_scores_equal_definitions_token_by_token(family, tiny_model, tmp_path):
                 parts = {d: definition(tokens[layer][d, expert]) for d in range(2) if (d, expert) in tokens[layer]}
                 if parts:
                     routed = {d: sum(len(ts) for (of, _), ts in tokens[layer].items() if of == d) for d in parts}
-                    whole = registry.get(name).model_wide  # comparable across experts: not scaled expert by expert
+                    whole = registry.get(name).worth  # comparable across experts: not scaled expert by expert
                     expected = sum(part / (routed[d] if whole else part.norm()) for d, part in parts.items())
                     torch.testing.assert_close(found[expert], expected, rtol=1e-3, atol=1e-5)
                 else:

@@ -1,12 +1,29 @@
-"""What a plan of a kind does to a checkpoint, as far as a layout has to hold it."""
+"""What a kind of plan is, and what its plans ask of a layout.
+
+E routed experts of a layer, F neurons of an expert.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, NamedTuple
 
-from tenp_dist.budget.sizes import Shape
+import numpy as np
+
+from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
+from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
-from tenp_dist.scoring.methods import registry
+from tenp_dist.errors import BudgetError
+from tenp_dist.scoring.methods.registry import Context, Method
+from tenp_dist.scoring.statistics import LayerStatistics
+
+WHOLE_KEYS = ("important", "slope", "minimum_important")
+"""Keys of a budget that say how many experts stay whole."""
+FLOOR_KEYS = ("minimum_width", "minimum_layer_retention", "protect")
+"""Keys of a budget that say what stays whatever the scores decide."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +38,129 @@ class PlanForm:
     widths: frozenset[int] | None
 
 
-def form_of(budget: Budget, shape: Shape) -> PlanForm:
-    """The form of a budget's plan. shape: its sizes, known before any score."""
-    method = registry.of_budget(budget)
-    if method.model_wide:
-        return PlanForm(experts_leave=False, widths=None)
-    if method.removes:
-        return PlanForm(experts_leave=True, widths=frozenset(layer.intermediate_size for layer in shape.layers))
-    widths = {
-        width
-        for layer, m, narrow in zip(shape.layers, shape.whole, shape.narrow, strict=True)
-        for width, count in ((layer.intermediate_size, m), (narrow, layer.experts - m))
-        if count and width is not None
-    }
-    return PlanForm(experts_leave=False, widths=frozenset(widths))
+class LayerChoice(NamedTuple):
+    """What a plan keeps of one layer: ids of the experts that stay whole, ascending, and the neurons of all."""
+
+    whole: tuple[int, ...]
+    kept: KeptNeurons
+
+
+@dataclass(frozen=True)
+class PlanKind(ABC):
+    """How plans of one kind are made, for one budget: one file a kind, listed in `table.py`, which also chooses.
+
+    A kind answers what the rest of the house asks about a plan before or without making it, and chooses what a
+    layer keeps. What it does not override is as for plans that keep every expert.
+
+    budget: what the plan has to meet.
+    method: the budget's, with the rankings that the budget exchanges.
+    """
+
+    budget: Budget
+    method: Method
+
+    experts_leave: ClassVar[bool] = False
+    """Whether experts that are not kept leave the model, their router rows with them."""
+    leaves_narrow: ClassVar[bool] = True
+    """Whether experts that stay may lose neurons, so that there is something to compensate."""
+    control_words: ClassVar[str] = "keeps neurons chosen by chance"
+    """What the random control does, for `The random control ..., at the same size.`"""
+    never_routed_words: ClassVar[str] = "their neurons are ranked by weight norms"
+    """What becomes of experts that no token was routed to, for the warning about them."""
+
+    @classmethod
+    @abstractmethod
+    def plans_for(cls, method: Method) -> bool:
+        """Whether plans of this method are of this kind."""
+
+    @property
+    @abstractmethod
+    def unused_keys(self) -> tuple[str, ...]:
+        """Keys of a budget that change no plan of this method."""
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether the budget says how many experts stay whole; only then there is a number of them to choose."""
+        return False
+
+    @property
+    def important(self) -> Fraction:
+        """alpha as used: the share of experts that the budget keeps whole."""
+        return Fraction(0)
+
+    def shape(self, layers: Sequence[MoeLayer]) -> Shape:
+        """The sizes of the plan; needs no scores, so a job can fail before it scores.
+
+        Args:
+            layers: the MoE layers in depth order.
+
+        Raises:
+            BudgetError: the budget is infeasible, or there is no layer.
+        """
+        if not layers:
+            raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
+        return self.sizes(layers)
+
+    @abstractmethod
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+        """What a kind implements of `shape`: the sizes for at least one layer. Raises BudgetError as it does."""
+
+    def form(self, shape: Shape) -> PlanForm:
+        """What a layout has to hold of a plan of these sizes."""
+        if None in shape.narrow:
+            return PlanForm(experts_leave=self.experts_leave, widths=None)
+        widths = {
+            width
+            for layer, m, narrow in zip(shape.layers, shape.whole, shape.narrow, strict=True)
+            for width, experts in ((layer.intermediate_size, m), (narrow, layer.experts - m))
+            if experts and width is not None
+        }
+        return PlanForm(experts_leave=self.experts_leave, widths=frozenset(widths))
+
+    def decided(
+        self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
+    ) -> Shape:
+        """The sizes once the scores have decided those that were open; the same where none were.
+
+        Args:
+            statistics: reads those of one layer. To be called for one after another, no result held to the next call.
+            contexts: decoder index -> what the method may know besides.
+
+        Raises:
+            BudgetError: the budget is infeasible, now that the scores are known.
+        """
+        return shape
+
+    @abstractmethod
+    def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
+        """What the plan keeps of one layer.
+
+        Args:
+            sizes: of the layer, as decided.
+
+        Raises:
+            BudgetError: the layer's scores leave no choice that meets the budget.
+        """
+
+    def neurons_met(self, tokens_E: np.ndarray, kept: KeptNeurons) -> int:
+        """The sum of the widths of the experts that a layer's tokens go to. tokens_E: tokens routed to each, int64."""
+        return int(tokens_E @ kept.widths)
+
+    @abstractmethod
+    def warnings(self, shape: Shape) -> list[str]:
+        """What the sizes of the plan, as decided, waste or leave empty."""
+
+    @abstractmethod
+    def control(self) -> Budget:
+        """The budget of the random control: a plan of the same sizes that is drawn by chance."""
+
+    def ignored_keys(self) -> list[str]:
+        """Unused keys that the budget sets to something else than their defaults."""
+        fields = Budget.model_fields
+        return [key for key in self.unused_keys if getattr(self.budget, key) != fields[key].default]
+
+    def unspent(self, shape: Shape) -> Fraction:
+        """The share of the allowed neurons that rounding to these sizes leaves over."""
+        kept = shape.kept_neurons
+        assert kept is not None, "sizes that the scores have to decide first"
+        return 1 - kept / (self.budget.retention_exact * shape.total_neurons)

@@ -1,110 +1,120 @@
 """Widths that the scores decide: the neurons of the whole model compete at one price (method `global`).
 
 Two passes over the layers' statistics, one layer in memory at a time: the first turns what neurons are worth into
-curves (`allocation.py`), the second, in `plan.py`, chooses the neurons. Minima and experts to keep whole are
-checked before any score is read.
+curves (`budget/widths/prices.py`), the second chooses the neurons. Minima and experts to keep whole are checked
+before any score is read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.budget.kinds.base import WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.selection import top_neurons_each
+from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
 from tenp_dist.budget.widths.floors import Floor, check_floors, floor_places
 from tenp_dist.budget.widths.layer_optimum import kept_energy, legal_widths
 from tenp_dist.budget.widths.leftover import spend
 from tenp_dist.budget.widths.prices import Curves, allocate
+from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
 from tenp_dist.scoring.domains import never_routed
-from tenp_dist.scoring.methods import registry
+from tenp_dist.scoring.methods.registry import Context, Method
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
-def open_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
-    """What is known before any score: that the minima and the protected experts fit the budget.
+@dataclass(frozen=True)
+class ByPrice(PlanKind):
+    """Plans of methods that say what a neuron is worth: every expert keeps as many as are worth their price."""
 
-    Raises:
-        BudgetError: they do not, also by `max_widths`, or a protected layer or expert is not there.
-    """
-    protected = _protected(budget, layers)
-    floors = [
-        Floor(
-            layer=facts.layer,
-            widths_C=_legal(budget, facts),
-            experts=facts.experts,
-            whole=int(protected[facts.layer].sum()),
-            minimum=_minimum(budget, facts),
-        )
-        for facts in layers
-    ]
-    check_floors(floors, _allowed(budget, layers), budget.max_widths)
-    return Shape(layers=tuple(layers), whole=(0,) * len(layers), narrow=(None,) * len(layers))
+    unused_keys = (*WHOLE_KEYS, "neuron_domains")
 
+    @classmethod
+    def plans_for(cls, method: Method) -> bool:
+        return method.worth is not None
 
-def model_widths(
-    budget: Budget,
-    layers: Sequence[MoeLayer],
-    statistics: Callable[[MoeLayer], LayerStatistics],
-    contexts: Mapping[int, registry.Context],
-) -> dict[int, np.ndarray]:
-    """Decoder index -> kept neurons of each expert, int64 [E]; never more than the budget in all.
-
-    Raises:
-        BudgetError: minima and experts kept whole are over the budget, or do not fit `max_widths`.
-    """
-    method, protected = registry.of_budget(budget), _protected(budget, layers)
-    curves = []
-    for facts in layers:
-        found = statistics(facts)
-        whole_E = protected[facts.layer].copy()
-        if budget.never_routed == "whole":
-            whole_E |= never_routed(found).numpy()
-        worth_EF = method.neuron_worth(found, contexts[facts.layer]).numpy()
-        widths_C = _legal(budget, facts)
-        curves.append(
-            Curves(
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+        """Open; only what no widths could meet is refused: minima and protected experts over the budget."""
+        protected = _protected(self.budget, layers)
+        floors = [
+            Floor(
                 layer=facts.layer,
-                widths_C=widths_C,
-                kept_CE=kept_energy(worth_EF, widths_C),
-                whole_E=whole_E,
-                minimum=_minimum(budget, facts),
+                widths_C=_legal(self.budget, facts),
+                experts=facts.experts,
+                whole=int(protected[facts.layer].sum()),
+                minimum=_minimum(self.budget, facts),
             )
+            for facts in layers
+        ]
+        check_floors(floors, _allowed(self.budget, layers), self.budget.max_widths)
+        return Shape(layers=tuple(layers), whole=(0,) * len(layers), narrow=(None,) * len(layers))
+
+    def decided(
+        self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
+    ) -> Shape:
+        protected = _protected(self.budget, shape.layers)
+        curves = []
+        for facts in shape.layers:
+            context, whole_E = contexts[facts.layer], protected[facts.layer]
+            curves.append(self._curves(facts, whole_E, statistics(facts), context))
+        allowed, most = _allowed(self.budget, shape.layers), self.budget.max_widths
+        floors = floor_places(curves, allowed, most)
+        places, _ = allocate(curves, allowed, most, floors)
+        places = spend(curves, places, allowed, most)
+        widths = tuple(one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True))
+        full = [facts.intermediate_size for facts in shape.layers]
+        whole = tuple(int((width_E == size).sum()) for width_E, size in zip(widths, full, strict=True))
+        return replace(shape, whole=whole, widths=widths)
+
+    def _curves(
+        self, facts: MoeLayer, protected_E: np.ndarray, statistics: LayerStatistics, context: Context
+    ) -> Curves:
+        """What every expert of the layer keeps at each legal width."""
+        whole_E = protected_E
+        if self.budget.never_routed == "whole":
+            whole_E = protected_E | never_routed(statistics).numpy()
+        widths_C = _legal(self.budget, facts)
+        worth_EF = self.method.neuron_worth(statistics, context).numpy()
+        return Curves(
+            layer=facts.layer,
+            widths_C=widths_C,
+            kept_CE=kept_energy(worth_EF, widths_C),
+            whole_E=whole_E,
+            minimum=_minimum(self.budget, facts),
         )
-    allowed = _allowed(budget, layers)
-    floors = floor_places(curves, allowed, budget.max_widths)
-    places, _ = allocate(curves, allowed, budget.max_widths, floors)
-    places = spend(curves, places, allowed, budget.max_widths)
-    return {one.layer: one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True)}
 
+    def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
+        assert sizes.widths_E is not None, "widths are decided before neurons are chosen"
+        kept_EF = top_neurons_each(self.method.neuron_scores(statistics, context).numpy(), sizes.widths_E)
+        whole = np.flatnonzero(sizes.widths_E == sizes.facts.intermediate_size)
+        return LayerChoice(tuple(whole.tolist()), KeptNeurons.from_mask(kept_EF))
 
-def closed_shape(layers: Sequence[MoeLayer], widths: Mapping[int, np.ndarray]) -> Shape:
-    """The shape once the widths are decided."""
-    whole = tuple(int((widths[facts.layer] == facts.intermediate_size).sum()) for facts in layers)
-    return Shape(layers=tuple(layers), whole=whole, narrow=(None,) * len(layers))
+    def warnings(self, shape: Shape) -> list[str]:
+        warnings, wasted = [], self.unspent(shape)
+        if wasted > WASTE_LIMIT:
+            align, most = self.budget.align, self.budget.max_widths
+            warnings.append(
+                f"Widths that are multiples of {align}, at most {most} in a layer, leave {float(wasted):.1%} of the "
+                "allowed neurons unspent; a smaller align or a larger max_widths wastes less."
+            )
+        empty = sum(int((widths_E == 0).sum()) for widths_E in shape.widths or ())
+        if empty:
+            warnings.append(
+                f"{empty} of {shape.total_experts} experts keep no neuron and return zero; set minimum_width to keep "
+                "some in each."
+            )
+        return warnings
 
-
-def width_warnings(budget: Budget, widths: Mapping[int, np.ndarray], allowed: Fraction) -> list[str]:
-    """What rounding wastes of the `allowed` neurons, and how many experts keep none."""
-    warnings = []
-    wasted = 1 - sum(int(width_E.sum()) for width_E in widths.values()) / allowed
-    if wasted > WASTE_LIMIT:
-        warnings.append(
-            f"Widths that are multiples of {budget.align}, at most {budget.max_widths} in a layer, leave "
-            f"{float(wasted):.1%} of the allowed neurons unspent; a smaller align or a larger max_widths wastes less."
-        )
-    empty = sum(int((width_E == 0).sum()) for width_E in widths.values())
-    if empty:
-        experts = sum(len(width_E) for width_E in widths.values())
-        warnings.append(
-            f"{empty} of {experts} experts keep no neuron and return zero; set minimum_width to keep some in each."
-        )
-    return warnings
+    def control(self) -> Budget:
+        """Every expert keeps its own width, which its neurons are drawn to."""
+        return self.budget.model_copy(update={"neurons": "random"})
 
 
 def _legal(budget: Budget, facts: MoeLayer) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The sizes of a plan: whole experts and narrow width of each layer, known before any score.
+"""Plans in which every expert stays and most become narrow, by sizes that are known before any score.
 
 E routed experts of a layer, F neurons of an expert, m_l whole experts of layer l, M of the model.
 """
@@ -6,11 +6,15 @@ E routed experts of a layer, F neurons of an expert, m_l whole experts of layer 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
-from tenp_dist.budget.kinds.by_price import open_shape
-from tenp_dist.budget.kinds.remove import kept_experts, rounding_warning
-from tenp_dist.budget.sizes import MoeLayer, Shape
+import numpy as np
+
+from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.selection import top_experts, top_neurons
+from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import (
     WASTE_LIMIT,
     apportion,
@@ -20,97 +24,118 @@ from tenp_dist.budget.trapezoid import (
     waste,
     whole_experts_total,
 )
+from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
-from tenp_dist.scoring.methods import registry
+from tenp_dist.scoring.domains import never_routed
+from tenp_dist.scoring.methods.registry import Context, Method
+from tenp_dist.scoring.statistics import LayerStatistics
 
 
-def plan_shape(budget: Budget, layers: Sequence[MoeLayer]) -> Shape:
-    """Whole experts and narrow width of each layer; needs no scores, so a job can fail before it scores.
+@dataclass(frozen=True)
+class Narrow(PlanKind):
+    """Plans of methods that rank neurons: of every expert the best stay, all of one width.
 
-    Where scores decide the widths, these are open; only what no widths could meet is refused here.
-
-    Experts of one size get one narrow width for the model. Where F differs between layers, every
+    Where the method ranks experts too, the best of these stay whole: M = floor(alpha N), apportioned to the layers by
+    the budget's slope. Experts of one size get one narrow width for the model. Where F differs between layers, every
     narrow expert keeps the same share beta of its neurons, rounded down layer by layer.
-
-    Raises:
-        BudgetError: the budget is infeasible.
-        JobError: unknown method.
     """
-    if not layers:
-        raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
-    rho, alpha = budget.retention_exact, important_share(budget)
-    method = registry.of_budget(budget)
-    if method.model_wide:
-        return open_shape(budget, layers)
-    if method.removes:
-        kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
-        return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))
-    experts = [layer.experts for layer in layers]
-    sizes = [layer.intermediate_size for layer in layers]
-    total = whole_experts_total(alpha, sum(experts))
-    whole = apportion(total, experts, Fraction(budget.slope), budget.minimum_important)
-    narrow = narrow_widths(rho, whole, experts, sizes, budget.align, empty_allowed=alpha == rho)
-    shape = Shape(layers=tuple(layers), whole=tuple(whole), narrow=tuple(narrow))
-    _check_distinct_widths(budget, shape)
-    assert shape.kept_neurons <= rho * shape.total_neurons, "a plan is never over its target"
-    return shape
 
+    @classmethod
+    def plans_for(cls, method: Method) -> bool:
+        return method.neurons is not None and method.worth is None
 
-def important_share(budget: Budget) -> Fraction:
-    """alpha as used: a method that ranks no experts keeps none whole."""
-    return budget.important_exact if registry.of_budget(budget).whole_experts else Fraction(0)
+    @property
+    def unused_keys(self) -> tuple[str, ...]:
+        return FLOOR_KEYS if self.keeps_whole else (*WHOLE_KEYS, *FLOOR_KEYS)
 
+    @property
+    def keeps_whole(self) -> bool:
+        return self.method.experts is not None
 
-def shape_warnings(budget: Budget, shape: Shape) -> list[str]:
-    """What rounding wastes and which experts are left empty."""
-    method = registry.of_budget(budget)
-    allowed = budget.retention_exact * shape.total_neurons
-    wasted = 1 - shape.kept_neurons / allowed
-    if method.removes:
-        experts = sum(layer.experts for layer in shape.layers)
-        rounding = rounding_warning(budget.retention_exact, sum(shape.whole), experts)
-        return [rounding] if wasted > WASTE_LIMIT else []
-    warnings = [_empty_warning(shape)] if 0 in shape.narrow else []
-    if wasted > WASTE_LIMIT:
-        warnings.append(
-            f"Rounding to widths that are multiples of {budget.align} leaves {float(wasted):.1%} of the allowed "
-            f"neurons unspent; {_remedy(budget, shape)}."
+    @property
+    def important(self) -> Fraction:
+        return self.budget.important_exact if self.keeps_whole else Fraction(0)
+
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+        budget, rho, alpha = self.budget, self.budget.retention_exact, self.important
+        experts = [layer.experts for layer in layers]
+        sizes = [layer.intermediate_size for layer in layers]
+        total = whole_experts_total(alpha, sum(experts))
+        whole = apportion(total, experts, Fraction(budget.slope), budget.minimum_important)
+        narrow = narrow_widths(rho, whole, experts, sizes, budget.align, empty_allowed=alpha == rho)
+        shape = Shape(layers=tuple(layers), whole=tuple(whole), narrow=tuple(narrow))
+        _check_distinct_widths(budget, shape)
+        assert self.unspent(shape) >= 0, "a plan is never over its target"
+        return shape
+
+    def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
+        facts, m = sizes.facts, sizes.whole
+        unrouted_E = never_routed(statistics).numpy()
+        first_E = unrouted_E if self.budget.never_routed == "whole" else np.zeros_like(unrouted_E)
+        _check_first(first_E, m, facts)
+        assert sizes.narrow is not None, "widths of this kind are never open"
+        whole = top_experts(self.method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
+        kept_EF = top_neurons(self.method.neuron_scores(statistics, context).numpy(), sizes.narrow)
+        kept_EF[list(whole)] = True
+        return LayerChoice(whole, KeptNeurons.from_mask(kept_EF))
+
+    def warnings(self, shape: Shape) -> list[str]:
+        wasted = self.unspent(shape)
+        warnings = [_empty_warning(shape)] if 0 in shape.narrow else []
+        if wasted > WASTE_LIMIT:
+            warnings.append(
+                f"Rounding to widths that are multiples of {self.budget.align} leaves {float(wasted):.1%} of the "
+                f"allowed neurons unspent; {self._remedy(shape)}."
+            )
+        return warnings
+
+    def control(self) -> Budget:
+        """The same m_l and widths; experts and neurons are drawn by chance."""
+        important = self.budget.important if self.keeps_whole else Decimal(0)
+        drawn = {"method": "random", "experts": None, "neurons": None}
+        return self.budget.model_copy(update={**drawn, "important": important})
+
+    def _remedy(self, shape: Shape) -> str:
+        """What to change so that less is wasted; an alpha where experts are of one size and may be kept whole."""
+        rho, align, experts = self.budget.retention_exact, self.budget.align, shape.total_experts
+        size, *others = {layer.intermediate_size for layer in shape.layers}
+        alpha = None
+        if self.keeps_whole and self.budget.max_widths > 1 and not others:
+            at_least = max(1, self.budget.minimum_important * len(shape.layers))
+            alpha = suggest_important(rho, sum(shape.whole), experts, size, align, at_least=at_least)
+        if alpha is None:
+            return "a smaller align wastes less"
+        m = whole_experts_total(Fraction(alpha), experts)
+        width = narrow_width(rho, m, experts, size, align, empty_allowed=True)
+        return (
+            f"important {alpha} keeps {m} experts whole, the others {width} wide, "
+            f"and leaves {float(waste(rho, m, experts, size, width)):.1%}"
         )
-    return warnings
 
 
 def _empty_warning(shape: Shape) -> str:
     """How many experts return zero, and the layers that have no other."""
     layers = list(zip(shape.layers, shape.whole, shape.narrow, strict=True))
     empty = sum(layer.experts - m for layer, m, width in layers if width == 0)
-    experts = sum(layer.experts for layer in shape.layers)
     bare = [str(layer.layer) for layer, m, width in layers if width == 0 and m == 0]
     nothing = f", and layer {', '.join(bare)} has no other routed expert" if bare else ""
     return (
-        f"{empty} of {experts} experts keep no neuron and return zero{nothing}: the whole experts take the budget, and "
-        "tokens are routed to the others still. Lower important, or take experts out of routing with a method that "
-        "removes them."
+        f"{empty} of {shape.total_experts} experts keep no neuron and return zero{nothing}: the whole experts take the "
+        "budget, and tokens are routed to the others still. Lower important, or take experts out of routing with a "
+        "method that removes them."
     )
 
 
-def _remedy(budget: Budget, shape: Shape) -> str:
-    """What to change so that less is wasted; an alpha where experts are of one size and may be kept whole."""
-    sizes = {layer.intermediate_size for layer in shape.layers}
-    alpha = None
-    if registry.of_budget(budget).whole_experts and budget.max_widths > 1 and len(sizes) == 1:
-        rho, size, align = budget.retention_exact, sizes.pop(), budget.align
-        experts = sum(layer.experts for layer in shape.layers)
-        at_least = max(1, budget.minimum_important * len(shape.layers))
-        alpha = suggest_important(rho, sum(shape.whole), experts, size, align, at_least=at_least)
-    if alpha is None:
-        return "a smaller align wastes less"
-    m = whole_experts_total(Fraction(alpha), experts)
-    width = narrow_width(rho, m, experts, size, align, empty_allowed=True)
-    return (
-        f"important {alpha} keeps {m} experts whole, the others {width} wide, "
-        f"and leaves {float(waste(rho, m, experts, size, width)):.1%}"
-    )
+def _check_first(first_E: np.ndarray, m: int, facts: MoeLayer) -> None:
+    if first_E.sum() > m:
+        raise BudgetError(
+            "More never-routed experts than the layer keeps whole",
+            where=f"budget.never_routed, layer {facts.layer}",
+            found=f"{int(first_E.sum())} never-routed experts",
+            wanted=f"at most {m}, the whole experts of the layer",
+            next_step="set budget.never_routed to narrow, raise budget.important, or calibrate on more text",
+        )
 
 
 def _check_distinct_widths(budget: Budget, shape: Shape) -> None:

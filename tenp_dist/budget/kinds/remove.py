@@ -7,19 +7,72 @@ group keeps floor(retention * E / groups) of its own, so that the groups of what
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
+from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
+from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
+from tenp_dist.budget.trapezoid import WASTE_LIMIT
+from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
+from tenp_dist.scoring.methods.registry import Context, Method
+from tenp_dist.scoring.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Remove(PlanKind):
+    """Plans of methods that rank experts alone: the best stay as they are, the others leave with their router rows."""
+
+    experts_leave = True
+    leaves_narrow = False
+    control_words = "removes as many experts, chosen by chance"
+    never_routed_words = "they are the first to go"
+    unused_keys = (*WHOLE_KEYS, "align", "max_widths", *FLOOR_KEYS, "neuron_domains", "never_routed")
+
+    @classmethod
+    def plans_for(cls, method: Method) -> bool:
+        return method.experts is not None and method.neurons is None
+
+    def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+        rho = self.budget.retention_exact
+        kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
+        return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))
+
+    def form(self, shape: Shape) -> PlanForm:
+        return PlanForm(experts_leave=True, widths=frozenset(layer.intermediate_size for layer in shape.layers))
+
+    def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
+        facts = sizes.facts
+        whole = best_experts(self.method.expert_scores(statistics, context).numpy(), sizes.whole, facts.groups)
+        return LayerChoice(whole, KeptNeurons.without_others(whole, facts.experts, facts.intermediate_size))
+
+    def neurons_met(self, tokens_E: np.ndarray, kept: KeptNeurons) -> int:
+        """Tokens of removed experts go to others, which are all of full width."""
+        return int(tokens_E.sum()) * int(kept.widths.max())
+
+    def warnings(self, shape: Shape) -> list[str]:
+        if self.unspent(shape) <= WASTE_LIMIT:
+            return []
+        return [rounding_warning(self.budget.retention_exact, sum(shape.whole), shape.total_experts)]
+
+    def control(self) -> Budget:
+        """As many experts of every layer removed."""
+        return self.budget.model_copy(update={"method": "random-experts", "experts": None, "neurons": None})
 
 
 def kept_experts(rho: Fraction, experts: int, groups: int, least: int, layer: int) -> int:
     """Experts that a layer keeps.
 
     Args:
-        experts: routed experts of the layer. groups: equal groups that they are routed in.
-        least: the fewest experts that the router works with. layer: decoder index, for the message.
+        rho: the retention.
+        experts: routed experts of the layer.
+        groups: equal groups that they are routed in.
+        least: the fewest experts that the router works with.
+        layer: decoder index, for the message.
 
     Raises:
         BudgetError: fewer than `least`.

@@ -1,4 +1,4 @@
-"""Which widths may be the s-th of a best set of widths: bounds that spare the exact search (bucketing.py) the rest.
+"""Which widths may be the s-th of a best set of widths: bounds that spare `layer_optimum.py` searching the rest.
 
 The legal widths are cut into cells, runs of neighbours. Expert e is worth U_e(a) in cell a, the most that
 it is worth at a width of it, so a set of widths is worth at most sum_e max_i U_e(a_i), a_i the cells of its widths. U_e
@@ -17,16 +17,17 @@ import math
 import numpy as np
 
 _CELLS = 56.0  # of a layer, times the root of the widths: finer bounds pay where more steps are searched
-
-
 _LEAST = 1 << 18  # widths times experts times steps; below it the search is as fast as the bounds
 
-
-ROUNDING = 1e-10  # of a sum of worths; its rounding is below 1e-13
+ROUNDING = 1e-10
+"""Two sums of worths that differ by less than this share may be equal; their own rounding is below 1e-13."""
 
 
 def cells(worth_CE: np.ndarray, max_widths: int) -> tuple[int, np.ndarray]:
-    """Widths of a cell, and U, [K, E]; the last cell may be smaller."""
+    """How many widths a cell has (the last one may have fewer), and U, float64 [K, E].
+
+    worth_CE: H, what each width of each expert is worth. max_widths: how many widths are chosen at most.
+    """
     size = max(1, int(len(worth_CE) / (_CELLS * math.sqrt(max_widths))))
     even = len(worth_CE) // size * size
     most_KE = worth_CE[:even].reshape(-1, size, worth_CE.shape[1]).max(axis=1)
@@ -35,7 +36,10 @@ def cells(worth_CE: np.ndarray, max_widths: int) -> tuple[int, np.ndarray]:
 
 
 def peaks(worth_CE: np.ndarray, size: int, most_KE: np.ndarray) -> np.ndarray:
-    """`worth_CE.argmax(axis=0)`, by way of the cells: the first place that is worth most to every expert."""
+    """The first place that is worth most to every expert, int64 [E]: `worth_CE.argmax(axis=0)`, found by way of cells.
+
+    size, most_KE: what `cells` returns.
+    """
     first_E = most_KE.argmax(axis=0) * size
     place_SE = np.minimum(first_E + np.arange(size)[:, None], len(worth_CE) - 1)
     return first_E + np.take_along_axis(worth_CE, place_SE, axis=0).argmax(axis=0)
@@ -50,6 +54,9 @@ def near_widths(
 
     Args:
         worth_CE: H, with one peak along C.
+        size: widths of a cell.
+        most_KE: U, what every expert is worth at most in each cell.
+        max_widths: how many widths are chosen at most.
         with_full: the last width is one of them.
     """
     steps = min(max_widths, len(worth_CE))

@@ -1,4 +1,4 @@
-"""Which of the widths that the bounds of narrowing.py leave are of a best set, where many widths are chosen.
+"""Which of the widths that `bounds.py` leaves belong to a best set, where many widths are chosen.
 
 Expert e loses l_e(c) = H_e(p_e) - H_e(c) at width c against its best width p_e. What a set of widths loses is that of a
 path: what experts that peak below the first width lose there, what those that peak between two neighbours lose,
@@ -7,7 +7,7 @@ close to each other, so few pairs of them are needed, no further apart than the 
 peak between two: adding up each expert's rectangle of pairs takes fewer steps than comparing all experts at every pair.
 
 What stays lies on a path that loses as little as the best one up to rounding: sums are formed in another order than in
-bucketing.py, which searches what is left. So equal sets stay, and the exact search decides between them.
+`layer_optimum.py`, which searches what is left. So equal sets stay, and the exact search decides between them.
 
 Shapes: C legal widths in ascending order, E experts, B the furthest apart that neighbours may be, N places of a step.
 Time: 2 C E, E rectangles of at most B x B, W steps of N B. Memory: C E + 2 C B + W C.
@@ -29,9 +29,11 @@ def refined(
     """Of the places `near` that each step may have those of a best set; all of them where that is no faster to find.
 
     Args:
-        worth_CE: H. peak_E: the place that each expert is worth most at.
-        near: per step ascending places, none empty. with_full: the last place is one of the set.
+        worth_CE: H.
+        peak_E: the place that each expert is worth most at.
+        near: per step ascending places, none empty.
         reach_C: the furthest place that may be next to each.
+        with_full: the last place is one of the set.
     """
     every_C, reach_C = np.arange(len(worth_CE)), np.maximum.accumulate(reach_C)
     first_E = np.searchsorted(reach_C, peak_E, side="right")  # the first place that reaches beyond the peak

@@ -1,6 +1,6 @@
 """What every layer keeps at least: experts kept whole, minimum widths, layer minima; and whether a budget holds it.
 
-The best floor of a layer is a priced solution (allocation.py), which may lie above its minimum: prices reach only some
+The best floor of a layer is a priced solution (`prices.py`), which may lie above its minimum: prices reach only some
 sums of widths. Where these floors together are over the budget, every layer takes the best widths of the fewest
 neurons instead, so a budget is refused only where nothing meets it.
 
@@ -26,9 +26,13 @@ from tenp_dist.errors import BudgetError
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """What a layer must keep: `whole` of its `experts` at full width, the others at a legal width, `minimum` in all.
+    """What a layer must keep.
 
+    layer: decoder index.
     widths_C: legal widths in neurons, ascending, the full one last.
+    experts: routed experts.
+    whole: how many of them keep the full width.
+    minimum: neurons that the layer keeps at least, all experts together.
     """
 
     layer: int

@@ -10,8 +10,8 @@ the worth of a set is that of a path, sum_e H_e(c_1) + sum_i M(c_i, c_{i+1}) wit
 H_e(i)), and the best path of at most W widths is found by dynamic programming. No order of the experts is
 assumed: two experts of nearly equal free width may well go to different buckets. M satisfies
 M(i, j) + M(i', j') >= M(i, j') + M(i', j) for i < i' < j < j', so the best predecessor never moves back as j grows:
-of N widths that may be the next a step looks at O(N log N) pairs instead of N^2. The bounds of narrowing.py leave a
-tenth to a fifth of 2049 widths; where many are chosen refining.py leaves one or two.
+of N widths that may be the next a step looks at O(N log N) pairs instead of N^2. `bounds.py` leaves a
+tenth to a fifth of 2049 widths; where many are chosen `bounds_of_many.py` leaves one or two.
 
 Shapes: C legal widths in ascending order, E experts. Time: C E + K^2 E for K cells of the bounds, then W - 1 steps of
 N log N E, N <= C. Memory: a few times C x E and 2^17 float64.
@@ -30,7 +30,7 @@ _CHUNK_ELEMENTS = 1 << 17  # float64 differences at once: a core's cache
 
 
 def legal_widths(intermediate_size: int, align: int, minimum: int = 0) -> np.ndarray:
-    """Multiples of `align` from `minimum` on, and the full width, int64 [C]."""
+    """The widths that an expert may have: multiples of `align` from `minimum` on, and the full one, int64 [C]."""
     widths = np.arange(-(-minimum // align) * align, intermediate_size, align, dtype=np.int64)
     return np.append(widths, intermediate_size)
 
@@ -52,7 +52,9 @@ def best_widths(
 
     Args:
         kept_CE: energy that each width keeps, concave along C.
+        widths_C: legal widths in neurons, ascending.
         price: energy that a kept neuron costs.
+        max_widths: how many distinct widths there may be.
         with_full: the full width is one of the distinct ones, for experts that are not listed here.
     """
     worth_CE = kept_CE - price * widths_C[:, None]

@@ -35,7 +35,14 @@ class _Steps:
 
 
 def spend(layers: Sequence[Curves], places: Places, allowed: int, max_widths: int) -> Places:
-    """Better places of at most `allowed` neurons; neurons that keep no energy are not bought."""
+    """Better places of at most `allowed` neurons; neurons that keep no energy are not bought.
+
+    Args:
+        layers: curves of every layer.
+        places: what a price led to, at most `allowed` neurons.
+        allowed: neurons that the model may keep.
+        max_widths: distinct widths of a layer.
+    """
     places = [place_E.copy() for place_E in places]
     left = allowed - total_neurons(layers, places)
     least = _LEAST * sum(float(curves.kept_CE[-1].sum()) for curves in layers)

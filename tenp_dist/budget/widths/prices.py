@@ -1,9 +1,9 @@
 """One price per neuron for the whole model: how wide every expert of every layer becomes within a budget.
 
-At a price every layer is solved alone and exactly (bucketing.py), and the kept neurons of the model fall as the
+At a price every layer is solved alone and exactly (`layer_optimum.py`), and the kept neurons of the model fall as the
 price rises. Two solutions around the budget are drawn together: first by prices on the line between theirs, then by
 the slope between them, until no solution lies between. The smaller one is kept, layers move to their part of the
-larger one while that fits, and leftover.py spends the rest. Sizes are integers, so the budget is never passed. Equal
+larger one while that fits, and `leftover.py` spends the rest. Sizes are integers, so the budget is never passed. Equal
 gains go to the lower layer, then the lower expert.
 
 Shapes: C legal widths of a layer, E experts. Memory: the curves, C x E float64 for each layer.
@@ -21,10 +21,7 @@ import numpy as np
 from tenp_dist.budget.widths.layer_optimum import best_widths
 
 _COARSE = 128  # widths of a coarse layer, from twice as many on
-
-
 _FURTHEST = 1e30  # a first price is not corrected by more
-
 
 Places = list[np.ndarray]
 """Per layer the place in `widths_C` of every expert's width, int64 [E]."""
@@ -34,8 +31,11 @@ Places = list[np.ndarray]
 class Curves:
     """What the experts of a layer keep at each legal width.
 
-    widths_C: ascending, the full width last. kept_CE: energy, concave along C. whole_E: experts that get the full
-    width whatever it costs. minimum: neurons that the layer keeps at least.
+    layer: decoder index.
+    widths_C: legal widths in neurons, ascending, the full one last.
+    kept_CE: energy that each expert keeps at each width, concave along C.
+    whole_E: true for experts that get the full width whatever it costs.
+    minimum: neurons that the layer keeps at least.
     """
 
     layer: int
@@ -50,9 +50,11 @@ class Curves:
         return np.full(self.whole_E.size, len(self.widths_C) - 1, dtype=np.int64)
 
     def neurons(self, place_E: np.ndarray) -> int:
+        """Neurons that the layer keeps at these places."""
         return int(self.widths_C[place_E].sum())
 
     def energy(self, place_E: np.ndarray) -> float:
+        """Energy that the layer keeps at these places."""
         return float(np.take_along_axis(self.kept_CE, place_E[None], axis=0).sum())
 
     def at_price(self, price: float, max_widths: int) -> np.ndarray:
@@ -71,9 +73,10 @@ def allocate(layers: Sequence[Curves], allowed: int, max_widths: int, floors: Pl
     """Places of every layer, before what is left over is spent, and the price that leads to them.
 
     Args:
+        layers: curves of every layer.
         allowed: neurons that the model may keep, those of `floors` or more.
         max_widths: distinct widths of a layer.
-        floors: places that each layer gets where its price leaves less than its minimum (floors.py).
+        floors: places that each layer gets where its price leaves less than its minimum (`floors.py`).
     """
     large = [curves.full_E for curves in layers]
     if total_neurons(layers, large) <= allowed:
@@ -155,6 +158,7 @@ class _Bracket:
 
 
 def total_neurons(layers: Sequence[Curves], places: Places) -> int:
+    """Neurons that all layers keep at these places."""
     return sum(curves.neurons(place_E) for curves, place_E in zip(layers, places, strict=True))
 
 

@@ -1,7 +1,7 @@
 """What a pruning method is, and the list of them: every other module of this folder is one.
 
 A method is a file named like the method (`easy-ep`: easy_ep.py) that defines `METHOD`. Nothing else has
-to be told of it; tests/test_registry.py takes every method that is there through the same tests.
+to be told of it; tests/scoring/test_registry.py takes every method that is there through the same tests.
 
 | ranks              | what becomes of an expert that is not among the best                       |
 |--------------------|----------------------------------------------------------------------------|
@@ -48,9 +48,6 @@ class Context:
 
 Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 
-_WHOLE_KEYS = ("important", "slope", "minimum_important")
-_FLOOR_KEYS = ("minimum_width", "minimum_layer_retention", "protect")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -75,32 +72,9 @@ class Method:
     worth_statistics: tuple[str, ...] = ()
 
     @property
-    def whole_experts(self) -> bool:
-        """Whether some experts stay whole and the others become narrow."""
-        return self.experts is not None and self.neurons is not None
-
-    @property
-    def removes(self) -> bool:
-        """Whether experts that are not kept leave the model, their router rows with them."""
-        return self.experts is not None and self.neurons is None
-
-    @property
     def statistics(self) -> tuple[str, ...]:
         """Names of all statistics that the method reads, each once."""
         return tuple(dict.fromkeys((*self.expert_statistics, *self.neuron_statistics, *self.worth_statistics)))
-
-    @property
-    def model_wide(self) -> bool:
-        """Whether the scores decide the widths, over the whole model."""
-        return self.worth is not None
-
-    @property
-    def unused_keys(self) -> tuple[str, ...]:
-        """Keys of a budget that change no plan of this method."""
-        if self.removes:
-            return (*_WHOLE_KEYS, "align", "max_widths", *_FLOOR_KEYS, "neuron_domains", "never_routed")
-        whole = () if self.whole_experts else _WHOLE_KEYS
-        return (*whole, "neuron_domains") if self.model_wide else (*whole, *_FLOOR_KEYS)
 
     def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """What keeping each neuron is worth, float64 [E, F].
@@ -175,12 +149,6 @@ def of_budget(budget: Budget) -> Method:
     if budget.neurons is not None:
         method = method.with_neurons_of(get(budget.neurons, "budget.neurons"))
     return method
-
-
-def unused_keys(budget: Budget) -> list[str]:
-    """Keys that the budget sets to something else than their defaults and that its method does not use."""
-    fields = Budget.model_fields
-    return [key for key in of_budget(budget).unused_keys if getattr(budget, key) != fields[key].default]
 
 
 def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int) -> None:
