@@ -86,9 +86,7 @@ class EvaluateStep(LayerStep):
         state = {**shard.share, "mask_EF": self._mask(kept, experts)}
         down_EDF = self._down_of(name, layer, kept, experts)
         with (
-            restricted_router(
-                shard.skeleton, module, None if kept is None or kept.experts is None else kept.experts.tolist()
-            ),
+            restricted_router(shard.skeleton, module, stay),
             _replaced(experts, down_EDF),
         ):
             run_layer(shard.frame, layer, module, shard.batches[wave], states, state)
