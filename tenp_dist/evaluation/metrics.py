@@ -115,7 +115,8 @@ def compare(metrics: Metrics, frame: Frame, batches: Mapping[int, Microbatch], f
     for number, batch in batches.items():
         positions_BS = _predicting(batch)
         targets_BS = batch.tokens_BS[:, 1:]
-        for box in boxes(tuple(positions_BS.shape), _chunk(frame)):
+        rows, columns = positions_BS.shape
+        for box in boxes((rows, columns), _chunk(frame)):
             here = positions_BS[box]
             if bool(here.any()):
                 states = {name: partial(_chosen, read, number, box, here) for name, read in final.items()}

@@ -125,7 +125,9 @@ def store_plans(
     Raises:
         BudgetError: none can be met.
     """
-    stored, refused, error = [], [], None
+    stored: list[NamedPlan] = []
+    refused: list[str] = []
+    error: BudgetError | None = None
     for name, budget in budgets.items():
         try:
             plan = make(budget)

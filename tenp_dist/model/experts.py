@@ -83,8 +83,29 @@ class ExpertsState:
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
 
 
+class FusedExperts(nn.Module):
+    """The routed experts of a layer as transformers holds them; a name for what is used of such a module, never made.
+
+    num_experts: of the whole layer, whatever this rank holds.
+    gate_up_proj: [E, P, D].
+    down_proj: [E, D, F].
+    has_bias, is_transposed, has_gate, has_post_expert_norm: of what form they are; `Skeleton` takes one form only.
+    tenp_state: of the call at work.
+    """
+
+    num_experts: int
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    has_bias: bool
+    is_transposed: bool
+    has_gate: bool
+    has_post_expert_norm: bool
+    tenp_state: ExpertsState | None
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+
+
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: FusedExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts forward for `ALL_EXPERTS_FUNCTIONS`: hidden_states [T, D] -> routed output [T, D]."""
     state: ExpertsState = getattr(self, "tenp_state", None) or ExpertsState()

@@ -8,7 +8,8 @@ logits. No family has forward code of its own here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,9 @@ class Frame:
     def __init__(self, skeleton: Skeleton):
         self.model = skeleton.model
         self.layers = list(skeleton.layers)
-        self._recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
-        self._cache: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._recorders = [_Recorder(layer) for layer in self.layers]
+        self._recording_layers = nn.ModuleList(self._recorders)
+        self._cache: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self.skeleton = skeleton
         self.passed = 0  # microbatches through a layer so far
 
@@ -104,24 +106,21 @@ class Frame:
         try:
             with self._recording():
                 self.model.base_model(**inputs, attention_mask=mask, use_cache=False)
-                return self._recorders[0].hidden
+                entered = self._recorders[0].hidden
         finally:
             self.model.base_model.norm = norm
+        if entered is None:
+            raise RuntimeError("the model's forward calls none of its layers")
+        return entered
 
-    def _recording(self) -> _Swapped:
-        return _Swapped(self.model.base_model, self._recorders)
-
-
-class _Swapped:
-    """Context in which a base model's layers are the recorders."""
-
-    def __init__(self, base: nn.Module, recorders: nn.ModuleList):
-        self.base, self.recorders = base, recorders
-
-    def __enter__(self) -> None:
-        self.layers, self.base.layers = self.base.layers, self.recorders
-
-    def __exit__(self, *_: object) -> None:
-        self.base.layers = self.layers
-        for recorder in self.recorders:
-            recorder.hidden = None  # which would stay in memory
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Inside the context the model's layers are the recorders."""
+        base = self.model.base_model
+        layers, base.layers = base.layers, self._recording_layers
+        try:
+            yield
+        finally:
+            base.layers = layers
+            for recorder in self._recorders:
+                recorder.hidden = None  # which would stay in memory

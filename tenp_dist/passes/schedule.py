@@ -78,10 +78,10 @@ def split_layers(costs: Sequence[int], shards: int) -> list[range]:
             row[end] = min(options, default=(0, 0))
         best.append(row)
     bounds = [layers]
-    for row in range(shards - 1, 0, -1):
-        most = shards - 1 - row  # layers that later shards need
-        cut = best[row][bounds[-1]][1]
-        bounds.append(max(row, min(cut, bounds[-1] - 1, layers - 1 - most)))
+    for shard in range(shards - 1, 0, -1):
+        most = shards - 1 - shard  # layers that later shards need
+        cut = best[shard][bounds[-1]][1]
+        bounds.append(max(shard, min(cut, bounds[-1] - 1, layers - 1 - most)))
     bounds.append(0)
     bounds.reverse()
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
