@@ -165,4 +165,4 @@ def _integers(reader: TensorReader, name: str) -> np.ndarray:
 
 
 def _flat(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -52,7 +52,7 @@ def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[st
         layer, expert = names.layer(name), names.expert(name)
         if layer is not None and layer >= source.facts.num_layers:
             continue
-        if expert is None or layer not in kept:
+        if layer is None or expert is None or layer not in kept:
             result[name] = name
         elif expert[0] in kept[layer].routed:
             number = int((kept[layer].routed < expert[0]).sum())
@@ -81,7 +81,8 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
 
 def _counted(source: CheckpointIndex, written: CheckpointIndex, family: Family) -> dict[str, object]:
     """Config keys and what the written tensors show them to be; a list where they disagree with each other."""
-    names, experts = Names(family), {}
+    names = Names(family)
+    experts: dict[int | None, set[int]] = {}
     widths, shared = set(), set()
     for name, entry in written.tensors.items():
         expert = names.expert(name)
@@ -113,7 +114,7 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
         origin = expected.names[name]
         wanted, found = bits(readers.source.tensor(origin)), bits(readers.written.tensor(name))
         layer, expert = reading.layer(name), reading.expert(origin)
-        if layer in expected.kept:
+        if layer is not None and layer in expected.kept:
             neurons = expected.kept[layer]
             if expert is not None:
                 ids, solved = torch.from_numpy(neurons.of(expert[0]).copy()).long(), readers.solved(origin)

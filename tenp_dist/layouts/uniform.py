@@ -83,16 +83,17 @@ class Uniform(Layout):
         family, config = pruned.source.family, pruned.source.index.config
         size = uniform_size(pruned.source, pruned.kept)
         numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
-        numbers |= {family.width_key: size.width} | ({family.shared_key: size.shared} if size.shared else {})
+        numbers[family.width_key] = size.width
+        if family.shared_key and size.shared:
+            numbers[family.shared_key] = size.shared
         return {key: numbers.get(key, value) for key, value in config.items()}
 
     def nbytes(self, source: Source, job: Job) -> int:
-        """Without prediction layers. A shared expert is filled up by less than one routed expert's width."""
-        facts = source.facts
-        kept = facts.bytes.routed - dropped_bytes(source, job)
-        filled = kept // facts.num_experts if source.family.shared_key else 0
+        """Without prediction layers. A shared expert is filled up by less than the width of a routed one."""
+        facts, dropped = source.facts, dropped_bytes(source, job)
+        filled = (facts.bytes.routed - dropped) // facts.num_experts if source.family.shared_key else 0
         absent = sum(facts.bytes.per_layer[layer] for layer in facts.mtp_layers)
-        return facts.bytes.total - facts.bytes.routed + kept + filled - absent
+        return facts.bytes.total - dropped - absent + filled
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def uniform_size(source: Source, kept: Mapping[int, KeptNeurons]) -> UniformSize
             wanted="one width above 0 and as many experts in every layer",
             next_step="use layout ragged, method enp, or a method that removes experts",
         )
-    width, family, config = widths.pop(), source.family, source.index.config
-    shared = family.shared_key and config.get(family.shared_key)
-    wider = math.ceil(shared * int(config[family.width_key]) / width) if shared else None
+    width, family = widths.pop(), source.family
+    shared = family.shared_key and family.text(source.index.config).get(family.shared_key)
+    wider = math.ceil(shared * source.facts.intermediate_size / width) if shared else None
     return UniformSize(counts.pop(), width, wider)
 
 
