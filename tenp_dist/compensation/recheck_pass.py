@@ -38,9 +38,7 @@ from tenp_dist.run_files import layer_file, layer_name, rank_name
 
 SAMPLE = 8  # experts of a layer, per rank
 
-
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # share of the gain that compute in this dtype may lose
-
 
 LEFT_OVER = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
 

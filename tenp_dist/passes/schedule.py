@@ -15,7 +15,6 @@ from typing import Literal
 
 Mode = Literal["resident", "streaming"]
 
-
 QUEUE = 4  # waves between two resident shards, the one at work included; hidden states on disk are bounded by it
 
 
