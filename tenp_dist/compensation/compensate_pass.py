@@ -35,7 +35,7 @@ from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, narrow_experts, read_kept, read_kept_layer
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
-from tenp_dist.model.experts import RoutedExperts
+from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
@@ -86,9 +86,9 @@ class CompensateSum(LayerSum[Moments]):
         self.task, self.shard = task, shard
         self._held, self._weights = shard.held, task.weights_of(shard.domains)
 
-    def begin(self, layer: int, experts: RoutedExperts) -> Moments:
+    def begin(self, layer: int, experts: FusedExperts) -> Moments:
         held, _, neurons = experts.down_proj.shape
-        plans = [self._narrow(_planned(target, layer), neurons) for target in self.task.targets]
+        plans = [self._narrow(kept_of(target, layer), neurons) for target in self.task.targets]
         return Moments(union_of(plans), self._weights, held, neurons, experts.down_proj.device)
 
     def add(
@@ -104,7 +104,7 @@ class CompensateSum(LayerSum[Moments]):
         """Solve and store every plan that is not there yet, once where several do the same to the layer."""
         alike: dict[tuple, Path] = {}
         for target in self.task.targets:
-            kept, path = _planned(target, layer), self.task.file(target, layer, self.shard.rank)
+            kept, path = kept_of(target, layer), self.task.file(target, layer, self.shard.rank)
             same = alike.setdefault((kept.offsets.tobytes(), kept.indices.tobytes()), path)
             if self.task.stored(target, layer, self.shard.rank):
                 continue
@@ -145,6 +145,14 @@ class CompensateSum(LayerSum[Moments]):
             return torch.stack([reader.tensor(name) for name in names]).to(loaded_EDF.device)
 
 
+def kept_of(target: Target, layer: int) -> KeptNeurons:
+    """What a plan keeps of an MoE layer."""
+    kept = read_kept_layer(target.plan, layer)
+    if kept is None:
+        raise ValueError(f"{target.plan} says nothing of layer {layer}")
+    return kept
+
+
 def compensate_model(context: PassContext, task: CompensateTask) -> PassSummary:
     """Compensate all layers of the task's plans.
 
@@ -158,13 +166,6 @@ def compensate_model(context: PassContext, task: CompensateTask) -> PassSummary:
         for path in set(target.folder.glob(LAYER_FILES)) - set(layer_files(task, target)):
             path.unlink()  # begun with another number of ranks
     return done
-
-
-def _planned(target: Target, layer: int) -> KeptNeurons:
-    """What a plan keeps of an MoE layer, all of which it names."""
-    kept = read_kept_layer(target.plan, layer)
-    assert kept is not None, f"{target.plan} says nothing of layer {layer}"
-    return kept
 
 
 def layer_files(task: CompensateTask, target: Target) -> list[Path]:

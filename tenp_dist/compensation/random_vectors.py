@@ -22,7 +22,6 @@ from tenp_dist.scoring.accumulate import Runs
 
 VECTORS = 2  # of each expert; a fault that one overlooks by chance the other sees
 
-
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 

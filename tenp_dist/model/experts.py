@@ -83,32 +83,29 @@ class ExpertsState:
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
 
 
-class RoutedExperts(nn.Module):
-    """What transformers' modules of routed experts have, for those who read it. Nothing is made of this class.
+class FusedExperts(nn.Module):
+    """The routed experts of a layer as transformers holds them; a name for what is used of such a module, never made.
 
-    gate_up_proj: [E, 2F, D], gate rows before up rows.
+    num_experts: of the whole layer, whatever this rank holds.
+    gate_up_proj: [E, P, D].
     down_proj: [E, D, F].
-    num_experts: E, unless a layer was loaded with some experts only.
-    has_gate, has_bias, is_transposed, has_post_expert_norm: their form.
-    tenp_state: of the call that comes, None for a plain one.
+    has_bias, is_transposed, has_gate, has_post_expert_norm: of what form they are; `Skeleton` takes one form only.
+    tenp_state: of the call at work.
     """
 
-    gate_up_proj: nn.Parameter
-    down_proj: nn.Parameter
     num_experts: int
-    has_gate: bool
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
     has_bias: bool
     is_transposed: bool
+    has_gate: bool
     has_post_expert_norm: bool
     tenp_state: ExpertsState | None
-
-    def _apply_gate(self, gate_up_SP: torch.Tensor) -> torch.Tensor:
-        """Gated activations [S, F] of what `gate_up_proj` gives, [S, 2F]."""
-        raise NotImplementedError
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
 
 def experts_forward(
-    self: RoutedExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: FusedExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts forward for `ALL_EXPERTS_FUNCTIONS`: hidden_states [T, D] -> routed output [T, D]."""
     state: ExpertsState = getattr(self, "tenp_state", None) or ExpertsState()

@@ -8,7 +8,8 @@ logits. No family has forward code of its own here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,8 @@ class Frame:
         self.model = skeleton.model
         self.layers = list(skeleton.layers)
         self._recorders = [_Recorder(layer) for layer in self.layers]
-        self._stand_ins = nn.ModuleList(self._recorders)
-        self._cache: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._recording_layers = nn.ModuleList(self._recorders)
+        self._cache: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self.skeleton = skeleton
         self.passed = 0  # microbatches through a layer so far
 
@@ -72,7 +73,7 @@ class Frame:
 
     def arguments(self, batch: Microbatch, hidden_BSD: torch.Tensor, layer: int) -> Mapping[str, Any]:
         """Keyword arguments of a layer for a microbatch; kept per shape where nothing is padded."""
-        shape = hidden_BSD.shape[:2]
+        shape = tuple(hidden_BSD.shape[:2])
         if batch.mask_BS is None and shape in self._cache:
             return self._cache[shape][layer]
         self._record(inputs_embeds=hidden_BSD, mask_BS=batch.mask_BS)
@@ -106,25 +107,20 @@ class Frame:
             with self._recording():
                 self.model.base_model(**inputs, attention_mask=mask, use_cache=False)
                 entered = self._recorders[0].hidden
-                assert entered is not None, "the first recorder has seen what enters it"
-                return entered
         finally:
             self.model.base_model.norm = norm
+        if entered is None:
+            raise RuntimeError("the model's forward calls none of its layers")
+        return entered
 
-    def _recording(self) -> _Swapped:
-        return _Swapped(self.model.base_model, self._stand_ins, self._recorders)
-
-
-class _Swapped:
-    """Context in which a base model's layers are the recorders."""
-
-    def __init__(self, base: Any, stand_ins: nn.ModuleList, recorders: Sequence[_Recorder]):
-        self.base, self.stand_ins, self.recorders = base, stand_ins, recorders
-
-    def __enter__(self) -> None:
-        self.layers, self.base.layers = self.base.layers, self.stand_ins
-
-    def __exit__(self, *_: object) -> None:
-        self.base.layers = self.layers
-        for recorder in self.recorders:
-            recorder.hidden = None  # which would stay in memory
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Inside the context the model's layers are the recorders."""
+        base = self.model.base_model
+        layers, base.layers = base.layers, self._recording_layers
+        try:
+            yield
+        finally:
+            base.layers = layers
+            for recorder in self._recorders:
+                recorder.hidden = None  # which would stay in memory

@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
 from tenp_dist.model.attention import register_attention
-from tenp_dist.model.experts import RoutedExperts
+from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.memory import own_zeros
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Skeleton:
         self.slices = ExpertSlices(self.family)
         self.dtype = dtype
         self.device = device
-        self.model = _build(self.family.model_type, self.config_dict, dtype, experts_implementation)
+        self.model: PreTrainedModel = _build(self.family.model_type, self.config_dict, dtype, experts_implementation)
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
         self.layers: nn.ModuleList = self.model.base_model.layers  # kept: Frame swaps the model's own
@@ -77,7 +77,7 @@ class Skeleton:
     def vocab_size(self) -> int:
         return self.family.vocab_size(self.config_dict)
 
-    def experts_of(self, layer: nn.Module) -> RoutedExperts | None:
+    def experts_of(self, layer: nn.Module) -> FusedExperts | None:
         """The routed experts of a decoder layer, None if it is dense."""
         module: Any = layer
         for part in self.family.experts.split("."):
@@ -104,9 +104,9 @@ class Skeleton:
                 continue
             used.add(prefix + key)
             state[key] = self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{key}")
-        routed = self.experts_of(module)
-        if routed is not None:
-            state |= self._read_experts(layer, routed, used, experts)
+        fused = self.experts_of(module)
+        if fused is not None:
+            state |= self._read_experts(layer, fused, used, experts)
         unknown = [name for name in self._names.get(layer, []) if name not in used and not _NOT_IN_MODEL.search(name)]
         if unknown:
             raise SourceError(
@@ -165,7 +165,7 @@ class Skeleton:
         return torch.float32 if any(name in parts for name in kept) else self.dtype
 
     def _read_experts(
-        self, layer: int, experts: RoutedExperts, used: set[str], share: range | None
+        self, layer: int, experts: FusedExperts, used: set[str], share: range | None
     ) -> dict[str, torch.Tensor]:
         """Fused experts of a share: gate_up [E, 2F, D], down [E, D, F]; narrow ones are padded with zeros."""
         num_experts, hidden = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
@@ -190,8 +190,7 @@ class Skeleton:
         return self.index.entry(name).shape[0] if "tenp" in self.index.config else width
 
     def _check_interface(self) -> None:
-        for layer, module in enumerate(self.layers):
-            experts = self.experts_of(module)
+        for layer, experts in enumerate(map(self.experts_of, self.layers)):
             if experts is None:
                 continue
             if experts.has_bias or experts.is_transposed or not experts.has_gate or experts.has_post_expert_norm:

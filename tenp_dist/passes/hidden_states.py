@@ -22,7 +22,6 @@ from tenp_dist.run_files import stored_layers, wave_file
 
 _PAUSES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds, between tries to open a file that is listed
 
-
 Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D], one tensor per microbatch
 
 

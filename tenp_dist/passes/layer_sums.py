@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from tenp_dist.model.experts import RoutedExperts
+from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.hidden_states import GuardedHiddenStateFiles, Hidden
 from tenp_dist.passes.layer_ops import check_finite, run_layer
@@ -29,7 +29,7 @@ Sums = TypeVar("Sums")
 class LayerSum(Protocol[Sums]):
     """What is summed over all waves of a layer, on one rank, and what is stored of it."""
 
-    def begin(self, layer: int, experts: RoutedExperts) -> Sums:
+    def begin(self, layer: int, experts: FusedExperts) -> Sums:
         """Empty sums of a layer."""
 
     def add(

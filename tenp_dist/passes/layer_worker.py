@@ -43,7 +43,7 @@ _PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 class LayerWorker:
     """One rank of a layer shard. A plain class; `pool/ray_group.py` makes a Ray actor of it.
 
-    task: what the pass is told, settled (no `auto` in it).
+    task: what the pass is told, without `auto` in it.
     layers: those that this shard owns.
     rank: of this process, among the ranks of the shard.
     shard: what `open` has opened; this and what follows is there from then on.

@@ -81,9 +81,9 @@ class PassProgress:
                 note,
                 read,
                 memory=[*workers.values()],
-                retries=self.retries,
                 workers=[*workers],
                 layer=min(positions),
+                retries=self.retries,
             )
         )
 

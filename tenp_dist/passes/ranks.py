@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
-
 MEET_SECONDS = 600.0  # that a rank waits for the others
 
 

@@ -15,7 +15,6 @@ from typing import Literal
 
 Mode = Literal["resident", "streaming"]
 
-
 QUEUE = 4  # waves between two resident shards, the one at work included; hidden states on disk are bounded by it
 
 
@@ -78,10 +77,10 @@ def split_layers(costs: Sequence[int], shards: int) -> list[range]:
             row[end] = min(options, default=(0, 0))
         best.append(row)
     bounds = [layers]
-    for number in range(shards - 1, 0, -1):
-        most = shards - 1 - number  # layers that later shards need
-        cut = best[number][bounds[-1]][1]
-        bounds.append(max(number, min(cut, bounds[-1] - 1, layers - 1 - most)))
+    for shard in range(shards - 1, 0, -1):
+        most = shards - 1 - shard  # layers that later shards need
+        cut = best[shard][bounds[-1]][1]
+        bounds.append(max(shard, min(cut, bounds[-1] - 1, layers - 1 - most)))
     bounds.append(0)
     bounds.reverse()
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]

@@ -29,7 +29,7 @@ class PartialSums:
         self.files, self.key, self.rank, self.ranks = ScoreFiles(scores), key, rank, ranks
 
     def waves(self, layer: int) -> int:
-        """Waves that are summed for a layer: in its score file, or else in this rank's part."""
+        """Waves that are summed for a layer: in its score file, or else in this rank's partial sums."""
         return _waves(self.score_file(layer), self.key) or _waves(self.part_file(layer, self.rank), self.key)
 
     def read(self, layer: int) -> tuple[int, LayerStatistics | None]:
@@ -55,7 +55,7 @@ class PartialSums:
         write_statistics(path, statistics, layer=layer, key=self.key, waves=waves)
 
     def join(self, layers: Iterable[int], waves: int) -> None:
-        """Make the score files of all ranks' parts, which must hold all waves; finished ones stay."""
+        """Make the score files of all ranks' partial sums, which must hold all waves; finished ones stay."""
         for layer in layers:
             if _waves(self.score_file(layer), self.key) != waves:
                 write_statistics(

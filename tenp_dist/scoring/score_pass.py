@@ -16,7 +16,7 @@ from torch import nn
 
 from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.errors import NumericalError
-from tenp_dist.model.experts import RoutedExperts
+from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.passes.hidden_states import Hidden
 from tenp_dist.passes.layer_ops import check_finite, run_layer
@@ -75,7 +75,7 @@ class ScoreStep(LayerStep):
         self._norms: dict[int, Norms] = {}
         self._sums: dict[int, Sums] = {}
 
-    def norms_of(self, layer: int, experts: RoutedExperts) -> Norms:
+    def norms_of(self, layer: int, experts: FusedExperts) -> Norms:
         """The weight norms of a layer, taken once and not for every wave."""
         if layer not in self._norms:
             if self.task.mode == "streaming":
@@ -84,7 +84,7 @@ class ScoreStep(LayerStep):
             self._norms[layer] = Norms(columns, weight_norms(experts, columns).cpu())
         return self._norms[layer]
 
-    def sums_of(self, layer: int, experts: RoutedExperts) -> Sums:
+    def sums_of(self, layer: int, experts: FusedExperts) -> Sums:
         """What is summed for a layer so far; read from its file when it is first asked for."""
         if layer not in self._sums:
             if self.task.mode == "streaming":
