@@ -151,8 +151,13 @@ def make_plan(
     """
     kind = kind_of(budget)
     shape = kind.shape(layers)
-    common = {"seed": budget.seed, "domain_weights": domain_weights or {}, "neuron_domains": budget.neuron_domains}
-    contexts = {facts.layer: Context(layer=facts.layer, **common) for facts in shape.layers}
+    weights = domain_weights or {}
+    contexts = {
+        facts.layer: Context(
+            layer=facts.layer, seed=budget.seed, domain_weights=weights, neuron_domains=budget.neuron_domains
+        )
+        for facts in shape.layers
+    }
 
     def read(facts: MoeLayer) -> LayerStatistics:
         found = statistics(facts.layer)
