@@ -43,6 +43,20 @@ def parse_protected(value: object) -> str:
 
 Protected = Annotated[str, BeforeValidator(parse_protected)]
 
+LAYOUTS = ("ragged", "padded", "uniform")
+"""Each names a file of `layouts/`; the first is the default."""
+
+
+def parse_layout(value: object) -> object:
+    """The name of a layout. Raises ValueError."""
+    if value not in LAYOUTS:
+        *most, last = map(repr, LAYOUTS)
+        raise ValueError(f"Input should be {', '.join(most)} or {last}")
+    return value
+
+
+LayoutName = Annotated[str, BeforeValidator(parse_layout)]
+
 AUTO = "auto"
 COMPENSATE = "compensate"  # of `output`; of a grid too
 Auto = Literal["auto"]
@@ -189,8 +203,8 @@ class Budget(_Part):
 
 
 class Output(_Part):
-    layouts: tuple[Literal["ragged", "padded", "uniform"], ...] = Field(
-        ("ragged",), description="checkpoint layouts to write; where experts are removed uniform, and only that"
+    layouts: tuple[LayoutName, ...] = Field(
+        LAYOUTS[:1], description="checkpoint layouts to write; where experts are removed uniform, and only that"
     )
     shard_size: Size = Field(5 * 10**9, description="largest output shard (one tensor may exceed it)")
     dtype: Literal["source"] = Field("source", description="dtype of pruned tensors")

@@ -52,7 +52,7 @@ class Journal:
         return figures
 
     def _figures(self, progress: Progress, elapsed: float) -> dict[str, float]:
-        """What the journal notes of a step. eta_seconds: by the pace since the stage started, without what it found done."""
+        """What is noted of a step. eta_seconds: by the pace since the stage started, without what it found done."""
         done = progress.done - (self._first or 0)
         eta = elapsed * (progress.total - progress.done) / done if done > 0 else None
         figures = {

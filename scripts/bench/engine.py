@@ -167,10 +167,10 @@ def measure_case(case: Case, task, facts) -> Measured:
     pool = WatchedPool()
     with tempfile.TemporaryDirectory(dir=task.corpus.parent) as folder:
         task = replace(task, folder=Path(folder) / "scores")
-        site = PassContext(
+        context = PassContext(
             pool, options, facts["nbytes"], Ledger(Path(folder) / "ledger.jsonl"), active=facts["active"]
         )
-        score_model(site, task, facts["moe"])
+        score_model(context, task, facts["moe"])
         seconds = time.perf_counter() - pool.started
     pool.memory.__exit__()
     pool.close()
@@ -206,16 +206,20 @@ def measure_alone(task) -> dict[str, float]:
     """
     import torch
 
+    from tenp_dist.checkpoint.index import open_index
     from tenp_dist.passes.layer_ops import embed_all, run_layer
-    from tenp_dist.scoring.score_pass import ScoreShard, score_layer
+    from tenp_dist.passes.layer_worker import LayerWorker
+    from tenp_dist.scoring.score_pass import score_layer
 
     files = timed(lambda: read_files(task.model))
-    shard = ScoreShard(task)
-    shard.open()
+    worker = LayerWorker(task, range(open_index(task.model).config["num_hidden_layers"]))
+    worker.open()
+    shard, step = worker.shard, worker.step
+    batches = [batch for wave in shard.batches for batch in wave]
     reading = computing = 0.0
     largest = 0
     with torch.inference_mode(), PeakMemory() as memory:
-        hidden = embed_all(shard.frame, shard.batches)
+        hidden = embed_all(shard.frame, batches)
         for layer in shard.layers:
             started = time.perf_counter()
             state = shard.skeleton.read_layer(layer)
@@ -227,8 +231,8 @@ def measure_alone(task) -> dict[str, float]:
             scored = experts is not None
             run = score_layer if scored else run_layer
             started = time.perf_counter()
-            sums = (shard.norms_of(layer, experts), shard.sums_of(layer, experts).statistics) if scored else ()
-            run(shard.frame, layer, module, shard.batches, hidden, {}, *sums)
+            sums = (step.norms_of(layer, experts), step.sums_of(layer, experts).statistics) if scored else ()
+            run(shard.frame, layer, module, batches, hidden, {}, *sums)
             computing += time.perf_counter() - started
             shard.skeleton.unload_layer(layer)
     workspace = memory.peak - memory.first - largest - sum(tensor.nbytes for tensor in hidden)

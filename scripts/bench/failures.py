@@ -82,7 +82,7 @@ class Killer(threading.Thread):
 def scoring_workers() -> list[int]:
     import psutil
 
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::ScoreShard" in " ".join(p.info["cmdline"] or [])]
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::LayerWorker" in " ".join(p.info["cmdline"] or [])]
 
 
 def score(pool, model: Path, corpus, cluster, folder: Path) -> tuple[float, dict[str, bytes]]:
@@ -95,9 +95,9 @@ def score(pool, model: Path, corpus, cluster, folder: Path) -> tuple[float, dict
     compute = Compute("cpu", "float32", 2048, 1)
     task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "bench", compute, waves=16)
     moe_layers = open_source(model).facts.moe_layers
-    site = replace(pass_context_here(model, folder, 1), pool=pool, cluster=cluster)
+    context = replace(pass_context_here(model, folder, 1), pool=pool, cluster=cluster)
     started = time.perf_counter()
-    score_model(site, task, moe_layers)
+    score_model(context, task, moe_layers)
     seconds = time.perf_counter() - started
     return seconds, {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}
 

@@ -51,7 +51,7 @@ MOE_LAYER = 1  # layer 0 is dense
 @click.option("--threads", default=2, show_default=True, help="on CPU")
 def main(device, batch_tokens, length, repeat, peak_tflops, threads, **sizes):
     shape = Shape(layers=1, rope_dim=64, kv_rank=512, **sizes)
-    compute = Compute(device, "bfloat16", batch_tokens, threads).resolved()
+    compute = Compute(device, "bfloat16", batch_tokens, threads).on_this_machine()
     print_machine("torch", "transformers")
     if compute.device == "cuda":
         click.echo(f"device    {torch.cuda.get_device_name()}")

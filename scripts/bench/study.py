@@ -65,7 +65,7 @@ class Study:
         self.folder = folder / self.index.fingerprint[:12]
         self.compute = Compute("cpu", "float32", 8192, threads)
         self.moe_layers = self.facts.moe_layers
-        self.site = replace(pass_context_here(model, self.folder, threads), cluster=Cluster(host_memory=4 * 10**9))
+        self.context = replace(pass_context_here(model, self.folder, threads), cluster=Cluster(host_memory=4 * 10**9))
 
     def corpora(self, text: CalibrationSet) -> tuple[Path, Path | None]:
         """The set's tokens and what was set aside of them, as files."""
@@ -128,7 +128,7 @@ class Study:
         due = tuple(one for one in found.values() if not all(task.stored(one, layer, 0) for layer in task.moe))
         if due:
             click.echo(f"compensating {len(due)} plans")
-            compensate_model(self.site, replace(task, targets=due))
+            compensate_model(self.context, replace(task, targets=due))
         return {name: target.folder for name, target in found.items()}
 
     def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
@@ -139,7 +139,7 @@ class Study:
             return read_json(stored)
         passes = [VariantsPass(self.model, {SOURCE: Variant(), **variants})]
         task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
-        figures = evaluate_model(self.site, task).summary()
+        figures = evaluate_model(self.context, task).summary()
         write_json(stored, figures)
         drop_hidden(task)
         return figures

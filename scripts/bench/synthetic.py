@@ -19,7 +19,7 @@ import torch
 
 from tenp_dist.artifacts import atomic_write, read_json, write_json
 from tenp_dist.checkpoint.index import INDEX_NAME
-from tenp_dist.checkpoint.recipes import OutputTensor
+from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.checkpoint.writer import OutputShard, assign_shards, shard_header
 
 BUNDLED = Path(__file__).resolve().parents[2] / "jobs/quickstart/moe-4m"
@@ -59,7 +59,7 @@ class Shape:
             "max_position_embeddings": 4096,
         }
 
-    def tensors(self) -> Iterator[OutputTensor]:
+    def tensors(self) -> Iterator[TensorHeader]:
         """Names and shapes, in the order of the layers."""
         vocabulary = read_json(BUNDLED / "config.json")["vocab_size"]
         yield bf16("model.embed_tokens.weight", vocabulary, self.hidden)
@@ -68,7 +68,7 @@ class Shape:
         yield bf16("model.norm.weight", self.hidden)
         yield bf16("lm_head.weight", vocabulary, self.hidden)
 
-    def _layer(self, prefix: str, *, dense: bool) -> Iterator[OutputTensor]:
+    def _layer(self, prefix: str, *, dense: bool) -> Iterator[TensorHeader]:
         attention, hidden = f"{prefix}self_attn.", self.hidden
         yield bf16(f"{prefix}input_layernorm.weight", hidden)
         yield bf16(f"{attention}q_proj.weight", self.heads * (self.head_dim + self.rope_dim), hidden)
@@ -81,22 +81,22 @@ class Shape:
             yield from self._mlp(f"{prefix}mlp.", 4 * hidden)
             return
         yield bf16(f"{prefix}mlp.gate.weight", self.experts, hidden)
-        yield OutputTensor(f"{prefix}mlp.gate.e_score_correction_bias", "F32", (self.experts,))
+        yield TensorHeader(f"{prefix}mlp.gate.e_score_correction_bias", "F32", (self.experts,))
         yield from self._mlp(f"{prefix}mlp.shared_experts.", self.neurons)
         for expert in range(self.experts):
             yield from self._mlp(f"{prefix}mlp.experts.{expert}.", self.neurons)
 
-    def _mlp(self, prefix: str, neurons: int) -> Iterator[OutputTensor]:
+    def _mlp(self, prefix: str, neurons: int) -> Iterator[TensorHeader]:
         yield bf16(f"{prefix}gate_proj.weight", neurons, self.hidden)
         yield bf16(f"{prefix}up_proj.weight", neurons, self.hidden)
         yield bf16(f"{prefix}down_proj.weight", self.hidden, neurons)
 
 
-def bf16(name: str, *shape: int) -> OutputTensor:
-    return OutputTensor(name, "BF16", shape)
+def bf16(name: str, *shape: int) -> TensorHeader:
+    return TensorHeader(name, "BF16", shape)
 
 
-def draw(tensor: OutputTensor, generator: torch.Generator) -> torch.Tensor:
+def draw(tensor: TensorHeader, generator: torch.Generator) -> torch.Tensor:
     if tensor.name.endswith("norm.weight"):
         return torch.ones(tensor.shape, dtype=torch.bfloat16)
     if tensor.dtype == "F32":

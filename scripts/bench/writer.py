@@ -33,23 +33,23 @@ MEGABYTE = 10**6
 @click.option("--repeat", default=3, show_default=True, help="rounds")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 def main(model, retention, shard_mb, writers, repeat, folder):
-    from tenp_dist.checkpoint.index import open_index
+    from tenp_dist.checkpoint.source import open_source
+    from tenp_dist.layouts.base import Pruned
+    from tenp_dist.layouts.table import LAYOUTS
     from tenp_dist.pool.in_process import InProcessPool
     from tenp_dist.pool.ray_pool import RayPool
 
     print_machine("torch", "ray")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         temporary = Path(temporary)
-        index = open_index(model or make_model(temporary / "source"))
-        kept = random_plan(index, retention)
-        click.echo(
-            f"source    {index.nbytes / MEGABYTE:,.0f} MB, shards of {shard_mb} MB, {retention:.0%} of neurons kept"
-        )
+        source = open_source(model or make_model(temporary / "source"))
+        pruned, nbytes = Pruned(source, random_plan(source.facts, retention), str(retention)), source.index.nbytes
+        click.echo(f"source    {nbytes / MEGABYTE:,.0f} MB, shards of {shard_mb} MB, {retention:.0%} of neurons kept")
         pools = {"in process, 1 writer": (InProcessPool(), 1), f"Ray, {writers} writers": (RayPool(), writers)}
         try:
             click.echo("layout  way                     MB   cp s   cp MB/s   write s   write MB/s   ratio of rates")
-            for layout in ("ragged", "padded"):
-                measure_layout(layout, index, kept, shard_mb * MEGABYTE, pools, temporary, repeat)
+            for name in ("ragged", "padded"):
+                measure_layout(LAYOUTS[name], pruned, shard_mb * MEGABYTE, pools, temporary, repeat)
         finally:
             for pool, _ in pools.values():
                 pool.close()
@@ -62,15 +62,13 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def random_plan(index, retention: float):
+def random_plan(facts, retention: float):
     """The same number of neurons in every expert, drawn at random."""
     import numpy as np
 
     from tenp_dist.checkpoint.kept import KeptNeurons
-    from tenp_dist.checkpoint.source import open_source
 
-    facts, generator = open_source(index.folder).facts, np.random.default_rng(0)
-    experts, neurons = facts.num_experts, facts.intermediate_size
+    generator, experts, neurons = np.random.default_rng(0), facts.num_experts, facts.intermediate_size
     plan = {}
     for layer in facts.moe_layers:
         ranks_EF = generator.random((experts, neurons)).argsort(axis=1)
@@ -78,19 +76,17 @@ def random_plan(index, retention: float):
     return plan
 
 
-def measure_layout(layout: str, index, kept, shard_size: int, pools: dict, temporary: Path, repeat: int) -> None:
-    from tenp_dist.checkpoint.families.table import family_of
-    from tenp_dist.checkpoint.writer import assign_shards, output_tensors, shard_bytes
+def measure_layout(layout, pruned, shard_size: int, pools: dict, temporary: Path, repeat: int) -> None:
+    from tenp_dist.checkpoint.writer import assign_shards, shard_bytes
 
-    tensors = output_tensors(index, family_of(index.config), kept, narrow=layout == "ragged")
-    sizes = [shard_bytes(shard) for shard in assign_shards(tensors, shard_size)]
+    sizes = [shard_bytes(shard) for shard in assign_shards(layout.tensors(pruned), shard_size)]
     originals, target = temporary / "originals", temporary / "target"
-    make_originals(originals, index, sizes)
+    make_originals(originals, pruned.source.folder, sizes)
     times: dict[str, list[float]] = {"cp": [], **{name: [] for name in pools}}
     for _ in range(repeat):
         times["cp"].append(timed(lambda: copy(originals, target), target))
         for name, (pool, writers) in pools.items():
-            write = writing(pool, writers, layout, index, kept, shard_size, target)
+            write = writing(pool, writers, layout, pruned, shard_size, target)
             times[name].append(timed(write, target))
     shutil.rmtree(originals)
     megabytes = sum(sizes) / MEGABYTE
@@ -98,20 +94,21 @@ def measure_layout(layout: str, index, kept, shard_size: int, pools: dict, tempo
         ratios = [theirs / ours for theirs, ours in zip(times["cp"], times[name], strict=True)]
         theirs, ours = statistics.median(times["cp"]), statistics.median(times[name])
         click.echo(
-            f"{layout:<6}  {name:<20} {megabytes:>6,.0f}  {theirs:>5.2f}  {megabytes / theirs:>8,.0f}  {ours:>8.2f}"
-            f"  {megabytes / ours:>11,.0f}   {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{layout.name:<6}  {name:<20} {megabytes:>6,.0f}  {theirs:>5.2f}  {megabytes / theirs:>8,.0f}"
+            f"  {ours:>8.2f}  {megabytes / ours:>11,.0f}"
+            f"   {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
-def make_originals(folder: Path, index, sizes: list[int]) -> None:
+def make_originals(folder: Path, source: Path, sizes: list[int]) -> None:
     """Files of the given sizes for `cp`, from the source's bytes, and on the disk before anything is timed."""
     folder.mkdir()
-    block = b"".join(path.read_bytes() for path in sorted(index.folder.glob("*.safetensors"))[:1])
+    block = b"".join(path.read_bytes() for path in sorted(source.glob("*.safetensors"))[:1])
     for number, size in enumerate(sizes):
         with open(folder / f"{number:05d}", "wb") as stream:
             while stream.tell() < size:
                 stream.write(block[: size - stream.tell()])
-    warm(folder, index.folder)
+    warm(folder, source)
     subprocess.run(["sync", "-f", folder], check=True)
 
 
@@ -128,23 +125,13 @@ def copy(originals: Path, target: Path) -> None:
     subprocess.run(["sync", "-f", target], check=True)
 
 
-def writing(pool, writers: int, layout: str, index, kept, shard_size: int, target: Path) -> Callable[[], None]:
-    from tenp_dist.stages.written import write_layout
+def writing(pool, writers: int, layout, pruned, shard_size: int, target: Path) -> Callable[[], None]:
+    from tenp_dist.stages.write import Attempt, write_layout
 
-    return lambda: write_layout(
-        pool,
-        index=index,
-        kept=kept,
-        folder=target,
-        layout=layout,
-        config=index.config,
-        extra_files={},
-        shard_size=shard_size,
-        writers=writers,
-        key="bench",
-        overwrite=False,
-        progress=lambda progress: None,
+    attempt = Attempt(
+        folder=target, key="bench", shard_size=shard_size, writers=writers, progress=lambda progress: None
     )
+    return lambda: write_layout(pool, layout, pruned, attempt)
 
 
 def timed(function: Callable[[], None], target: Path) -> float:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN, Family
 from tenp_dist.checkpoint.index import CheckpointIndex, index_files
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.checkpoint.recipes import OutputTensor
+from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.checkpoint.writer import OutputShard, shard_header
 from tenp_dist.errors import NumericalError
 from tenp_dist.run_files import LAYER_FILES, layer_name
@@ -40,14 +41,14 @@ class CompensatedExpert:
 
 
 def write_layer(
-    path: Path, tensors: Sequence[OutputTensor], experts: Iterable[CompensatedExpert], *, layer: int, key: str
+    path: Path, tensors: Sequence[TensorHeader], experts: Iterable[CompensatedExpert], *, layer: int, key: str
 ) -> None:
     """Store a layer's experts as they come, in the order of `tensors`; never holds more than one.
 
     Raises:
         NumericalError: NaN or Inf in a result, nothing is stored.
     """
-    table = [OutputTensor(name, dtype, (len(tensors),)) for name, dtype in COLUMNS.items()]
+    table = [TensorHeader(name, dtype, (len(tensors),)) for name, dtype in COLUMNS.items()]
     metadata = {"tenp": json.dumps({"schema_version": SCHEMA_VERSION, "layer": layer, "key": key})}
     rows = []
     with atomic_write(path) as stream:
@@ -111,11 +112,12 @@ def open_compensated(folder: Path, layer: int | None = None) -> CheckpointIndex:
 
 def compensated_tensors(
     source: CheckpointIndex, family: Family, layer: int, experts: Sequence[int], kept: KeptNeurons
-) -> list[OutputTensor]:
+) -> list[TensorHeader]:
     """What `write_layer` is to store for these experts."""
-    entries = [source.entry(family.tensor(layer, expert, DOWN)) for expert in experts]
+    slices = ExpertSlices(family)
+    entries = [source.entry(slices.of(layer, expert, DOWN).tensor) for expert in experts]
     return [
-        OutputTensor(entry.name, entry.dtype, (entry.shape[0], int(kept.widths[expert])))
+        TensorHeader(entry.name, entry.dtype, (entry.shape[0], int(kept.widths[expert])))
         for entry, expert in zip(entries, experts, strict=True)
     ]
 
@@ -136,11 +138,11 @@ def full_width_down(
     Returns:
         [E, D, F] in the dtype and on the device of `down_EDF`.
     """
-    held = range(kept.num_experts) if experts is None else experts
+    slices, held = ExpertSlices(family), range(kept.num_experts) if experts is None else experts
     mask_EF = torch.from_numpy(kept.mask(down_EDF.shape[2])[held.start : held.stop]).to(down_EDF.device)
     full_EDF = down_EDF * mask_EF[:, None, :]
     for row, expert in enumerate(held):
-        name = family.tensor(layer, expert, DOWN)
+        name = slices.of(layer, expert, DOWN).tensor
         if name in compensated.index.tensors:
             ids = torch.from_numpy(kept.of(expert)).long().to(down_EDF.device)
             full_EDF[row].index_copy_(1, ids, compensated.tensor(name).to(full_EDF))

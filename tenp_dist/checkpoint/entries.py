@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from tenp_dist.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 ITEM_SIZE: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -17,9 +21,15 @@ ITEM_SIZE: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor's file name, safetensors dtype, shape, first byte in the file, and size in bytes.
+    """A tensor of a checkpoint, as it is read.
 
-    scaled: how it is stored, where that is not as `dtype`.
+    name: its name.
+    file: the file that it lies in, as the checkpoint's index names it.
+    dtype: its safetensors dtype.
+    shape: its sizes, outermost first.
+    start: its first byte in the file.
+    nbytes: its size in `dtype`.
+    stored: how it is stored, where that is not as `nbytes` bytes in `dtype` from `start` on.
     """
 
     name: str
@@ -28,21 +38,42 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-    scaled: Scaled | None = None
+    stored: Stored | None = None
 
     @property
     def stored_bytes(self) -> int:
-        """What it takes in the files, factors included."""
-        return self.nbytes if self.scaled is None else math.prod(self.shape) + self.scaled.factors.nbytes
+        """What it takes in the files, in all tensors that it is made of."""
+        return self.nbytes if self.stored is None else self.stored.nbytes
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """A matrix is stored in float8 with a factor per block: `factors` is [rows / block[0], columns / block[1]], up."""
+class Stored(Protocol):
+    """How a tensor is stored that a format made of others (`formats/`), and how to read it."""
 
-    dtype: str
-    block: tuple[int, int]
-    factors: TensorEntry
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the files."""
+        ...
+
+    def decode(self, source: StoredTensors, target: torch.Tensor) -> None:
+        """Read it into a target of its shape, of any dtype and layout, piece by piece."""
+        ...
+
+
+class StoredTensors(Protocol):
+    """Gives the tensors that really lie in the files, in the dtypes that they lie there in. A reader does."""
+
+    def whole(self, entry: TensorEntry) -> torch.Tensor:
+        """All of a tensor."""
+        ...
+
+    def pieces(self, entry: TensorEntry, rows: int) -> Iterator[torch.Tensor]:
+        """A tensor's rows from the first on, `rows` at a time; a piece is good until the next one is asked for."""
+        ...
 
 
 def parse_entry(path: Path, file: str, name: str, value: dict, data: int, size: int) -> TensorEntry:

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Array = TypeVar("Array", "np.ndarray", "torch.Tensor")
 
 
 @dataclass(frozen=True)
 class ExpertSlice:
-    """One matrix of one expert: [F, D] for gate and up, [D, F] for down.
+    """Where one matrix of one expert lies: in a tensor of its own, or as a part of one that holds more.
 
     tensor: the checkpoint's name of the tensor that holds it.
-    axis: of the matrix, that counts neurons.
+    axis: of the stored matrix, that counts neurons: 0 where it is stored as [F, D], 1 as [D, F].
     index: the expert's place along the first axis of a tensor that holds all experts; None for a tensor of its own.
     offset, stride: neuron j lies at offset + stride * j of the axis.
+    count: neurons, None for as many as the axis has from `offset` on.
     bias: name of its bias, None where it has none.
     """
 
@@ -28,7 +36,21 @@ class ExpertSlice:
     index: int | None = None
     offset: int = 0
     stride: int = 1
+    count: int | None = None
     bias: str | None = None
+
+    def view(self, tensor: Array, axis: int | None = None) -> Array:
+        """The matrix inside the tensor that holds it; what is written into the view is written into the tensor.
+
+        Args:
+            tensor: of torch or numpy, with the stored shape.
+            axis: which axis of the result counts neurons, 0 for [F, D] and 1 for [D, F]; None for the stored one.
+        """
+        matrix = tensor if self.index is None else tensor[self.index]
+        stop = None if self.count is None else self.offset + self.stride * self.count
+        neurons = slice(self.offset, stop, self.stride)
+        found = matrix[neurons] if self.axis == 0 else matrix[:, neurons]
+        return found if axis in (None, self.axis) else found.T
 
 
 @dataclass(frozen=True)

@@ -4,165 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION
 from tenp_dist.checkpoint.entries import TensorEntry
-from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
+from tenp_dist.checkpoint.expert_layers import config_number, expert_layers, layers_of
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.index import CheckpointIndex
-from tenp_dist.checkpoint.reader import check_shape
-from tenp_dist.errors import SourceError, UnsupportedModelError
-
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class ExpertLayers:
-    """Decoder layers with routed experts, as config and headers agree on them; the fields of `Facts` of these names."""
-
-    moe_layers: tuple[int, ...]
-    mtp_layers: tuple[int, ...]
-    num_layers: int
-    num_experts: int
-    intermediate_size: int
-    hidden_size: int
-
-
-def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
-    """Find the MoE layers by their tensors and check every expert matrix against the config.
-
-    Raises:
-        UnsupportedModelError: no layer holds routed experts, or the experts are quantised.
-        SourceError: an expert or a layer is missing, or a shape or dtype contradicts the config.
-    """
-    num_layers, num_experts = _number(index, "num_hidden_layers"), _num_experts(index, family)
-    width, hidden = _number(index, family.width_key), _number(index, "hidden_size")
-    present = {
-        layer: any(family.tensor(layer, expert, "gate") in index.tensors for expert in range(num_experts))
-        for layer in sorted(layers_of(index, family))
-    }
-    moe = tuple(layer for layer, routed in present.items() if routed and layer < num_layers)
-    if not moe:
-        raise UnsupportedModelError(
-            "No decoder layer holds routed experts",
-            where=index.folder,
-            found=f"{num_experts} experts in config.json, {len(present)} layers without experts",
-            wanted=family.tensor(0, 0, "gate").replace(".0.", ".*.", 1),
-            next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
-        )
-    _check_depth(index, family, num_layers, present)
-    _check_top_k(index, num_experts)
-    for layer in moe:
-        _check_experts(index, family, layer, num_experts, (width, hidden))
-    for entry in index.tensors.values():
-        _check_quantised(index, entry, "A tensor is quantised or of no floating-point type")
-    mtp = tuple(layer for layer in present if layer >= num_layers)
-    return ExpertLayers(moe, mtp, num_layers, num_experts, width, hidden)
-
-
-def _check_top_k(index: CheckpointIndex, num_experts: int) -> None:
-    top_k = _number(index, "num_experts_per_tok")
-    if top_k > num_experts:
-        raise SourceError(
-            "The config routes a token to more experts than there are",
-            where=f"{index.folder / 'config.json'}: num_experts_per_tok",
-            found=top_k,
-            wanted=f"at most {num_experts}",
-            next_step="check that config.json belongs to these weights",
-        )
-
-
-def _check_experts(
-    index: CheckpointIndex, family: Family, layer: int, num_experts: int, shape_FD: tuple[int, int]
-) -> None:
-    """Every matrix of a layer's experts has the config's shape and dtype, and there are no more of them."""
-    for expert in range(num_experts):
-        for matrix, axis in NEURON_AXIS.items():
-            entry = index.entry(family.tensor(layer, expert, matrix))
-            check_shape(entry, shape_FD if axis == 0 else shape_FD[::-1], index.folder)
-            _check_float(index, entry)
-    extra = family.tensor(layer, num_experts, "gate")
-    if extra in index.tensors:
-        raise SourceError(
-            "Checkpoint holds more experts than its config says",
-            where=index.folder,
-            found=extra,
-            wanted=f"{num_experts} experts per layer",
-            next_step="check that config.json belongs to these weights",
-        )
-
-
-def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
-    """Layer id -> names of its tensors."""
-    pattern = re.compile(re.escape(family.layer).replace(r"\{layer\}", r"(\d+)"))
-    names = defaultdict(list)
-    for name in index.tensors:
-        match = pattern.match(name)
-        if match:
-            names[int(match[1])].append(name)
-    return dict(names)
-
-
-def _check_float(index: CheckpointIndex, entry: TensorEntry) -> None:
-    """An expert's dtype is a float, and the one that the config states, where it states one."""
-    _check_quantised(index, entry, "Routed experts are quantised")
-    stated = index.config.get("dtype") or index.config.get("torch_dtype")
-    if stated in _FLOATS.values() and _FLOATS[entry.dtype] != stated:
-        raise SourceError(
-            "Tensor dtype contradicts the config",
-            where=f"{index.folder / entry.file}: {entry.name}",
-            found=_FLOATS[entry.dtype],
-            wanted=f"{stated}, the dtype in config.json",
-            next_step="check that config.json belongs to these weights",
-        )
-
-
-def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> None:
-    if entry.dtype not in _FLOATS:
-        raise UnsupportedModelError(
-            what,
-            where=f"{index.folder / entry.file}: {entry.name}",
-            found=entry.dtype,
-            wanted=f"one of {', '.join(_FLOATS)}, or FP8 in blocks: `weight_scale_inv`, and their size in config.json",
-            next_step="dequantise the checkpoint to bf16 first",
-        )
-
-
-def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, present: Mapping[int, bool]) -> None:
-    absent = sorted(set(range(num_layers)) - set(present))
-    if absent:
-        raise SourceError(
-            "Checkpoint lacks a decoder layer",
-            where=index.folder,
-            found=f"no tensor of {family.layer.format(layer=absent[0])}*",
-            wanted=f"num_hidden_layers = {num_layers}",
-            next_step="download the checkpoint again, or correct config.json",
-        )
-
-
-def _num_experts(index: CheckpointIndex, family: Family) -> int:
-    """The number of routed experts that the config states, 0 for none."""
-    for key in family.experts_keys:
-        if index.config.get(key):
-            _number(index, key)
-    return family.num_experts(index.config)
-
-
-def _number(index: CheckpointIndex, key: str) -> int:
-    value = index.config.get(key)
-    if type(value) is not int or value < 1:
-        raise SourceError(
-            "config.json lacks a number that the model needs",
-            where=f"{index.folder / 'config.json'}: {key}",
-            found=repr(value),
-            wanted="a whole number above 0",
-            next_step="download config.json again",
-        )
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +71,7 @@ class Facts:
     moe_layers: tuple[int, ...]
     mtp_layers: tuple[int, ...]
     num_experts: int
-    top_k: int | None
+    top_k: int
     hidden_size: int
     intermediate_size: int
     vocab_size: int
@@ -251,12 +103,8 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
     """
     layers = expert_layers(index, family)
     routed = len(layers.moe_layers) * layers.num_experts * 3 * layers.intermediate_size * layers.hidden_size
-    experts = {
-        family.tensor(layer, expert, matrix)
-        for layer in layers.moe_layers
-        for expert in range(layers.num_experts)
-        for matrix in NEURON_AXIS
-    }
+    slices, experts = ExpertSlices(family), range(layers.num_experts)
+    matrices = {place.tensor for layer in layers.moe_layers for _, _, place in slices.of_layer(layer, experts)}
     return Facts(
         model=index.folder.name,
         fingerprint=index.fingerprint,
@@ -266,16 +114,16 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
         moe_layers=layers.moe_layers,
         mtp_layers=layers.mtp_layers,
         num_experts=layers.num_experts,
-        top_k=index.config.get("num_experts_per_tok"),
+        top_k=layers.top_k,
         hidden_size=layers.hidden_size,
         intermediate_size=layers.intermediate_size,
-        vocab_size=_number(index, "vocab_size"),
+        vocab_size=config_number(index, family, family.vocab_key),
         dtypes=_dtype_bytes(index.tensors),
         parameters=Parameters(total=_parameters(index.tensors), routed=routed),
         bytes=Bytes(
             total=index.nbytes,
             stored=sum(entry.stored_bytes for entry in index.tensors.values()),
-            routed=sum(index.tensors[name].nbytes for name in experts),
+            routed=sum(index.tensors[name].nbytes for name in matrices),
             per_layer={
                 layer: sum(index.tensors[name].nbytes for name in names)
                 for layer, names in sorted(layers_of(index, family).items())

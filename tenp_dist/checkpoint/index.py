@@ -12,10 +12,11 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tenp_dist.checkpoint.entries import TensorEntry, parse_entry
 from tenp_dist.checkpoint.families.table import stock_config
-from tenp_dist.checkpoint.formats.block_fp8 import fold_scales, plain_config
+from tenp_dist.checkpoint.formats.table import format_of
 from tenp_dist.errors import SourceError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -25,13 +26,17 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """An opened checkpoint folder. tensors: name -> entry; files: file name -> size in bytes.
+    """An opened checkpoint. One in a stored format is seen as the plain one that it stands for (`formats/`).
 
-    One in block-scaled FP8 is seen as the bfloat16 one that it stands for (`fp8.py`).
+    folder: where it lies.
+    config: config.json, under its family's own model_type.
+    tensors: name -> entry, in the order in which they lie in the files.
+    files: file name -> size in bytes.
+    fingerprint: digest of config, index, headers and file sizes.
     """
 
     folder: Path
-    config: Mapping
+    config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, int]
     fingerprint: str
@@ -74,9 +79,10 @@ def open_index(folder: Path) -> CheckpointIndex:
             wanted=absent[0],
             next_step="download the shard and the index again",
         )
-    tensors = fold_scales(folder, config, tensors)
+    form = format_of(config)
+    tensors = form.fold(folder, config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
-    return CheckpointIndex(folder, plain_config(config), ordered, files, digest.hexdigest())
+    return CheckpointIndex(folder, form.plain_config(config), ordered, files, digest.hexdigest())
 
 
 def index_files(folder: Path, files: Sequence[str], skip: Collection[str] = ()) -> CheckpointIndex:

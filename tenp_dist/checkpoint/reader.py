@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
 
-from tenp_dist.checkpoint.entries import Scaled, TensorEntry
-from tenp_dist.checkpoint.formats.block_fp8 import unscale
+from tenp_dist.checkpoint.entries import ITEM_SIZE, TensorEntry
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.errors import SourceError
 
@@ -44,11 +45,11 @@ class TensorReader:
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor: as they lie in the file, or of what they stand for in its dtype."""
         entry = self.index.entry(name)
-        if entry.scaled is None:
-            return self._stored(entry)
-        tensor_RC = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        self._unscaled(entry, entry.scaled, tensor_RC)
-        return memoryview(tensor_RC.view(-1).view(torch.uint8).numpy())
+        if entry.stored is None:
+            return self._bytes(entry)
+        tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        entry.stored.decode(self, tensor)
+        return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype and shape, on the CPU."""
@@ -63,37 +64,36 @@ class TensorReader:
         Nothing of its size is needed beside a contiguous target: it is read in place, or converted piece by piece.
         """
         entry = self.index.entry(name)
-        dtype = TORCH_DTYPES[entry.dtype]
-        if entry.scaled is not None:
-            self._unscaled(entry, entry.scaled, target)
+        if entry.stored is not None:
+            entry.stored.decode(self, target)
         elif not target.is_contiguous():
             target.copy_(self.tensor(name))
-        elif target.dtype == dtype:
+        elif target.dtype == TORCH_DTYPES[entry.dtype]:
             self._fill(entry, memoryview(target.view(-1).view(torch.uint8).numpy()))
         else:
-            flat, size = target.view(-1), dtype.itemsize
-            buffer = memoryview(bytearray(min(entry.nbytes, _PIECE_BYTES)))
-            for start in range(0, entry.nbytes, _PIECE_BYTES):
-                piece = buffer[: entry.nbytes - start]
-                self._fill(entry, piece, start)
-                part = flat[start // size : (start + len(piece)) // size]
-                part.copy_(torch.frombuffer(piece, dtype=dtype))
+            start, flat = 0, target.view(-1)
+            for piece in self._flat_pieces(entry, _PIECE_BYTES):
+                flat[start : start + len(piece)].copy_(piece)
+                start += len(piece)
 
-    def _unscaled(self, entry: TensorEntry, scaled: Scaled, target_RC: torch.Tensor) -> None:
-        """Read an FP8 matrix into a target of any dtype and layout, a row of blocks at a time."""
-        (rows, columns), width = scaled.block, entry.shape[1]
-        factors = scaled.factors
-        factors_AB = torch.frombuffer(self._stored(factors), dtype=TORCH_DTYPES[factors.dtype]).view(factors.shape)
-        buffer = memoryview(bytearray(min(rows, entry.shape[0]) * width))
-        for factors_B, part_RC, start in zip(
-            factors_AB, target_RC.split(rows), range(0, entry.shape[0] * width, rows * width), strict=False
-        ):
-            piece = buffer[: part_RC.numel()]
+    def whole(self, entry: TensorEntry) -> torch.Tensor:
+        """A tensor that lies in a file, in the dtype that it lies there in."""
+        return torch.frombuffer(self._bytes(entry), dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def pieces(self, entry: TensorEntry, rows: int) -> Iterator[torch.Tensor]:
+        """The rows of a tensor that lies in a file, `rows` at a time, in a buffer that the next piece overwrites."""
+        nbytes = rows * math.prod(entry.shape[1:]) * ITEM_SIZE[entry.dtype]
+        return (piece.view(-1, *entry.shape[1:]) for piece in self._flat_pieces(entry, nbytes))
+
+    def _flat_pieces(self, entry: TensorEntry, nbytes: int) -> Iterator[torch.Tensor]:
+        """`pieces` of `nbytes` at a time, in one dimension."""
+        buffer = memoryview(bytearray(min(entry.nbytes, nbytes)))
+        for start in range(0, entry.nbytes, max(nbytes, 1)):
+            piece = buffer[: entry.nbytes - start]
             self._fill(entry, piece, start)
-            stored_RC = torch.frombuffer(piece, dtype=TORCH_DTYPES[scaled.dtype]).view(part_RC.shape)
-            part_RC.copy_(unscale(stored_RC, factors_B.float(), columns))
+            yield torch.frombuffer(piece, dtype=TORCH_DTYPES[entry.dtype])
 
-    def _stored(self, entry: TensorEntry) -> memoryview:
+    def _bytes(self, entry: TensorEntry) -> memoryview:
         """The bytes of a tensor as they lie in the file."""
         buffer = memoryview(torch.empty(entry.nbytes, dtype=torch.uint8).numpy())  # a bytearray would be zeroed first
         self._fill(entry, buffer)
@@ -128,6 +128,11 @@ class TensorReader:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.index.folder / file, os.O_RDONLY)
         return self._descriptors[file]
+
+
+def opened(index: CheckpointIndex | None) -> AbstractContextManager[TensorReader | None]:
+    """A reader to be closed after use; None of None."""
+    return nullcontext() if index is None else TensorReader(index)
 
 
 def check_shape(entry: TensorEntry, wanted: Sequence[int], where: object) -> None:

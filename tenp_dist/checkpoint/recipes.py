@@ -1,8 +1,13 @@
-"""How a tensor of the new checkpoint is made from the source's."""
+"""How a tensor of the new checkpoint is made: a recipe knows its dtype and shape before a byte is read.
+
+A recipe names tensors and experts and holds no data, so it is cheap to send; what it reads from (`Inputs`) is
+opened where the file is written, and the ids of kept neurons are handed to all writers once.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,66 +19,143 @@ from tenp_dist.checkpoint.reader import TensorReader
 
 
 @dataclass(frozen=True)
-class Pruning:
-    """How one expert matrix changes: neurons on `axis` that are not kept are cut out (`narrow`) or set to zero."""
+class Inputs:
+    """What recipes read from.
+
+    source: the source checkpoint.
+    kept: MoE layer -> its kept neurons.
+    compensated: kept columns of those W_down that take other values than the source's; None where none does.
+    """
+
+    source: TensorReader
+    kept: Mapping[int, KeptNeurons]
+    compensated: TensorReader | None = None
+
+    def solved(self, name: str) -> np.ndarray | None:
+        """The compensated columns [D, width] of a W_down as integers, None where it keeps the source's."""
+        if self.compensated is None or name not in self.compensated.index.tensors:
+            return None
+        return _integers(self.compensated, name)
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """How one tensor is made.
+
+    source: the source's tensor that it is made from.
+    dtype: its safetensors dtype.
+    shape: its shape.
+    """
+
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self, inputs: Inputs) -> memoryview:
+        """Its bytes. Raises SourceError where the source cannot be read."""
+
+
+@dataclass(frozen=True)
+class Copy(Recipe):
+    """The source's bytes as they are."""
+
+    def read(self, inputs: Inputs) -> memoryview:
+        return inputs.source.raw(self.source)
+
+
+@dataclass(frozen=True)
+class ExpertRecipe(Recipe):
+    """A recipe for one matrix of a routed expert, by the neurons that the plan keeps of it.
+
+    axis: of the matrix, that counts neurons.
+    layer, expert: whose neurons; the expert by its id in the source.
+    """
 
     axis: int
     layer: int
     expert: int
-    narrow: bool
 
 
 @dataclass(frozen=True)
-class OutputTensor:
-    """A tensor of the new checkpoint: the source's bytes as they are, unless a field says what changes.
+class Cut(ExpertRecipe):
+    """Only the kept neurons; compensated columns in place of the source's where there are some."""
 
-    source: its name there, None for the same. rows_of: layer whose removed experts' rows leave it.
-    A shape larger than the source's is filled up with zeros.
-    """
+    def read(self, inputs: Inputs) -> memoryview:
+        solved = inputs.solved(self.source)
+        if solved is not None:
+            return _flat(solved)
+        neurons = inputs.kept[self.layer].of(self.expert)
+        return _flat(np.take(_integers(inputs.source, self.source), neurons, axis=self.axis))
+
+
+@dataclass(frozen=True)
+class Zero(ExpertRecipe):
+    """All neurons, the others set to zero; compensated columns in place of the source's where there are some."""
+
+    def read(self, inputs: Inputs) -> memoryview:
+        neurons, solved = inputs.kept[self.layer].of(self.expert), inputs.solved(self.source)
+        whole = _integers(inputs.source, self.source)  # changed in place: one buffer, however large the matrix
+        stays = np.zeros(whole.shape[self.axis], dtype=whole.dtype)
+        stays[neurons] = 1
+        if solved is not None:
+            whole[(slice(None),) * self.axis + (neurons,)] = solved
+        whole *= stays if self.axis == 1 else stays[:, None]  # bits as they were, or none
+        return _flat(whole)
+
+
+@dataclass(frozen=True)
+class Rows(Recipe):
+    """The rows of the experts that a layer keeps, of a router's tensor with a row per expert. layer: which."""
+
+    layer: int
+
+    def read(self, inputs: Inputs) -> memoryview:
+        return _flat(_integers(inputs.source, self.source)[inputs.kept[self.layer].experts])
+
+
+@dataclass(frozen=True)
+class Fill(Recipe):
+    """The source's tensor at the front of a larger shape, zeros behind it."""
+
+    def read(self, inputs: Inputs) -> memoryview:
+        source = _integers(inputs.source, self.source)
+        filled = np.zeros(self.shape, dtype=source.dtype)
+        filled[tuple(map(slice, source.shape))] = source
+        return _flat(filled)
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file's header says of a tensor: its name, safetensors dtype and shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pruning: Pruning | None = None
-    source: str | None = None
-    rows_of: int | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
-def tensor_bytes(
-    tensor: OutputTensor,
-    reader: TensorReader,
-    kept: Mapping[int, KeptNeurons],
-    compensated: TensorReader | None = None,
-) -> memoryview:
-    """The bytes of an output tensor: copied, or only the kept neurons' or experts' rows or columns.
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the new checkpoint: its name there, and how it is made."""
 
-    compensated: holds the kept columns of those W_down that take other values than the source's.
-    """
-    name = tensor.source or tensor.name
-    shape = reader.index.entry(name).shape
-    if tensor.rows_of is not None:
-        return _flat(_integers(reader, name)[kept[tensor.rows_of].experts])
-    if tensor.pruning is None and tensor.shape == shape:
-        return reader.raw(name)
-    if tensor.pruning is None:
-        source = _integers(reader, name)
-        filled = np.zeros(tensor.shape, dtype=source.dtype)
-        filled[tuple(map(slice, shape))] = source
-        return _flat(filled)
-    axis, neurons = tensor.pruning.axis, kept[tensor.pruning.layer].of(tensor.pruning.expert)
-    solved = _integers(compensated, name) if compensated is not None and name in compensated.index.tensors else None
-    if tensor.pruning.narrow:
-        return _flat(np.take(_integers(reader, name), neurons, axis=axis) if solved is None else solved)
-    whole, stays = _integers(reader, name), np.zeros(shape[axis], dtype=f"u{ITEM_SIZE[tensor.dtype]}")
-    if solved is not None:
-        whole[(slice(None),) * axis + (neurons,)] = solved
-    stays[neurons] = 1
-    whole *= stays if axis == 1 else stays[:, None]  # bits as they were, or none
-    return _flat(whole)
+    name: str
+    recipe: Recipe
+
+    @property
+    def dtype(self) -> str:
+        return self.recipe.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.recipe.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 def _integers(reader: TensorReader, name: str) -> np.ndarray:
@@ -83,4 +165,4 @@ def _integers(reader: TensorReader, name: str) -> np.ndarray:
 
 
 def _flat(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

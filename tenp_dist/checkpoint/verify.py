@@ -2,19 +2,22 @@
 
 Nothing here comes from the writer: expected shapes and bytes are worked out again, one neuron
 selection per tensor with torch instead of numpy, so that a fault in either shows.
+`verify_layouts.py` says what is checked of which layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
+from tenp_dist.checkpoint.families.base import NEURON_AXIS
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.source import Source
 from tenp_dist.errors import VerifyError
 
 
@@ -26,6 +29,43 @@ class Verified:
     pruned_tensors: int
     untouched_tensors: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a written checkpoint is held against.
+
+    source: the source checkpoint.
+    kept: MoE layer -> what the plan keeps of it.
+    names: written name -> source name of every tensor that has to be there.
+    """
+
+    source: Source
+    kept: Mapping[int, KeptNeurons]
+    names: Mapping[str, str]
+
+
+class Readers(NamedTuple):
+    """The checkpoints that are compared, open.
+
+    compensated holds the kept columns of those W_down that were compensated, None where none was
+    (`compensation/recheck_pass.py` checks these).
+    """
+
+    source: TensorReader
+    written: TensorReader
+    compensated: TensorReader | None = None
+
+    def solved(self, name: str) -> torch.Tensor | None:
+        """The bits of a W_down's compensated columns, None where it keeps the source's."""
+        if self.compensated is None or name not in self.compensated.index.tensors:
+            return None
+        return bits(self.compensated.tensor(name))
+
+
+def same_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
+    """Written name -> source name where every tensor of the source has to be there under its own."""
+    return {name: name for name in source.index.tensors}
 
 
 def check_names(expected: Collection[str], written: CheckpointIndex) -> None:
@@ -48,8 +88,12 @@ def check_names(expected: Collection[str], written: CheckpointIndex) -> None:
         raise VerifyError("A weight file is in no index", where=written.folder, found=sorted(stray)[0])
 
 
-def check_config(written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> None:
-    """A ragged config's widths are those of the plan, in the checkpoint's own coding of them."""
+def check_widths(source: Source, written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> None:
+    """A ragged config's widths are those of the plan, in the checkpoint's own coding of them.
+
+    Raises:
+        VerifyError: names the first layer that differs.
+    """
     tenp = written.config.get("tenp") or {}
     table, codes = tenp.get("widths") or [], tenp.get("layers") or {}
     for layer, neurons in kept.items():
@@ -63,23 +107,15 @@ def check_config(written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> N
             )
 
 
-def verify_tensors(
-    names: Sequence[str],
-    source: TensorReader,
-    written: TensorReader,
-    family: Family,
-    kept: Mapping[int, KeptNeurons],
-    *,
-    narrow: bool,
-    compensated: TensorReader | None = None,
-) -> Verified:
+def verify_tensors(names: Sequence[str], readers: Readers, expected: Expected, *, narrow: bool) -> Verified:
     """Compare the named tensors with what source and plan say they are.
 
-    compensated: the kept columns of those W_down that were compensated (`compensation/recheck_pass.py` checks these).
+    narrow: whether neurons that are not kept are cut out, or zero.
 
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.
     """
+    family, kept = expected.source.family, expected.kept
     selections = {
         family.tensor(layer, expert, matrix): (axis, layer, expert)
         for layer, neurons in kept.items()
@@ -88,15 +124,16 @@ def verify_tensors(
     }
     pruned = nbytes = 0
     for name in names:
-        expected, found = bits(source.tensor(name)), bits(written.tensor(name))
+        wanted, found = bits(readers.source.tensor(name)), bits(readers.written.tensor(name))
         if name in selections:
             axis, layer, expert = selections[name]
             neurons = torch.from_numpy(kept[layer].of(expert).copy()).long()
-            if compensated is not None and name in compensated.index.tensors:
-                expected = expected.index_copy(axis, neurons, bits(compensated.tensor(name)))
-            expected = _pruned(expected, axis, neurons, narrow)
+            solved = readers.solved(name)
+            if solved is not None:
+                wanted = wanted.index_copy(axis, neurons, solved)
+            wanted = _pruned(wanted, axis, neurons, narrow)
             pruned += 1
-        compare(name, source, written, expected, found)
+        compare(name, readers, wanted, found)
         nbytes += found.numel() * found.element_size()
     return Verified(len(names), pruned, len(names) - pruned, nbytes)
 
@@ -110,19 +147,15 @@ def _pruned(tensor: torch.Tensor, axis: int, neurons: torch.Tensor, narrow: bool
 
 
 def compare(
-    name: str,
-    source: TensorReader,
-    written: TensorReader,
-    expected: torch.Tensor,
-    found: torch.Tensor,
-    source_name: str | None = None,
+    name: str, readers: Readers, expected: torch.Tensor, found: torch.Tensor, source_name: str | None = None
 ) -> None:
     """Raise VerifyError where dtype, shape or bits of a written tensor are not the expected ones."""
-    dtypes = source.index.entry(source_name or name).dtype, written.index.entry(name).dtype
+    entry = readers.written.index.entry(name)
+    dtypes = readers.source.index.entry(source_name or name).dtype, entry.dtype
     if dtypes[0] != dtypes[1] or expected.shape != found.shape or not torch.equal(expected, found):
         raise VerifyError(
             "Written tensor differs from what source and plan say",
-            where=f"{written.index.folder / written.index.entry(name).file}: {name}",
+            where=f"{readers.written.index.folder / entry.file}: {name}",
             found=f"{dtypes[1]} {list(found.shape)}",
             wanted=f"{dtypes[0]} {list(expected.shape)} with the kept neurons' bytes",
             next_step="write again with --overwrite; if it stays, report it with this message",

@@ -14,8 +14,8 @@ import torch
 from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
-from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.verify import Verified, bits, compare
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.checkpoint.verify import Expected, Readers, Verified, bits, compare
 from tenp_dist.errors import VerifyError
 
 
@@ -45,14 +45,14 @@ class Names:
         return found[2].removeprefix(f"{module}.") if found and found[2].startswith(f"{module}.") else None
 
 
-def expected_names(source: CheckpointIndex, family: Family, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
+def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
     """Written name -> source name of every tensor that has to be there."""
-    names, result = Names(family), {}
-    for name in source.tensors:
+    names, family, result = Names(source.family), source.family, {}
+    for name in source.index.tensors:
         layer, expert = names.layer(name), names.expert(name)
-        if layer is not None and layer >= source.config["num_hidden_layers"]:
+        if layer is not None and layer >= source.facts.num_layers:
             continue
-        if expert is None or layer not in kept:
+        if layer is None or expert is None or layer not in kept:
             result[name] = name
         elif expert[0] in kept[layer].routed:
             number = int((kept[layer].routed < expert[0]).sum())
@@ -60,14 +60,14 @@ def expected_names(source: CheckpointIndex, family: Family, kept: Mapping[int, K
     return result
 
 
-def check_uniform_config(source: CheckpointIndex, written: CheckpointIndex, family: Family) -> None:
+def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> None:
     """The config is the source's, but for the numbers of experts, widths and layers that the tensors show.
 
     Raises:
         VerifyError: names the keys that differ.
     """
-    wanted = dict(source.config) | _counted(source, written, family)
-    wanted = {key: wanted[key] for key in source.config}
+    wanted = dict(source.index.config) | _counted(source.index, written, source.family)
+    wanted = {key: wanted[key] for key in source.index.config}
     keys = [key for key in {**wanted, **written.config} if wanted.get(key) != written.config.get(key)]
     if keys:
         raise VerifyError(
@@ -81,7 +81,8 @@ def check_uniform_config(source: CheckpointIndex, written: CheckpointIndex, fami
 
 def _counted(source: CheckpointIndex, written: CheckpointIndex, family: Family) -> dict[str, object]:
     """Config keys and what the written tensors show them to be; a list where they disagree with each other."""
-    names, experts = Names(family), {}
+    names = Names(family)
+    experts: dict[int | None, set[int]] = {}
     widths, shared = set(), set()
     for name, entry in written.tensors.items():
         expert = names.expert(name)
@@ -102,40 +103,28 @@ def _only(values: set) -> object:
     return next(iter(values)) if len(values) == 1 else sorted(values)
 
 
-def verify_uniform(
-    names: Sequence[str],
-    source: TensorReader,
-    written: TensorReader,
-    family: Family,
-    kept: Mapping[int, KeptNeurons],
-    source_names: Mapping[str, str],
-    compensated: TensorReader | None = None,
-) -> Verified:
+def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -> Verified:
     """Compare the named tensors with what source and plan say they are.
-
-    source_names: of `expected_names`. compensated: as in `verify_tensors`.
 
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.
     """
-    reading, changed, nbytes = Names(family), 0, 0
+    family, reading, changed, nbytes = expected.source.family, Names(expected.source.family), 0, 0
     for name in names:
-        origin = source_names[name]
-        expected, found = bits(source.tensor(origin)), bits(written.tensor(name))
+        origin = expected.names[name]
+        wanted, found = bits(readers.source.tensor(origin)), bits(readers.written.tensor(name))
         layer, expert = reading.layer(name), reading.expert(origin)
-        if layer in kept:
-            neurons = kept[layer]
+        if layer is not None and layer in expected.kept:
+            neurons = expected.kept[layer]
             if expert is not None:
-                ids = torch.from_numpy(neurons.of(expert[0]).copy()).long()
-                expected = expected.index_select(NEURON_AXIS[expert[1]], ids)
-                if compensated is not None and origin in compensated.index.tensors:
-                    expected = bits(compensated.tensor(origin))
+                ids, solved = torch.from_numpy(neurons.of(expert[0]).copy()).long(), readers.solved(origin)
+                wanted = wanted.index_select(NEURON_AXIS[expert[1]], ids) if solved is None else solved
             elif reading.inside(name, family.router) and neurons.experts is not None:
-                expected = torch.stack([expected[expert_id] for expert_id in neurons.experts.tolist()])
+                wanted = torch.stack([wanted[expert_id] for expert_id in neurons.experts.tolist()])
             elif family.shared_key and reading.inside(name, family.shared_experts):
-                expected = _filled(expected, found.shape)
-        changed += expert is not None or expected.shape != source.index.entry(origin).shape
-        compare(name, source, written, expected, found, origin)
+                wanted = _filled(wanted, found.shape)
+        changed += expert is not None or wanted.shape != readers.source.index.entry(origin).shape
+        compare(name, readers, wanted, found, origin)
         nbytes += found.numel() * found.element_size()
     return Verified(len(names), changed, len(names) - changed, nbytes)
 

@@ -1,9 +1,8 @@
-"""Write a pruned checkpoint: names, shapes and file of every tensor are known before a byte moves.
+"""Write the files of a pruned checkpoint: names, shapes and file of every tensor are known before a byte moves.
 
-`output_tensors` says what the new checkpoint holds, `assign_shards` where each tensor goes, so any
-writer can write any shard without waiting for another. `write_shard` puts the header down first and
-streams; it holds about three tensors. Index and config come last: a checkpoint without them is an
-unfinished one.
+A layout says what the new checkpoint holds, `assign_shards` where each tensor goes, so any writer can write any
+shard without waiting for another. `write_shard` puts the header down first and streams; it holds about three
+tensors. Index and config come last: a checkpoint without them is an unfinished one.
 """
 
 from __future__ import annotations
@@ -16,56 +15,50 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from tenp_dist.artifacts import atomic_write, write_json
-from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
-from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex
-from tenp_dist.checkpoint.kept import KeptNeurons
-from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.recipes import OutputTensor, Pruning, tensor_bytes
+from tenp_dist.checkpoint.index import INDEX_NAME
+from tenp_dist.checkpoint.recipes import Inputs, OutputTensor
 
 _CARRIED = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab"}
-
-
 _BEHIND_BYTES = 16 << 20
 
 
+class Described(Protocol):
+    """What a header says of a tensor, and its size in bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Described)
+
+
 @dataclass(frozen=True)
-class OutputShard:
+class OutputShard(Generic[T]):
     """One output file and its tensors, in the order in which they lie in it."""
 
     file: str
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[T, ...]
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def output_tensors(
-    index: CheckpointIndex, family: Family, kept: Mapping[int, KeptNeurons], *, narrow: bool
-) -> list[OutputTensor]:
-    """Every tensor of the pruned checkpoint, in the source's file order (reads stay sequential)."""
-    prunings = {
-        family.tensor(layer, expert, matrix): Pruning(axis, layer, expert, narrow)
-        for layer, neurons in kept.items()
-        for expert in range(neurons.num_experts)
-        for matrix, axis in NEURON_AXIS.items()
-    }
-    tensors = []
-    for name, entry in index.tensors.items():
-        pruning = prunings.get(name)
-        shape = list(entry.shape)
-        if pruning is not None and narrow:
-            shape[pruning.axis] = int(kept[pruning.layer].widths[pruning.expert])
-        tensors.append(OutputTensor(name, entry.dtype, tuple(shape), pruning))
-    return tensors
-
-
-def assign_shards(tensors: Sequence[OutputTensor], shard_size: int) -> list[OutputShard]:
+def assign_shards(tensors: Sequence[T], shard_size: int) -> list[OutputShard[T]]:
     """Fill shards of at most `shard_size` bytes in order; a tensor above it gets a shard of its own."""
-    groups: list[list[OutputTensor]] = [[]]
+    groups: list[list[T]] = [[]]
     filled = 0
     for tensor in tensors:
         if groups[-1] and filled + tensor.nbytes > shard_size:
@@ -80,19 +73,13 @@ def assign_shards(tensors: Sequence[OutputTensor], shard_size: int) -> list[Outp
     ]
 
 
-def write_shard(
-    folder: Path,
-    shard: OutputShard,
-    reader: TensorReader,
-    kept: Mapping[int, KeptNeurons],
-    compensated: TensorReader | None = None,
-) -> int:
-    """Write one shard atomically; returns its size in bytes. compensated: see `tensor_bytes`."""
+def write_shard(folder: Path, shard: OutputShard[OutputTensor], inputs: Inputs) -> int:
+    """Write one shard atomically; returns its size in bytes."""
     with atomic_write(folder / shard.file) as stream:
         stream.write(shard_header(shard))
         begun = 0
         for tensor in shard.tensors:
-            stream.write(tensor_bytes(tensor, reader, kept, compensated))
+            stream.write(tensor.recipe.read(inputs))
             begun = _store_behind(stream, begun)
         return stream.tell()
 
@@ -111,7 +98,7 @@ def _store_behind(stream: BinaryIO, begun: int) -> int:
     return written
 
 
-def shard_header(shard: OutputShard, metadata: Mapping[str, str] | None = None) -> bytes:
+def shard_header(shard: OutputShard[T], metadata: Mapping[str, str] | None = None) -> bytes:
     """The safetensors header, padded with spaces to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
@@ -124,14 +111,16 @@ def shard_header(shard: OutputShard, metadata: Mapping[str, str] | None = None) 
     return struct.pack("<Q", len(text)) + text
 
 
-def shard_bytes(shard: OutputShard) -> int:
+def shard_bytes(shard: OutputShard[T]) -> int:
     """Size that the finished file has."""
     return len(shard_header(shard)) + shard.nbytes
 
 
-def finish_checkpoint(folder: Path, shards: Sequence[OutputShard], config: Mapping, source: Path) -> None:
-    """Copy auxiliary files, then write the index, then the config: the checkpoint exists from here on."""
-    for path in auxiliary_files(source, ragged="tenp" in config):
+def finish_checkpoint(
+    folder: Path, shards: Sequence[OutputShard[T]], config: Mapping[str, Any], carried: Sequence[Path]
+) -> None:
+    """Copy the carried side files, then write the index, then the config: the checkpoint exists from here on."""
+    for path in carried:
         with atomic_write(folder / path.name) as stream, open(path, "rb") as original:
             shutil.copyfileobj(original, stream)
     write_json(
@@ -144,11 +133,10 @@ def finish_checkpoint(folder: Path, shards: Sequence[OutputShard], config: Mappi
     write_json(folder / "config.json", config)
 
 
-def auxiliary_files(source: Path, *, ragged: bool) -> Iterator[Path]:
-    """Tokenizer, generation config and the like; a ragged checkpoint brings its own modeling code."""
+def side_files(source: Path) -> Iterator[Path]:
+    """Tokenizer, generation config, modeling code, licence and the like: what a source has beside its weights."""
     for path in sorted(source.iterdir()):
         named = path.suffix in _CARRIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
         weights = path.name in ("config.json", INDEX_NAME) or path.name.endswith(".index.json")
-        stale_code = ragged and path.suffix == ".py" and path.name.startswith(("modeling", "configuration"))
-        if path.is_file() and named and not weights and not stale_code:
+        if path.is_file() and named and not weights:
             yield path

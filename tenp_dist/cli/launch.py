@@ -159,8 +159,9 @@ def doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json:
 
 
 def _doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json: bool) -> None:
-    from tenp_dist.cli.doctor import draw, visit
+    from tenp_dist.cli.doctor import draw
     from tenp_dist.cli.view import quieten
+    from tenp_dist.launch.visit import visit
 
     quieten()
     findings = visit(address, job, run_dir)

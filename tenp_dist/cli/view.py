@@ -228,15 +228,17 @@ def _compensated(plans: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    from tenp_dist.layouts.table import LAYOUTS, sorted_names  # imports torch
+
     layouts = stages.get("write", {}).get("layouts", {})
     for name, layout in layouts.items():
         console.print(f"Checkpoint ({name}): {job.run_dir / layout['folder']}", soft_wrap=True)
     if "report" in stages:
         console.print(f"Report: {job.run_dir / stages['report']['page']}", soft_wrap=True)
-    shown = next((name for name in ("ragged", "uniform") if name in layouts), None)
+    shown = next((layout for name in sorted_names(layouts) if (layout := LAYOUTS[name]).saves_space), None)
     if shown is not None:
-        folder = job.run_dir / layouts[shown]["folder"]
-        package = "import tenp_dist; " if shown == "ragged" else ""
+        folder = job.run_dir / layouts[shown.name]["folder"]
+        package = "import tenp_dist; " if shown.needs_package else ""
         console.print("\nNext, load it:")
         console.print(
             f'  python -c "{package}from transformers import AutoModelForCausalLM as A; '

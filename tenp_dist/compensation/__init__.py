@@ -1,0 +1,13 @@
+"""Compensation: new W_down for experts that lose neurons, so that those they keep make up for those they lose.
+
+One pass sums the moments of the activations and solves every plan's experts; another checks what is stored, and shares
+no code with the first but the pass itself. This room knows passes and the files of kept neurons; it knows nothing of
+how a plan came about.
+
+Files in reading order:
+
+- `moments`: the definition, its sums and its solution.
+- `compensate_pass`: the pass that solves and stores.
+- `random_vectors`: whether a solution holds, tried on random vectors without the sums.
+- `recheck_pass`: the pass that checks: all experts on random vectors, some by solving them again.
+"""

@@ -35,7 +35,10 @@ from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, narrow_experts, read_kept, read_kept_layer
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
-from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
+from tenp_dist.model.layers import Microbatch
+from tenp_dist.passes.layer_ops import run_layer
+from tenp_dist.passes.layer_step import OpenShard
+from tenp_dist.passes.layer_sums import LayerSum, LayerSumTask, run_layer_sums
 from tenp_dist.passes.run_pass import PassContext, PassSummary
 from tenp_dist.run_files import LAYER_FILES, layer_file
 
@@ -44,7 +47,7 @@ FEW = 0.1  # share of narrow experts with few tokens above which there is a warn
 
 @dataclass(frozen=True)
 class Target:
-    """plan: kept-neurons file. folder: that receives its layer files."""
+    """A plan to compensate. plan: its file of kept neurons. folder: that receives its layer files."""
 
     plan: Path
     folder: Path
@@ -52,13 +55,17 @@ class Target:
 
 @dataclass(frozen=True)
 class CompensateTask(LayerSumTask):
-    """targets: plans of one model, each in a folder of its own; the same ones when the pass goes on from a kill.
+    """What the workers of a compensation need, beyond `LayerSumTask`.
 
+    targets: plans of one model, each in a folder of its own; the same ones when the pass goes on from a kill.
     ridge: see `compensation/moments.py`; the key names it, for the files are told apart by their key alone.
     """
 
     targets: Sequence[Target] = ()
     ridge: float = 0.01
+
+    def layer_sum(self, shard: OpenShard) -> CompensateSum:
+        return CompensateSum(self, shard)
 
     def file(self, target: Target, layer: int, rank: int) -> Path:
         return layer_file(target.folder, layer, rank, self.ranks)
@@ -71,41 +78,48 @@ class CompensateTask(LayerSumTask):
         return all(self.stored(target, layer, rank) for target in self.targets)
 
 
-class CompensateShard(LayerSumWorker):
-    """One rank of a shard that compensates its layers."""
+class CompensateSum(LayerSum[Moments]):
+    """Sums the moments of a layer's experts that one rank holds, and stores their solutions."""
 
-    task: CompensateTask
+    def __init__(self, task: CompensateTask, shard: OpenShard):
+        self.task, self.shard = task, shard
+        self._held, self._weights = shard.held, task.weights_of(shard.domains)
 
-    def _begin(self, layer: int, experts: nn.Module) -> Moments:
+    def begin(self, layer: int, experts: nn.Module) -> Moments:
         held, _, neurons = experts.down_proj.shape
         plans = [self._narrow(read_kept_layer(target.plan, layer), neurons) for target in self.task.targets]
         return Moments(union_of(plans), self._weights, held, neurons, experts.down_proj.device)
+
+    def add(
+        self, layer: int, module: nn.Module, batches: Sequence[Microbatch], states: list[torch.Tensor], sums: Moments
+    ) -> None:
+        run_layer(self.shard.frame, layer, module, batches, states, self.shard.share, sums)
 
     def _narrow(self, kept: KeptNeurons, neurons: int) -> dict[int, np.ndarray]:
         """What a plan keeps of those of this rank's experts that it narrows, as the rank numbers them."""
         return {e - self._held.start: kept.of(e) for e in narrow_experts(kept, neurons) if e in self._held}
 
-    def _finish(self, layer: int, sums: Moments, down_EDF: torch.Tensor) -> None:
+    def finish(self, layer: int, sums: Moments, down_EDF: torch.Tensor) -> None:
         """Solve and store every plan that is not there yet, once where several do the same to the layer."""
         alike: dict[tuple, Path] = {}
         for target in self.task.targets:
-            kept, path = read_kept_layer(target.plan, layer), self.task.file(target, layer, self.rank)
+            kept, path = read_kept_layer(target.plan, layer), self.task.file(target, layer, self.shard.rank)
             same = alike.setdefault((kept.offsets.tobytes(), kept.indices.tobytes()), path)
-            if self.task.stored(target, layer, self.rank):
+            if self.task.stored(target, layer, self.shard.rank):
                 continue
             if same != path:
                 copy_layer(same, path)
             else:
                 self._store(layer, kept, target, sums, down_EDF)
-            self._made += 1
+            self.shard.count_work()
 
     def _store(self, layer: int, kept: KeptNeurons, target: Target, sums: Moments, down_EDF: torch.Tensor) -> None:
         """Solve a plan's experts and store them one after another."""
-        skeleton, narrow = self.skeleton, self._narrow(kept, down_EDF.shape[2])
+        skeleton, narrow = self.shard.skeleton, self._narrow(kept, down_EDF.shape[2])
         experts = [self._held.start + expert for expert in sums.reached(narrow)]
         tensors = compensated_tensors(skeleton.index, skeleton.family, layer, experts, kept)
         solved = self._solve(layer, narrow, sums, down_EDF)
-        path = self.task.file(target, layer, self.rank)
+        path = self.task.file(target, layer, self.shard.rank)
         write_layer(path, tensors, solved, layer=layer, key=self.task.file_key)
 
     def _solve(
@@ -116,27 +130,28 @@ class CompensateShard(LayerSumWorker):
             columns = (batch.token_count_B, batch.damping_B, batch.energy_B, batch.before_B, batch.after_B)
             rows = zip(*(column.tolist() for column in columns), strict=True)
             for expert, down_DW, row in zip(batch.experts, batch.down_BDW, rows, strict=True):
-                self._made += 1
+                self.shard.count_work()
                 yield CompensatedExpert(down_DW, (self._held.start + expert, *row))
 
     def _down(self, layer: int, loaded_EDF: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
         """W_down of local experts with all the digits of the source: as loaded, or read again where that rounded."""
-        names = [self.skeleton.family.tensor(layer, self._held.start + expert, DOWN) for expert in ids]
-        dtypes = {TORCH_DTYPES[self.skeleton.index.entry(name).dtype] for name in names}
+        skeleton = self.shard.skeleton
+        names = [skeleton.slices.of(layer, self._held.start + expert, DOWN).tensor for expert in ids]
+        dtypes = {TORCH_DTYPES[skeleton.index.entry(name).dtype] for name in names}
         if all(torch.promote_types(dtype, loaded_EDF.dtype) == loaded_EDF.dtype for dtype in dtypes):
             return loaded_EDF[list(ids)]
-        with TensorReader(self.skeleton.index) as reader:
+        with TensorReader(skeleton.index) as reader:
             return torch.stack([reader.tensor(name) for name in names]).to(loaded_EDF.device)
 
 
-def compensate_model(site: PassContext, task: CompensateTask) -> PassSummary:
+def compensate_model(context: PassContext, task: CompensateTask) -> PassSummary:
     """Compensate all layers of the task's plans.
 
     Raises:
         ClusterError: as `run_pass`.
         NumericalError: NaN or Inf in activations or in a result.
     """
-    done = run_layer_sums(site, CompensateShard, task)
+    done = run_layer_sums(context, task)
     for target in task.targets:
         drop_leftovers(target.folder)
         for path in set(target.folder.glob(LAYER_FILES)) - set(layer_files(task, target)):

@@ -54,8 +54,12 @@ _WORKSPACE = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of float64 that one batc
 class Solved:
     """The outcome of a batch of experts of equal kept width; float64.
 
-    experts: ids. down_BDW: compensated W_down. token_count_B int64; energy_B: sum_t g^2 |y|^2. damping_B: r over the
-    mean diagonal of G_SS. before_B, after_B: the error that pruning makes, sum_t g^2 |error|^2, over the energy.
+    experts: ids, as the rank numbers them.
+    down_BDW: compensated W_down.
+    token_count_B: tokens that reached the expert, int64.
+    energy_B: sum_t g^2 |y|^2.
+    damping_B: r over the mean diagonal of G_SS.
+    before_B, after_B: the error that pruning makes, sum_t g^2 |error|^2, over the energy.
     """
 
     experts: Sequence[int]
@@ -70,9 +74,15 @@ class Solved:
 class Moments:
     """Sums G[:,U] of a layer's narrow experts, an `Observer` of `tenp_dist.model.experts`.
 
+    Memory: 4 F |U| bytes an expert, at most 4 F^2 however many plans there are, and 4 (F + |U|) bytes per token of one
+    expert in one microbatch.
+
     columns: expert as this rank numbers it -> U, the neurons that any plan keeps in it (`union_of`); experts that are
-    not named need nothing. weights: of the domains; set `domain` before each microbatch. Memory: 4 F |U| bytes an
-    expert, at most 4 F^2 however many plans there are, and 4 (F + |U|) bytes per token of one expert in one microbatch.
+        not named need nothing.
+    weights: of the domains.
+    experts: how many this rank holds.
+    neurons: F.
+    device: of the sums.
     """
 
     def __init__(

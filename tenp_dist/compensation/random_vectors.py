@@ -29,7 +29,11 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 class Probe:
     """Sums p of every expert and vector, the diagonal of G and tokens; an `Observer` of `tenp_dist.model.experts`.
 
-    kept: expert as this rank numbers it -> S, ascending. weights: of the domains; set `domain` before each microbatch.
+    kept: expert as this rank numbers it -> S, ascending.
+    weights: of the domains.
+    shape_EF: how many experts this rank holds, and F.
+    seed: of the vectors, with the expert.
+    device: of the sums.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Check compensated weights from the calibration tokens and by another road: all on random vectors, some solved again.
 
 Nothing here comes from `compensation/moments.py`. That every expert's W_down solves its equations is tried on random
-vectors (`probe.py`). Experts of a sample are solved again: a hook takes what the router hands to the experts, the
-activations are made by plain products in float32, the whole G is summed in float64, and the minimum is found in the
+vectors (`random_vectors.py`). Experts of a sample are solved again: a hook takes what the router hands to the experts,
+the activations are made by plain products in float32, the whole G is summed in float64, and the minimum is found in the
 other form of the definition, (W G[:,S] + r W_S)(G_SS + r I)^-1, by LU instead of Cholesky. The stored W_down passes if
 it wins all but a small share of what that minimum wins over the plain columns. Every layer of the plan has experts in
 the sample: all of a small layer, SAMPLE of a larger one, by a seeded draw.
@@ -30,7 +30,8 @@ from tenp_dist.compensation.random_vectors import Probe
 from tenp_dist.errors import VerifyError
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
-from tenp_dist.passes.layer_sums import LayerSumTask, LayerSumWorker, run_layer_sums
+from tenp_dist.passes.layer_step import OpenShard
+from tenp_dist.passes.layer_sums import LayerSum, LayerSumTask, run_layer_sums
 from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.run_files import layer_file, layer_name, rank_name
 
@@ -40,16 +41,24 @@ SAMPLE = 8  # experts of a layer, per rank
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # share of the gain that compute in this dtype may lose
 
 
-LEFT = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
+LEFT_OVER = {"float32": 1e-4, "bfloat16": 2e-2}  # share of what plain columns leave over that it may leave
 
 
 @dataclass(frozen=True)
 class RecheckTask(LayerSumTask):
-    """folder: of the results. plan: kept-neurons file. compensation: its layer files, made by `ranks` ranks."""
+    """What the workers of a check need: a `LayerSumTask` whose folder gets the results.
+
+    plan: file of kept neurons.
+    compensation: folder of its layer files, made by `ranks` ranks.
+    ridge: that they were made with.
+    """
 
     plan: Path = Path()
     compensation: Path = Path()
     ridge: float = 0.01
+
+    def layer_sum(self, shard: OpenShard) -> RecheckSum:
+        return RecheckSum(self, shard)
 
     def result(self, layer: int, rank: int) -> Path:
         return self.folder / f"{layer_name(layer)}.{rank_name(rank)}.json"
@@ -60,10 +69,17 @@ class RecheckTask(LayerSumTask):
 
 
 @dataclass
-class Tap:
-    """Sums a sampled layer's moments in float64. G_FF, damping (as stored), tokens: by global expert id.
+class LayerCheck:
+    """Sums of a layer: the moments of its sampled experts in float64, and the probe of all experts of the rank.
 
-    probe: of all experts of the rank, beside it.
+    experts: the module that the hook is on.
+    first: global id of the first expert that this rank holds.
+    G_FF: sampled expert -> its moments; by global id, like what follows.
+    damping: every compensated expert -> its damping, as stored.
+    probe: the random vectors of all experts of the rank.
+    tokens: sampled expert -> tokens that reached it.
+    valid_T: positions of the next microbatch that are not padding, None for all.
+    weight: of the next microbatch's domain.
     """
 
     experts: nn.Module
@@ -88,70 +104,73 @@ class Tap:
             self.tokens[expert] = self.tokens.get(expert, 0) + (len(g_T) if self.weight else 0)
 
 
-class RecheckShard(LayerSumWorker):
-    """One rank of a shard that checks its layers."""
+class RecheckSum(LayerSum[LayerCheck]):
+    """Sums on two roads what the equations of a layer's experts need, on one rank, and judges what is stored."""
 
-    task: RecheckTask
+    def __init__(self, task: RecheckTask, shard: OpenShard):
+        self.task, self.shard = task, shard
+        self._weights = task.weights_of(shard.domains)
+        kept = read_kept(task.plan)
+        self._kept = {layer: kept[layer] for layer in shard.layers if layer in kept}
 
-    def open(self) -> None:
-        super().open()
-        kept = read_kept(self.task.plan)
-        self._kept = {layer: kept[layer] for layer in self.layers if layer in kept}
-
-    def _begin(self, layer: int, experts: nn.Module) -> Tap:
-        table = read_table(layer_file(self.task.compensation, layer, self.rank, self.task.ranks))
+    def begin(self, layer: int, experts: nn.Module) -> LayerCheck:
+        table = read_table(layer_file(self.task.compensation, layer, self.shard.rank, self.task.ranks))
         damping = dict(zip(table["experts"], table["damping"], strict=True))
         held, _, neurons = experts.down_proj.shape
-        device, first = experts.down_proj.device, self._held.start
+        device, first = experts.down_proj.device, self.shard.held.start
         made = {
             expert: torch.zeros(neurons, neurons, dtype=torch.float64, device=device)
             for expert in sample(sorted(damping), layer)
         }
         kept = {expert - first: self._kept[layer].of(expert) for expert in damping}
         probe = Probe(kept, self._weights, (held, neurons), layer, device)
-        return Tap(experts, first, made, damping, probe)
+        return LayerCheck(experts, first, made, damping, probe)
 
-    def _sum(self, layer: int, module: nn.Module, batches: list[Microbatch], states: list[torch.Tensor]) -> None:
-        tap: Tap = self._sums
-        hook = self.skeleton.experts_of(module).register_forward_pre_hook(tap)
+    def add(
+        self, layer: int, module: nn.Module, batches: Sequence[Microbatch], states: list[torch.Tensor], sums: LayerCheck
+    ) -> None:
+        frame, share = self.shard.frame, self.shard.share
+        hook = frame.skeleton.experts_of(module).register_forward_pre_hook(sums)
         try:
             for i, batch in enumerate(batches):
-                tap.valid_T, tap.weight = batch.valid_T, self._weights[batch.domain]
-                run_layer(self.frame, layer, module, [batch], [states[i]], self._share, tap.probe)
+                sums.valid_T, sums.weight = batch.valid_T, self._weights[batch.domain]
+                run_layer(frame, layer, module, [batch], [states[i]], share, sums.probe)
         finally:
             hook.remove()
 
-    def _finish(self, layer: int, sums: Tap, down_EDF: torch.Tensor) -> None:
+    def finish(self, layer: int, sums: LayerCheck, down_EDF: torch.Tensor) -> None:
         worst = left = 0.0
         with (
             TensorReader(open_compensated(self.task.compensation)) as stored,
-            TensorReader(self.skeleton.index) as source,
+            TensorReader(self.shard.skeleton.index) as source,
         ):
             for expert, G_FF in sums.G_FF.items():
                 tokens, damping = sums.tokens.get(expert, 0), sums.damping[expert]
-                worst = max(worst, self._check(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
-                self._made += 1
+                worst = max(worst, self._check_by_solving(layer, expert, G_FF.cpu(), tokens, damping, source, stored))
+                self.shard.count_work()
             for expert in sums.damping:
-                left = max(left, self._try(layer, expert, sums, source, stored))
-                self._made += 1
+                left = max(left, self._check_on_vectors(layer, expert, sums, source, stored))
+                self.shard.count_work()
         result = {"key": self.task.file_key, "experts": len(sums.G_FF), "worst": worst}
-        write_json(self.task.result(layer, self.rank), result | {"tried": len(sums.damping), "left": left})
+        write_json(self.task.result(layer, self.shard.rank), result | {"tried": len(sums.damping), "left": left})
 
-    def _try(self, layer: int, expert: int, sums: Tap, source: TensorReader, stored: TensorReader) -> float:
+    def _check_on_vectors(
+        self, layer: int, expert: int, sums: LayerCheck, source: TensorReader, stored: TensorReader
+    ) -> float:
         """`Probe.left_over` of the stored columns; raises VerifyError where it is too much."""
-        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        name = self.shard.skeleton.slices.of(layer, expert, DOWN).tensor
         kept_W = self._kept_of(layer, expert)
         found_DW, source_DF = stored.tensor(name), source.tensor(name).double()
         row, damping = expert - sums.first, sums.damping[expert]
         left = sums.probe.left_over(row, kept_W, damping, source_DF, found_DW)
-        tokens, allowed = int(sums.probe.token_count_E[row]), LEFT[self.task.compute.dtype]
+        tokens, allowed = int(sums.probe.token_count_E[row]), LEFT_OVER[self.task.compute.dtype]
         self._judge(stored, name, "the error left over", left, allowed, damping, len(kept_W), tokens)
         return left
 
     def _kept_of(self, layer: int, expert: int) -> torch.Tensor:
         return torch.from_numpy(self._kept[layer].of(expert).astype(np.int64))
 
-    def _check(
+    def _check_by_solving(
         self,
         layer: int,
         expert: int,
@@ -162,7 +181,7 @@ class RecheckShard(LayerSumWorker):
         stored: TensorReader,
     ) -> float:
         """Share of the possible gain that the stored columns lose; raises VerifyError where it is too much."""
-        name = self.skeleton.family.tensor(layer, expert, DOWN)
+        name = self.shard.skeleton.slices.of(layer, expert, DOWN).tensor
         kept_W = self._kept_of(layer, expert)
         lost = lost_share(source.tensor(name).double(), stored.tensor(name), G_FF, kept_W, damping)
         allowed = TOLERANCE[self.task.compute.dtype]
@@ -182,7 +201,7 @@ class RecheckShard(LayerSumWorker):
     ) -> None:
         """Raise VerifyError where the share is too large, or the damping not the rule's."""
         least = self.task.ridge * max(1.0, ENOUGH * width / max(tokens, 1))
-        if not (share <= allowed and _tenfold(damping / least)):
+        if not (share <= allowed and _is_damped_by_rule(damping / least)):
             raise VerifyError(
                 "Compensated weights are not the solution that their definition gives",
                 where=f"{stored.index.folder / stored.index.entry(name).file}: {name}",
@@ -221,13 +240,13 @@ def lost_share(
     return max(0.0, excess(found_DW.double()) - rounding) / max(excess(plain_DW) + noise, 1e-300)
 
 
-def _tenfold(ratio: float) -> bool:
+def _is_damped_by_rule(ratio: float) -> bool:
     """Whether a damping is the rule's, or that times a power of ten (see `solve_batch`)."""
     power = round(math.log10(ratio)) if ratio > 0 else -1
     return power >= 0 and abs(ratio / 10**power - 1) < 1e-6
 
 
-def recheck_model(site: PassContext, task: RecheckTask) -> Mapping[str, Any]:
+def recheck_model(context: PassContext, task: RecheckTask) -> Mapping[str, Any]:
     """Check every layer: experts solved again and the largest share of a gain lost; all that were tried on random
     vectors, and the largest share of what plain columns leave over.
 
@@ -235,7 +254,7 @@ def recheck_model(site: PassContext, task: RecheckTask) -> Mapping[str, Any]:
         ClusterError: as `run_pass`.
         VerifyError: the first expert whose stored weights are not the solution.
     """
-    run_layer_sums(site, RecheckShard, task)
+    run_layer_sums(context, task)
     results = [read_json(task.result(layer, rank)) for layer in task.moe for rank in range(task.ranks)]
     sums = {name: sum(one[name] for one in results) for name in ("experts", "tried")}
     return sums | {name: max(one[name] for one in results) for name in ("worst", "left")}

@@ -1,4 +1,4 @@
-"""One rank of a layer shard that evaluates: several variants of a checkpoint in one pass over its weights.
+"""The pass that evaluates: several variants of a checkpoint in one pass over its weights.
 
 Every layer is read once and all variants' hidden states go through it, together as long as their plans
 do the same; see `variants.py`.
@@ -20,26 +20,31 @@ from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.routing import restricted_router
-from tenp_dist.passes.hidden_states import HiddenStateFiles
+from tenp_dist.passes.hidden_states import Hidden, HiddenStateFiles
 from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
-from tenp_dist.passes.layer_worker import Hidden, LayerWorker
+from tenp_dist.passes.layer_step import LayerStep, OpenShard
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.run_files import HIDDEN
 
 
 @dataclass(frozen=True)
 class VariantsTask(PassTask):
-    """What a worker of one pass needs.
+    """What the workers of one pass need, beyond `PassTask`.
 
-    number: of the pass; variants: by name. layers: of the model.
+    number: of the pass.
+    variants: by name.
+    layers: how many the model has.
     """
 
     number: int = 0
     variants: Mapping[str, Variant] = field(default_factory=dict)
     layers: int = 0
 
+    def step(self, shard: OpenShard) -> EvaluateStep:
+        return EvaluateStep(self, shard)
+
     @property
-    def boundaries(self) -> HiddenStateFiles:
+    def hidden_state_files(self) -> HiddenStateFiles:
         return HiddenStateFiles(self.folder / HIDDEN / str(self.number), self.file_key)
 
     def streams(self) -> Streams:
@@ -50,24 +55,22 @@ class VariantsTask(PassTask):
         return max(len(streams.entering(layer)) for layer in range(self.layers + 1))
 
 
-class EvaluateShard(LayerWorker):
-    """One rank of a shard that carries a pass's variants through its layers."""
+class EvaluateStep(LayerStep):
+    """Takes a pass's variants through the layers that one rank holds."""
 
-    task: VariantsTask
     keeps_final = True
 
-    def open(self) -> None:
-        self._streams = self.task.streams()
+    def __init__(self, task: VariantsTask, shard: OpenShard):
+        self.task, self.shard = task, shard
+        self._streams = task.streams()
         self._kept: tuple[int, dict[str, KeptNeurons | None]] = (-1, {})  # layer in hand, stream -> what it keeps
         self._down: tuple[tuple[str, int] | None, torch.Tensor | None] = (None, None)  # stream and layer, its W_down
-        super().open()
 
     def streams(self, layer: int) -> Sequence[str]:
         return self._streams.entering(layer)
 
-    def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
+    def take(self, layer: int, wave: int, module: nn.Module, hidden: Hidden) -> None:
         """Every stream that enters becomes one or more that leave; what entered is let go with the last of them."""
-        module = self.source.get(layer)
         for stream, after in self._streams.split(layer).items():
             entered = hidden.pop(stream)
             for name in after:
@@ -76,23 +79,24 @@ class EvaluateShard(LayerWorker):
                 hidden[name] = states
 
     def _run_variant(self, name: str, layer: int, module: nn.Module, wave: int, states: list[torch.Tensor]) -> None:
-        kept, experts = self._kept_of(name, layer), self.skeleton.experts_of(module)
-        state = {**self._share, "mask_EF": self._mask(kept, experts)}
+        shard, kept = self.shard, self._kept_of(name, layer)
+        experts = shard.skeleton.experts_of(module)
+        state = {**shard.share, "mask_EF": self._mask(kept, experts)}
         down_EDF = self._down_of(name, layer, kept, experts)
         with (
-            restricted_router(self.skeleton, module, None if kept is None else kept.experts),
+            restricted_router(shard.skeleton, module, None if kept is None else kept.experts),
             _replaced(experts, down_EDF),
         ):
-            run_layer(self.frame, layer, module, self._batches(wave), states, state)
+            run_layer(shard.frame, layer, module, shard.batches[wave], states, state)
         variants = self._streams.within(name, layer + 1)
         if down_EDF is not None and not all_finite(states):
             self._check_compensated(down_EDF, layer, variants)
-        check_finite(states, self.skeleton, layer, module, self._share, variants)
+        check_finite(states, shard.skeleton, layer, module, shard.share, variants)
 
     def _check_compensated(self, down_EDF: torch.Tensor, layer: int, variants: Sequence[str]) -> None:
         bad = ~torch.isfinite(down_EDF)
         if bool(bad.any()):
-            expert = self._share.get("experts", range(1)).start + int(bad.nonzero()[0][0])
+            expert = self.shard.held.start + int(bad.nonzero()[0][0])
             folder = self.task.variants[variants[0]].compensation
             raise NumericalError(
                 "NaN or Inf in a compensated weight",
@@ -123,9 +127,8 @@ class EvaluateShard(LayerWorker):
         if self._down[0] != (variant, layer):
             self._down = (None, None)
             with TensorReader(open_compensated(folder, layer)) as reader:
-                full = full_width_down(
-                    reader, self.skeleton.family, layer, kept, experts.down_proj, self._share.get("experts")
-                )
+                family, held = self.shard.skeleton.family, self.shard.share.get("experts")
+                full = full_width_down(reader, family, layer, kept, experts.down_proj, held)
             self._down = ((variant, layer), full)
         return self._down[1]
 
@@ -133,7 +136,7 @@ class EvaluateShard(LayerWorker):
         """A variant's mask of the experts that this rank holds, [E, F]; removed experts need none."""
         if kept is None or kept.experts is not None or experts is None:
             return None
-        held = self._share.get("experts", range(kept.num_experts))
+        held = self.shard.held
         down_EDF = experts.down_proj
         mask_EF = kept.mask(down_EDF.shape[2])[held.start : held.stop]
         return torch.from_numpy(mask_EF).to(down_EDF.device)

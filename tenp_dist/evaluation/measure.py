@@ -1,8 +1,8 @@
-"""Compare models on held-out tokens: layer by layer through shards, then the tail over what left them.
+"""Compare models on held-out tokens: layer by layer through shards, then norm and head over what left them.
 
-Every pass takes its variants through the layers of one checkpoint, on the same shards as scoring, and
-stores the final hidden states of every wave. One worker then reads them, wave by wave and piece by
-piece, and makes the figures. What is stored is what a run goes on from, after a worker or the driver was lost.
+Every pass takes its variants through the layers of one checkpoint, on the same shards as scoring, and stores the
+final hidden states of every wave. The tail follows: one worker reads them, wave by wave and piece by piece, and makes
+the figures. What is stored is what a run goes on from, after a worker or the driver was lost.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.errors import WorkerLost
-from tenp_dist.evaluation.evaluate_pass import EvaluateShard, VariantsTask
+from tenp_dist.evaluation.evaluate_pass import VariantsTask
 from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
@@ -46,9 +47,14 @@ class VariantsPass:
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """passes[0] holds the variant `source`, whose checkpoint also gives the head.
+    """What an evaluation is asked for.
 
-    folder: for hidden states, until the figures are made. key: of the evaluate stage. waves, ranks: see `PassTask`.
+    passes: the first holds the variant `source`, whose checkpoint also gives the head.
+    corpus: file of the held-out tokens.
+    folder: for hidden states, until the figures are made.
+    key: of the evaluate stage.
+    compute: how workers compute.
+    waves, ranks: see `PassTask`.
     """
 
     passes: Sequence[VariantsPass]
@@ -60,7 +66,7 @@ class EvaluateTask:
     ranks: int = 1
 
     def pass_tasks(self) -> list[VariantsTask]:
-        """What the workers of each pass need; compute must be settled."""
+        """What the workers of each pass need; compute must be without `auto`."""
         return [self._pass_task(number, one) for number, one in enumerate(self.passes)]
 
     def _pass_task(self, number: int, one: VariantsPass) -> VariantsTask:
@@ -88,30 +94,30 @@ class EvaluateTask:
         if host_memory is None:
             return self.waves
         tokens = read_corpus(self.corpus).tokens_NS.size
-        width = int(open_index(self.passes[0].checkpoint).config["hidden_size"])
+        family, config = family_and_config(open_index(self.passes[0].checkpoint).config)
         streams = max(len(one.variants) for one in self.passes)
-        nbytes = 2 * tokens * width * self.compute.torch_dtype.itemsize * streams
+        nbytes = 2 * tokens * family.hidden_size(config) * self.compute.torch_dtype.itemsize * streams
         return max(self.waves, -(-nbytes // host_memory))
 
 
-def evaluate_model(site: PassContext, task: EvaluateTask) -> Metrics:
-    """Run all passes on the site's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
+def evaluate_model(context: PassContext, task: EvaluateTask) -> Metrics:
+    """Run all passes on the context's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
 
     Args:
-        task: settled (no `auto` in it); its ranks are those of the site. compute.threads: of the tail's worker.
+        task: without `auto` in it; its ranks are those of the context.
 
     Raises:
         ClusterError: as `run_pass`.
         NumericalError: NaN or Inf left a layer or the head.
     """
-    waves = task.waves_within(site.cluster.host_memory)
-    passes = replace(task, ranks=site.cluster.tensor_parallel, waves=waves).pass_tasks()
+    waves = task.waves_within(context.cluster.host_memory)
+    passes = replace(task, ranks=context.cluster.tensor_parallel, waves=waves).pass_tasks()
     waves = passes[0].count_waves()
-    steps = len(site.nbytes) * waves
+    steps = len(context.nbytes) * waves
     total = len(passes) * steps + waves
     for one in passes:
-        run_pass(_shifted(site, one.number * steps, total), EvaluateShard, one)
-    return _tail_on(_shifted(site, len(passes) * steps, total), passes)
+        run_pass(_shifted(context, one.number * steps, total), one)
+    return _tail_on(_shifted(context, len(passes) * steps, total), passes)
 
 
 def drop_hidden(task: EvaluateTask) -> None:
@@ -119,32 +125,36 @@ def drop_hidden(task: EvaluateTask) -> None:
     shutil.rmtree(task.folder / HIDDEN, ignore_errors=True)
 
 
-def _shifted(site: PassContext, before: int, total: int) -> PassContext:
-    """The site, telling a part's progress as that of the whole."""
-    return replace(site, progress=lambda step: site.progress(replace(step, done=before + step.done, total=total)))
+def _shifted(context: PassContext, before: int, total: int) -> PassContext:
+    """The context, telling a part's progress as that of the whole."""
+    return replace(context, progress=lambda step: context.progress(replace(step, done=before + step.done, total=total)))
 
 
-def _tail_on(site: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
+def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
     """`run_tail` in one worker, started again where it is lost: what it reads is stored."""
     losses = 0
     while True:
         try:
-            for event in site.pool.stream(run_tail, passes, gpus=int(passes[0].compute.device == "cuda")):
+            gpus = int(passes[0].compute.device == "cuda")
+            for event in context.pool.stream(run_tail, passes, context.pool.threads, gpus=gpus):
                 if isinstance(event, Metrics):
                     return event
-                site.progress(replace(event, retries=losses))
+                context.progress(replace(event, retries=losses))
             raise AssertionError("the tail yields its metrics last")
         except WorkerLost as error:
             losses += 1
             where = "final hidden states"
-            Retries().after(losses, error, "The worker of norm and head", where, site.ledger, time.sleep)
+            Retries().after(losses, error, "The worker of norm and head", where, context.ledger, time.sleep)
 
 
 @torch.inference_mode()
-def run_tail(passes: Sequence[VariantsTask]) -> Iterator[Progress | Metrics]:
-    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last."""
+def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress | Metrics]:
+    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last.
+
+    threads: CPU threads of this worker, which has its node to itself: all that the pool lets one worker have.
+    """
     first = passes[0]
-    compute = first.compute.resolved()
+    compute = replace(first.compute.on_this_machine(), threads=threads)
     corpus = read_corpus(first.corpus)
     batches = microbatches(corpus, compute.batch_tokens, compute.device)
     waves = split_waves(len(batches), first.waves)
@@ -154,7 +164,7 @@ def run_tail(passes: Sequence[VariantsTask]) -> Iterator[Progress | Metrics]:
         with contextlib.ExitStack() as files:
             final = {}
             for one, streams in zip(passes, leaders, strict=True):
-                stored = files.enter_context(one.boundaries.open(wave, one.layers))
+                stored = files.enter_context(one.hidden_state_files.open(wave, one.layers))
                 final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
             for count, i in enumerate(numbers, start=1):  # each may take minutes, with many variants
                 started = time.monotonic()
@@ -177,4 +187,5 @@ def _read_box(stored: Any, stream: str, device: str, number: int, box: Box) -> t
 
 
 def _num_layers(checkpoint: Path) -> int:
-    return int(open_index(checkpoint).config["num_hidden_layers"])
+    family, config = family_and_config(open_index(checkpoint).config)
+    return family.num_layers(config)

@@ -28,7 +28,14 @@ States = Callable[[int, Box], torch.Tensor]  # (microbatch, box) -> hidden state
 
 @dataclass
 class _Sums:
-    """Sums over the predicted tokens of one variant and domain, float64."""
+    """Sums over the predicted tokens of one variant and domain, float64.
+
+    tokens: how many were predicted.
+    nll: negative log-likelihoods of the text's own tokens.
+    kl: KL divergences of the variant's distributions from the source's.
+    agree: tokens where the variant's most likely token is the source's.
+    correct: tokens where it is the text's.
+    """
 
     tokens: int = 0
     nll: float = 0.0
@@ -137,7 +144,7 @@ def _predicting(batch: Microbatch) -> torch.Tensor:
 
 
 def _chunk(frame: Frame) -> int:
-    return max(1, _TAIL_ELEMENTS // int(frame.skeleton.config_dict["vocab_size"]))
+    return max(1, _TAIL_ELEMENTS // frame.skeleton.vocab_size)
 
 
 def _add_chunk(

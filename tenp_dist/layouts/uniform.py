@@ -14,12 +14,86 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tenp_dist.budget.kinds.base import PlanForm
+from tenp_dist.budget.sizes import Shape
+from tenp_dist.checkpoint.expert_slices import ExpertSlice, ExpertSlices
 from tenp_dist.checkpoint.facts import layers_of
-from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
-from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.families.base import NEURON_AXIS
 from tenp_dist.checkpoint.kept import KeptNeurons
-from tenp_dist.checkpoint.recipes import OutputTensor, Pruning
-from tenp_dist.errors import BudgetError, SourceError
+from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, Rows
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.config import Budget, Job
+from tenp_dist.errors import BudgetError, JobError, SourceError
+from tenp_dist.layouts.base import Layout, Pruned, dropped_bytes, with_length
+
+ENGINE_ALIGN = 8  # 16 bytes: torch's grouped matrix multiplication refuses other strides
+
+
+class Uniform(Layout):
+    name = "uniform"
+    sentence = (
+        "Every layer has as many experts and every expert the same width, as the config says: it runs wherever "
+        "the source's architecture runs."
+    )
+    holds_removal = True
+    leaves_out_mtp = True
+
+    def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
+        widths = [form.widths for form in forms if form.widths is not None]
+        if len(widths) < len(forms):
+            return JobError(
+                f"Method {budget.method} gives experts widths of their own, a uniform checkpoint needs one",
+                where="output.layouts",
+                found=self.name,
+                wanted="layout ragged or padded",
+                next_step="use layout ragged, or method enp for one width",
+            )
+        most = max(widths, key=len)
+        if len(most) > 1 and not any(form.experts_leave for form in forms):
+            return JobError(
+                "A uniform checkpoint needs one width for all experts",
+                where="output.layouts",
+                found=f"experts of {', '.join(map(str, sorted(most)))} neurons",
+                wanted="layout ragged or padded",
+                next_step="use method enp (or important 0) for one width, a method that removes experts, or layout "
+                "ragged",
+            )
+        return None
+
+    def warnings(self, shape: Shape, mtp_layers: int) -> list[str]:
+        warnings = []
+        if mtp_layers:
+            warnings.append(
+                f"The uniform checkpoint leaves out {mtp_layers} multi-token prediction layers of the source: they "
+                "share the config's expert numbers and were not scored."
+            )
+        unaligned = {width for width in shape.narrow if width is not None and width % ENGINE_ALIGN}
+        if unaligned:
+            warnings.append(
+                f"Stock engines multiply experts in groups whose width is a multiple of {ENGINE_ALIGN} in bfloat16: "
+                f"{min(unaligned)} neurons may not run. Set align to {ENGINE_ALIGN} or 16."
+            )
+        return warnings
+
+    def tensors(self, pruned: Pruned) -> list[OutputTensor]:
+        return uniform_tensors(pruned.source, pruned.kept)
+
+    def config(self, pruned: Pruned) -> Mapping[str, Any]:
+        """The source's config with the numbers of the new tensors; no key comes or goes."""
+        family, config = pruned.source.family, pruned.source.index.config
+        size = uniform_size(pruned.source, pruned.kept)
+        numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
+        numbers[family.width_key] = size.width
+        if family.shared_key and size.shared:
+            numbers[family.shared_key] = size.shared
+        return {key: numbers.get(key, value) for key, value in config.items()}
+
+    def nbytes(self, source: Source, job: Job) -> int:
+        """Without prediction layers. A shared expert is filled up by less than the width of a routed one."""
+        facts, dropped = source.facts, dropped_bytes(source, job)
+        filled = (facts.bytes.routed - dropped) // facts.num_experts if source.family.shared_key else 0
+        absent = sum(facts.bytes.per_layer[layer] for layer in facts.mtp_layers)
+        return facts.bytes.total - dropped - absent + filled
 
 
 @dataclass(frozen=True)
@@ -31,7 +105,7 @@ class UniformSize:
     shared: int | None = None
 
 
-def uniform_size(config: Mapping[str, Any], family: Family, kept: Mapping[int, KeptNeurons]) -> UniformSize:
+def uniform_size(source: Source, kept: Mapping[int, KeptNeurons]) -> UniformSize:
     """What the new config has to state, if every layer and expert is alike.
 
     Raises:
@@ -47,83 +121,73 @@ def uniform_size(config: Mapping[str, Any], family: Family, kept: Mapping[int, K
             wanted="one width above 0 and as many experts in every layer",
             next_step="use layout ragged, method enp, or a method that removes experts",
         )
-    width = widths.pop()
-    shared = family.shared_key and config.get(family.shared_key)
-    wider = math.ceil(shared * int(config[family.width_key]) / width) if shared else None
+    width, family = widths.pop(), source.family
+    shared = family.shared_key and family.text(source.index.config).get(family.shared_key)
+    wider = math.ceil(shared * source.facts.intermediate_size / width) if shared else None
     return UniformSize(counts.pop(), width, wider)
 
 
-def uniform_config(config: Mapping[str, Any], family: Family, size: UniformSize) -> dict[str, Any]:
-    """The source's config with the numbers of the new tensors; no key comes or goes."""
-    numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
-    numbers |= {family.width_key: size.width} | ({family.shared_key: size.shared} if size.shared else {})
-    return {key: numbers.get(key, value) for key, value in config.items()}
-
-
-def uniform_tensors(
-    index: CheckpointIndex, family: Family, kept: Mapping[int, KeptNeurons], size: UniformSize
-) -> list[OutputTensor]:
+def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[OutputTensor]:
     """Every tensor of the uniform checkpoint, in the source's file order.
 
     Raises:
+        BudgetError: the plan has no such checkpoint.
         SourceError: a router tensor without a row per expert.
     """
-    layers = layers_of(index, family)
-    absent = {name for layer, names in layers.items() if layer >= index.config["num_hidden_layers"] for name in names}
+    index, family, size = source.index, source.family, uniform_size(source, kept)
+    slices, layers = ExpertSlices(family), layers_of(index, family)
+    absent = {name for layer, names in layers.items() if layer >= source.facts.num_layers for name in names}
     changed: dict[str, OutputTensor] = {}
     for layer, neurons in kept.items():
-        matrices = {(e, m): family.tensor(layer, e, m) for e in range(neurons.num_experts) for m in NEURON_AXIS}
-        absent.update(matrices.values())
+        absent.update(place.tensor for _, _, place in slices.of_layer(layer, range(neurons.num_experts)))
         for number, expert in enumerate(neurons.routed.tolist()):
             for matrix in NEURON_AXIS:
-                name = matrices[expert, matrix]
-                changed[name] = _expert_matrix(index, family, layer, (expert, number), matrix, size.width)
+                place, name = slices.of(layer, expert, matrix), slices.of(layer, number, matrix).tensor
+                changed[place.tensor] = OutputTensor(name, _expert_matrix(source, place, layer, expert, size.width))
         prefix = family.layer.format(layer=layer)
-        changed |= {
-            tensor.name: tensor for tensor in _router(index, layers[layer], prefix + family.router, layer, neurons)
-        }
+        for recipe in _router(source, layers[layer], prefix + family.router, layer, neurons):
+            changed[recipe.source] = OutputTensor(recipe.source, recipe)
         if size.shared:
-            width = size.shared * size.width
-            changed |= {t.name: t for t in _shared(index, family, prefix + family.shared_experts, width)}
+            for recipe in _shared(source, prefix + family.shared_experts, size.shared * size.width):
+                changed[recipe.source] = OutputTensor(recipe.source, recipe)
     return [
-        changed.get(name) or OutputTensor(name, entry.dtype, entry.shape)
+        changed.get(name) or OutputTensor(name, Copy(name, entry.dtype, entry.shape))
         for name, entry in index.tensors.items()
         if name in changed or name not in absent
     ]
 
 
-def _expert_matrix(
-    index: CheckpointIndex, family: Family, layer: int, ids: tuple[int, int], matrix: str, width: int
-) -> OutputTensor:
-    """A routed expert's matrix. ids: of the expert in the source and in the new checkpoint."""
-    expert, number = ids
-    entry, axis = index.entry(family.tensor(layer, expert, matrix)), NEURON_AXIS[matrix]
-    pruning = Pruning(axis, layer, expert, narrow=True) if entry.shape[axis] != width else None
-    shape = (*entry.shape[:axis], width, *entry.shape[axis + 1 :])
-    return OutputTensor(family.tensor(layer, number, matrix), entry.dtype, shape, pruning, source=entry.name)
+def _expert_matrix(source: Source, place: ExpertSlice, layer: int, expert: int, width: int) -> Recipe:
+    entry, axis = source.index.entry(place.tensor), place.axis
+    if entry.shape[axis] == width:
+        return Copy(entry.name, entry.dtype, entry.shape)
+    return Cut(entry.name, entry.dtype, with_length(entry.shape, axis, width), axis, layer, expert)
 
 
-def _router(
-    index: CheckpointIndex, names: Sequence[str], prefix: str, layer: int, neurons: KeptNeurons
-) -> Iterator[OutputTensor]:
+def _router(source: Source, names: Sequence[str], prefix: str, layer: int, neurons: KeptNeurons) -> Iterator[Recipe]:
     if neurons.experts is None:
         return
     for name in names:
         if not name.startswith(f"{prefix}."):
             continue
-        entry = index.entry(name)
+        entry = source.index.entry(name)
         if entry.shape[:1] != (neurons.num_experts,):
             raise SourceError(
                 "A router tensor has no row per expert",
-                where=f"{index.folder / entry.file}: {name}",
+                where=f"{source.folder / entry.file}: {name}",
                 found=list(entry.shape),
                 wanted=f"{neurons.num_experts} rows",
                 next_step="check that config.json belongs to these weights",
             )
-        yield OutputTensor(name, entry.dtype, (len(neurons.experts), *entry.shape[1:]), rows_of=layer)
+        yield Rows(name, entry.dtype, with_length(entry.shape, 0, len(neurons.experts)), layer)
 
 
-def _shared(index: CheckpointIndex, family: Family, prefix: str, width: int) -> Iterator[OutputTensor]:
+def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:
+    """Shared experts, filled up with neurons that are zero; copied where they have the width already."""
     for matrix, axis in NEURON_AXIS.items():
-        entry = index.entry(f"{prefix}.{family.matrices[matrix]}.weight")
-        yield OutputTensor(entry.name, entry.dtype, (*entry.shape[:axis], width, *entry.shape[axis + 1 :]))
+        entry = source.index.entry(f"{prefix}.{source.family.matrices[matrix]}.weight")
+        shape = with_length(entry.shape, axis, width)
+        yield (Copy if shape == entry.shape else Fill)(entry.name, entry.dtype, shape)
+
+
+LAYOUT = Uniform()

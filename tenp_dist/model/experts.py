@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,9 +29,16 @@ _ROWS = 64
 class Dispatch:
     """What one experts call computed, for an observer.
 
-    input_TD what the block received, x_SD the same per slot, m_SF gated activations, y_SD unweighted
-    outputs, g_S dispatch weights, token_S and expert_S ids per slot, offsets_E ends of the experts' runs
-    (int32), routed_TD the block's output, down_EDF the experts' W_down.
+    input_TD: what the block received.
+    x_SD: the same per slot.
+    m_SF: gated activations.
+    y_SD: outputs of the experts, before their dispatch weights.
+    g_S: dispatch weights.
+    token_S: the token of every slot.
+    expert_S: the expert of every slot, as this rank numbers its experts.
+    offsets_E: ends of the experts' runs of slots, int32.
+    routed_TD: the block's output.
+    down_EDF: the experts' W_down.
     """
 
     input_TD: torch.Tensor
@@ -45,7 +53,16 @@ class Dispatch:
     down_EDF: torch.Tensor
 
 
-Observer = Callable[[Dispatch], None]
+class Observer(Protocol):
+    """Sees what the experts of a layer compute, and sums what it needs of it.
+
+    domain: of the microbatch that runs next; set before each of them.
+    """
+
+    domain: int
+
+    def __call__(self, dispatch: Dispatch) -> None:
+        """Take in one experts call; there is one per microbatch and layer."""
 
 
 @dataclass

@@ -20,7 +20,12 @@ from tenp_dist.model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Sequences of one domain. tokens_BS int64; mask_BS bool, None when nothing is padded."""
+    """Sequences of one domain that go through a layer together.
+
+    tokens_BS: token ids, int64.
+    domain: its number in the corpus.
+    mask_BS: bool, false where a sequence is padded; None where none is.
+    """
 
     tokens_BS: torch.Tensor
     domain: int

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tenp_dist.checkpoint.facts import layers_of
-from tenp_dist.checkpoint.families.base import DOWN, GATE, UP, Family
-from tenp_dist.checkpoint.families.table import family_of
+from tenp_dist.checkpoint.expert_layers import layers_of
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.base import DOWN, GATE, UP
+from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
@@ -41,21 +42,35 @@ class Skeleton:
         self, folder: Path, *, dtype: torch.dtype, device: torch.device, experts_implementation: str = "grouped_mm"
     ):
         self.index: CheckpointIndex = open_index(folder)
-        self.config_dict = source_config(self.index.config)
-        self.family: Family = family_of(self.config_dict)
+        self.family, self.config_dict = family_and_config(self.index.config)
+        self.slices = ExpertSlices(self.family)
         self.dtype = dtype
         self.device = device
-        self.model = _build(self.config_dict, dtype, experts_implementation)
+        self.model = _build(self.family.model_type, self.config_dict, dtype, experts_implementation)
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
         self.layers: nn.ModuleList = self.model.base_model.layers  # kept: Frame swaps the model's own
+        self._layers_path = _name_of(self.model, self.layers)
         self._loaded: dict[int, nn.Module] = {}
         self._check_interface()
         _restore_rotary(self.model, device)
 
     @property
     def num_layers(self) -> int:
-        return int(self.config_dict["num_hidden_layers"])
+        return self.family.num_layers(self.config_dict)
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer."""
+        return self.family.num_experts(self.config_dict)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.family.hidden_size(self.config_dict)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.family.vocab_size(self.config_dict)
 
     def experts_of(self, layer: nn.Module) -> nn.Module | None:
         """The routed experts of a decoder layer, None if it is dense."""
@@ -83,7 +98,7 @@ class Skeleton:
             if key in (f"{self.family.experts}.gate_up_proj", f"{self.family.experts}.down_proj"):
                 continue
             used.add(prefix + key)
-            state[key] = self._read(prefix + key, parameter, f"model.layers.{layer}.{key}")
+            state[key] = self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{key}")
         if self.experts_of(module) is not None:
             state |= self._read_experts(layer, used, experts)
         unknown = [name for name in self._names.get(layer, []) if name not in used and not _NOT_IN_MODEL.search(name)]
@@ -117,14 +132,14 @@ class Skeleton:
         self._loaded.pop(layer).to("meta")
 
     def load_module(self, name: str) -> nn.Module:
-        """Fill a module outside the layers (`model.embed_tokens`, `lm_head`), tied weights included."""
+        """Fill a module outside the layers (embedding, final norm, head); a tied head takes the embedding's weights."""
         module = self.model.get_submodule(name)
         tied = (
-            name == "lm_head"
-            and self.config_dict.get("tie_word_embeddings")
-            and "lm_head.weight" not in self.index.tensors
+            module is self.model.get_output_embeddings()
+            and self.family.ties_head(self.config_dict)
+            and f"{name}.weight" not in self.index.tensors
         )
-        source = _embedding_name(self.model) if tied else name
+        source = _name_of(self.model, self.model.get_input_embeddings()) if tied else name
         state = {
             key: self._read(f"{source}.{key}", parameter, f"{name}.{key}").to(self.device)
             for key, parameter in module.state_dict().items()
@@ -147,7 +162,7 @@ class Skeleton:
         """Fused experts of a share: gate_up [E, 2F, D], down [E, D, F]; narrow ones are padded with zeros."""
         experts = self.experts_of(self.layers[layer])
         num_experts, hidden = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
-        names = {(e, m): self.family.tensor(layer, e, m) for e in range(num_experts) for m in (GATE, UP, DOWN)}
+        names = {(e, m): place.tensor for e, m, place in self.slices.of_layer(layer, range(num_experts))}
         used.update(names.values())
         full = experts.down_proj.shape[2]
         share = range(num_experts) if share is None else share
@@ -178,20 +193,11 @@ class Skeleton:
                 )
 
 
-def source_config(config: Mapping) -> dict:
-    """The stock config of a checkpoint: itself, or what a ragged checkpoint was made from."""
-    plain = {key: value for key, value in config.items() if key not in ("tenp", "auto_map")}
-    if "tenp" in config:
-        plain["model_type"] = config["tenp"]["source"]["model_type"]
-        plain["architectures"] = config["tenp"]["source"]["architectures"]
-    return plain
-
-
-def _build(config_dict: Mapping, dtype: torch.dtype, experts_implementation: str) -> nn.Module:
+def _build(model_type: str, config_dict: Mapping, dtype: torch.dtype, experts_implementation: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[config_dict["model_type"]].from_dict(dict(config_dict))
+    config = CONFIG_MAPPING[model_type].from_dict(dict(config_dict))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=register_attention(), experts_implementation=experts_implementation
@@ -208,6 +214,5 @@ def _restore_rotary(model: nn.Module, device: torch.device) -> None:
                 setattr(parent, name.rpartition(".")[2], type(module)(module.config))
 
 
-def _embedding_name(model: nn.Module) -> str:
-    embedding = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

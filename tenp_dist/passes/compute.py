@@ -1,4 +1,4 @@
-"""What scoring and evaluating shards share: how to compute, what to compute on, what to refuse."""
+"""How a worker computes: device, dtype and threads, and the model that it opens for it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from tenp_dist.model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Compute:
-    """How a shard computes: device and dtype (or `auto`), tokens per microbatch, threads."""
+    """How a worker computes.
+
+    device: `cpu`, `cuda`, or `auto` until a machine has been asked (`on_this_machine`).
+    dtype: of weights and activations, or `auto` for the device's own (`with_own_dtype`).
+    batch_tokens: tokens of a microbatch, at most.
+    threads: CPU threads. Whoever places the work sets them: `run_pass` for the ranks of a pass.
+    """
 
     device: str
     dtype: str
     batch_tokens: int
-    threads: int
+    threads: int = 1
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def resolved(self) -> Compute:
-        """The same with `auto` replaced by what the machine that asks has.
+    def on_this_machine(self) -> Compute:
+        """The same with `auto` replaced by what this machine has.
 
         Raises:
             DeviceError: `cuda` was asked for and there is none.
@@ -41,10 +47,10 @@ class Compute:
                 wanted="cluster.device: cuda",
                 next_step="set cluster.device to auto or cpu, or install a CUDA build of torch",
             )
-        return replace(self, device="cuda" if has_cuda and self.device != "cpu" else "cpu").settled()
+        return replace(self, device="cuda" if has_cuda and self.device != "cpu" else "cpu").with_own_dtype()
 
-    def settled(self) -> Compute:
-        """The same with the dtype `auto` replaced by the device's own: all workers of a run must agree."""
+    def with_own_dtype(self) -> Compute:
+        """The same with the dtype `auto` replaced by the device's own, so that all workers of a run agree."""
         own = {"cuda": "bfloat16", "cpu": "float32"}[self.device]
         return replace(self, dtype=own if self.dtype == "auto" else self.dtype)
 

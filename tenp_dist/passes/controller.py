@@ -10,58 +10,48 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from tenp_dist.errors import WorkerLost
 from tenp_dist.passes.schedule import Mode, Unit, next_unit
-from tenp_dist.pool.base import Retries
+from tenp_dist.pool.base import Group, Retries
+from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.progress import Ledger
 
 
-class Group(Protocol):
-    """The ranks of one shard.
-
-    start: begin a unit.
-    result: of the finished unit, a value per rank, or raises.
-    heartbeats: the latest that is known of every rank, at any moment.
-    restart: anew.
-    """
-
-    def start(self, unit: Unit) -> None: ...
-
-    def result(self) -> Any: ...
-
-    def heartbeats(self) -> Sequence[Any]: ...
-
-    def restart(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class PassListener(Protocol):
-    """Is told of units that ended, of heartbeats and units at work in between, and of lost shards, by number."""
+    """Is told how a pass goes. Shards are numbers; positions: the layer that each wave enters next."""
 
-    def ended(self, unit: Unit, shard: int, heartbeats: Sequence[Any], positions: Sequence[int]) -> None: ...
+    def ended(self, unit: Unit, shard: int, heartbeats: Sequence[Heartbeat], positions: Sequence[int]) -> None:
+        """A shard has done a unit. heartbeats: of its ranks."""
 
-    def beat(self, heartbeats: Sequence[Sequence[Any]], positions: Sequence[int], units: Sequence[Unit]) -> None: ...
+    def beat(self, heartbeats: Sequence[Sequence[Heartbeat]], positions: Sequence[int], units: Sequence[Unit]) -> None:
+        """Nothing has ended for a while. heartbeats: of the ranks of every shard. units: at work."""
 
-    def lost(self, shard: int) -> None: ...
+    def lost(self, shard: int) -> None:
+        """A worker of the shard was lost; the shard is started anew."""
 
 
 @dataclass
 class Controller:
     """Runs units on groups until every wave has passed every layer.
 
-    groups, shards: the groups and the layers each owns. stored: reads the positions that are committed.
+    groups: the ranks of every shard.
+    shards: the layers that each of them owns.
+    mode: whether shards keep their layers or stream them.
+    stored: reads the positions that are committed: the layer that each wave enters next.
     wait: blocks until one of the given groups has finished its unit (or lost it), and returns it; None after a while.
     listener: is told how the work goes.
+    ledger: notes units and losses.
+    retries: how often a shard may be lost in a row.
+    sleep: waits between two starts.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[Group[Unit, Heartbeat]]
     shards: Sequence[range]
     mode: Mode
     stored: Callable[[], list[int]]
-    wait: Callable[[Sequence[Group]], Group | None]
+    wait: Callable[[Sequence[Group[Unit, Heartbeat]]], Group[Unit, Heartbeat] | None]
     listener: PassListener
     ledger: Ledger
     retries: Retries = field(default_factory=Retries)
@@ -94,7 +84,7 @@ class Controller:
                 losses[i] = 0
                 self._advance(positions, unit, i, result)
 
-    def _advance(self, positions: list[int], unit: Unit, shard: int, result: Any) -> None:
+    def _advance(self, positions: list[int], unit: Unit, shard: int, result: Sequence[Heartbeat]) -> None:
         for wave in unit.waves:
             positions[wave] = unit.stop
         self.ledger.append(

@@ -1,7 +1,8 @@
 """Keeps a worker that was given up from writing beside its successor.
 
-A worker can outlive the node manager that was to end it. Whoever opens a shard's rank puts its own mark
-in `hidden/owners/`; a worker that finds another's mark there before it stores something stops.
+A worker can outlive the node manager that was to end it. So every worker, when it opens, puts its own mark into the
+file of its shard and rank in `hidden/owners/`, and looks there again before it stores something: where it finds
+another's mark, it stops.
 """
 
 from __future__ import annotations

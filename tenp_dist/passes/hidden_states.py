@@ -1,7 +1,7 @@
-"""Hidden states between layers, one file per wave: how shards hand over and where a run resumes.
+"""Hidden states at the boundary between two layers, one file per wave: how shards hand over and where a run resumes.
 
 `wave_002.layer_00004.safetensors` holds what enters layer 4. Files are written whole or not at all and
-carry the key of what they belong to; a wave's position is its furthest file. Hidden states that do not
+hold the key of what they belong to; a wave's position is its furthest file. Hidden states that do not
 fit the host memory declared for them live here between layers.
 """
 
@@ -27,7 +27,7 @@ Hidden = dict[str, list[torch.Tensor]]  # of one wave: stream -> states [B, S, D
 
 
 class HiddenStateFiles:
-    """The boundary files of one stage. key: what they were made from; others' files do not count."""
+    """The files of hidden states of one pass. key: what they were made from; files with another do not count."""
 
     def __init__(self, folder: Path, key: str):
         self.folder = folder
@@ -98,9 +98,9 @@ class HiddenStateFiles:
 
 
 class GuardedHiddenStateFiles(HiddenStateFiles):
-    """For stages whose sums of a layer exist only in memory until its last wave.
+    """For passes whose sums of a layer exist only in memory until its last wave.
 
-    A boundary counts only where the layers before it are finished: what a wave needs to go through an unfinished
+    A file counts only where the layers before it are finished: what a wave needs to go through an unfinished
     layer again stays stored. unfinished: the first layer whose result is not stored, infinity if there is none.
     """
 
@@ -126,7 +126,7 @@ def _cannot_be_opened(folder: Path, said: str) -> StaleError:
 
 
 def named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
-    """The tensors of a boundary file."""
+    """The tensors of a file of hidden states. batches: numbers of the wave's microbatches."""
     return {
         tensor_name(stream, i): state
         for stream, states in hidden.items()
@@ -135,13 +135,13 @@ def named(hidden: Hidden, batches: range) -> dict[str, torch.Tensor]:
 
 
 def tensor_name(stream: str, batch: int) -> str:
-    """Name of a microbatch's hidden states in a boundary file: `random.00012`, of a plain model `00012`."""
+    """Name of a microbatch's hidden states in their file: `random.00012`, of a single stream `00012`."""
     return f"{stream}.{batch:05d}" if stream else f"{batch:05d}"
 
 
 def read_hidden(
-    boundaries: HiddenStateFiles, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
+    files: HiddenStateFiles, wave: int, layer: int, streams: Sequence[str], batches: range, device: str
 ) -> Hidden:
-    """A wave's hidden states of all streams from its boundary file."""
-    stored = boundaries.read(wave, layer)
+    """A wave's hidden states of all streams, from the file of what enters `layer`."""
+    stored = files.read(wave, layer)
     return {stream: [own_copy(stored.pop(tensor_name(stream, i)), device) for i in batches] for stream in streams}

@@ -14,11 +14,16 @@ Prepare = Callable[[nn.Module], nn.Module]
 
 
 class LayerLoader:
-    """Decoder layers of `layers` with their weights.
+    """The decoder layers of a shard, with their weights.
 
-    Streaming holds the layer in use and the next one, which a reader thread fetches meanwhile. Resident
-    keeps every layer, read one after another from `begin` on. `experts`: those to read, None for all.
-    `prepare` gets each loaded layer once (tensor parallelism).
+    A streaming shard holds the layer in use and the next one, which a reader thread fetches meanwhile; a resident shard
+    keeps every layer, read one after another from `begin` on.
+
+    skeleton: the model without weights.
+    layers: of the shard.
+    keep: whether the shard is resident.
+    experts: global ids of the routed experts to read, None for all.
+    prepare: gets each loaded layer once and returns the one to use (tensor parallelism).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What shards do with a layer and microbatches: cut, embed, run, refuse what is not finite."""
+"""Functions over microbatches: cut a corpus into them, embed them, run a layer, refuse what is not finite."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 from tenp_dist.calibration.corpus import Corpus
-from tenp_dist.compensation.moments import Moments
 from tenp_dist.errors import NumericalError
-from tenp_dist.model.experts import ExpertsState
+from tenp_dist.model.experts import ExpertsState, Observer
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.skeleton import Skeleton
-from tenp_dist.scoring.accumulate import LayerAccumulator
 
 _NAMED = 3  # variants that a message names
 
@@ -49,18 +47,21 @@ def run_layer(
     batches: Sequence[Microbatch],
     hidden: Sequence[torch.Tensor],
     state: Mapping[str, Any],
-    accumulator: LayerAccumulator | Moments | None = None,
+    observer: Observer | None = None,
 ) -> None:
     """Run a layer over microbatches; what leaves it overwrites `hidden`.
 
-    state: of the experts (`Ranks.share`, a mask). accumulator: sees what every microbatch does.
+    Args:
+        hidden: what enters the layer, [B, S, D] of every microbatch.
+        state: fields of the `ExpertsState`: what `Ranks.share` gives, a mask.
+        observer: sees what the experts compute of every microbatch.
     """
     experts = frame.skeleton.experts_of(module)
     for i, batch in enumerate(batches):
-        if accumulator is not None:
-            accumulator.domain = batch.domain
+        if observer is not None:
+            observer.domain = batch.domain
         if experts is not None:
-            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=accumulator, **state)
+            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=observer, **state)
         hidden[i].copy_(frame.run_layer(layer, module, batch, hidden[i]))
     if experts is not None:
         experts.tenp_state = None

@@ -1,10 +1,10 @@
-"""One rank of a layer shard: carries waves of hidden states through its layers.
+"""One rank of a layer shard: takes waves of hidden states through its layers.
 
-What scoring and evaluating have in common: meeting the other ranks, opening the model, taking a wave's
-hidden states over from where they are stored and committing what left the shard's layers. A streaming
-shard holds two layers, one microbatch's workspace and the hidden states of the waves, as many as the
-declared host memory takes (the others stay in the boundary files); a resident shard holds its layers.
-Neither grows with the depth of the model. What is committed is what a run goes on from; see `boundaries.py`.
+What all passes have in common: meeting the other ranks, opening the model, taking a wave's hidden states over from
+where they are stored and committing what left the shard's layers. What happens in a layer is said by the pass's
+`LayerStep`. A streaming shard holds two layers, one microbatch's workspace and the hidden states of the waves, as many
+as the declared host memory takes (the others stay in their files); a resident shard holds its layers. Neither grows
+with the depth of the model. What is committed is what a run goes on from; see `hidden_states.py`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.errors import TenpError, WorkerLost, first_line
-from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.model.layers import Frame
 from tenp_dist.passes.compute import open_skeleton, side_thread
 from tenp_dist.passes.fence import Fence
 from tenp_dist.passes.hidden_states import Hidden, named, read_hidden
 from tenp_dist.passes.layer_loader import LayerLoader
 from tenp_dist.passes.layer_ops import embed_all, microbatches
+from tenp_dist.passes.layer_step import LayerStep, OpenShard
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.ranks import Ranks, barrier, join_ranks, listen, parallelise_layer
 from tenp_dist.passes.schedule import Unit, split_waves
@@ -37,33 +37,39 @@ from tenp_dist.pool.heartbeat import Heartbeat, start_heartbeat
 from tenp_dist.pool.machine import own_address, resident_memory
 from tenp_dist.pool.worker_log import log_line, log_to
 
-SINGLE_STREAM = ""  # the stream of a model that goes through its layers once, as it is
-
-
 _PEER_LOST = re.compile(r"gloo|nccl|connection (closed|reset)", re.IGNORECASE)
 
 
 class LayerWorker:
-    """One rank. A plain class; `pool/ray_pool.py` makes a Ray actor of a subclass.
+    """One rank of a layer shard. A plain class; `pool/ray_group.py` makes a Ray actor of it.
 
-    A subclass says what happens in a layer (`_pass`) and, if that leaves something, how to store it (`_storing`),
-    and which of the model's forms go through the layers side by side (`streams`). keeps_final: whether what
-    leaves the last layer is stored too, or only that it was reached.
-
-    task: resolved. layers: those that this shard owns, None for all.
+    task: what the pass is told, settled (no `auto` in it).
+    layers: those that this shard owns.
+    rank: of this process, among the ranks of the shard.
+    shard: what `open` has opened; this and what follows is there from then on.
+    step: what happens in the layers.
+    source: where the layers come from.
+    waves: the microbatches of every wave, by number.
+    fence: keeps this process from storing once another has taken its place.
     """
 
-    keeps_final = False
+    shard: OpenShard
+    step: LayerStep
+    source: LayerLoader
+    waves: list[range]
+    fence: Fence
+    _writer: ThreadPoolExecutor
+    _spill: bool  # whether hidden states wait in their files between layers, for they do not fit the host memory
 
-    def __init__(self, task: PassTask, layers: range | None = None, rank: int = 0):
+    def __init__(self, task: PassTask, layers: range, rank: int = 0):
         self.task, self.layers, self.rank = task, layers, rank
-        self.boundaries = task.boundaries
+        self.hidden_state_files = task.hidden_state_files
         self.ranks = Ranks()
         self._meeting: tuple[str, int] | None = None
         self._listening: Any = None  # in rank 0, where the ranks meet
         self._logs = False
         self._steps = self._tokens = 0
-        self._made = 0  # boundaries stored, experts solved or checked: work that no other counter shows
+        self._made = 0  # hidden states stored, experts solved or checked: work that no other counter shows
         self._seconds = 0.0
         self._hidden: dict[int, tuple[int, Hidden]] = {}  # wave -> (layer it enters, states)
         self._committed = time.monotonic()
@@ -86,37 +92,51 @@ class LayerWorker:
         self._meeting = (address, port)
 
     def open(self) -> None:
-        """Meet the other ranks, build the skeleton; everything that can fail does so here or in `run`."""
-        task = self.task
+        """Meet the other ranks, open the model; everything that can fail does so here or in `run`."""
         if self._meeting is not None:
             self._log(f"rank {self.rank} meets the others at {self._meeting[0]}:{self._meeting[1]}")
-            self.ranks = join_ranks(self.rank, task.ranks, *self._meeting, task.compute.device, own=self._listening)
-        self._log(f"opens {task.model}")
-        task.compute.resolved()  # the accelerator that was promised is here
-        corpus = read_corpus(task.corpus)
-        self.domains = corpus.domains
-        self.batches = microbatches(corpus, task.compute.batch_tokens, task.compute.device)
-        self.waves = split_waves(len(self.batches), task.waves)
-        self.skeleton = open_skeleton(task.model, task.compute)
-        self.frame = Frame(self.skeleton)
-        self._writer = side_thread("result-writer")
-        self.layers = range(self.skeleton.num_layers) if self.layers is None else self.layers
-        self._share = self.ranks.share(self.skeleton.family.num_experts(self.skeleton.config_dict))
+            size, device = self.task.ranks, self.task.compute.device
+            self.ranks = join_ranks(self.rank, size, *self._meeting, device, own=self._listening)
+        self._log(f"opens {self.task.model}")
+        self.task.compute.on_this_machine()  # the accelerator that was promised is here
+        self.shard = self._open_shard()
         self.source = LayerLoader(
-            self.skeleton,
+            self.shard.skeleton,
             self.layers,
-            keep=task.mode == "resident",
-            experts=self._share.get("experts"),
-            prepare=lambda module: parallelise_layer(self.skeleton, module, self.ranks),
+            keep=self.task.mode == "resident",
+            experts=self.shard.share.get("experts"),
+            prepare=lambda module: parallelise_layer(self.shard.skeleton, module, self.ranks),
         )
-        self.fence = Fence(self.boundaries.folder, self.layers.start, self.rank)
+        self.fence = Fence(self.hidden_state_files.folder, self.layers.start, self.rank)
         self.fence.take()
         self.source.begin()
-        tokens = sum(batch.tokens_BS.numel() for batch in self.batches)
-        width = int(self.skeleton.config_dict["hidden_size"])
-        streams = max(len(self.streams(layer)) for layer in (*self.layers, self.layers.stop))
-        self._spill = tokens * width * task.compute.torch_dtype.itemsize * streams > task.host_memory
+        self.step = self.task.step(self.shard)
+        self._spill = self._largest_hidden() > self.task.host_memory
         self._log(f"is ready for layers {self.layers.start} to {self.layers.stop - 1}")
+
+    def _open_shard(self) -> OpenShard:
+        task, corpus = self.task, read_corpus(self.task.corpus)
+        batches = microbatches(corpus, task.compute.batch_tokens, task.compute.device)
+        self.waves = split_waves(len(batches), task.waves)
+        skeleton = open_skeleton(task.model, task.compute)
+        self._writer = side_thread("result-writer")
+        return OpenShard(
+            rank=self.rank,
+            layers=self.layers,
+            frame=Frame(skeleton),
+            share=self.ranks.share(skeleton.num_experts),
+            batches=[[batches[i] for i in wave] for wave in self.waves],
+            domains=corpus.domains,
+            count_work=self._count_work,
+            wait_for_results=self.wait_for_results,
+        )
+
+    def _largest_hidden(self) -> int:
+        """Bytes of the hidden states of all waves, where most streams go side by side."""
+        tokens = sum(batch.tokens_BS.numel() for wave in self.shard.batches for batch in wave)
+        width = self.shard.skeleton.hidden_size
+        streams = max(len(self.step.streams(layer)) for layer in (*self.layers, self.layers.stop))
+        return tokens * width * self.task.compute.torch_dtype.itemsize * streams
 
     @torch.inference_mode()
     def warm(self) -> None:
@@ -124,11 +144,7 @@ class LayerWorker:
         if self.task.mode == "resident":
             with contextlib.suppress(TenpError):
                 for layer in self.layers:
-                    self._warm(layer, self.source.get(layer))
-
-    def streams(self, layer: int) -> Sequence[str]:
-        """Names of the hidden states that enter `layer` side by side; `num_layers` for what leaves the last."""
-        return (SINGLE_STREAM,)
+                    self.step.warm(layer, self.source.get(layer))
 
     @torch.inference_mode()
     def run(self, unit: Unit) -> Heartbeat:
@@ -142,7 +158,7 @@ class LayerWorker:
             return self._run(unit)
         except TenpError:
             with contextlib.suppress(TenpError):  # what is good so far is kept
-                self._settle(list(self._stores))
+                self.wait_for_results()
             raise
         except RuntimeError as error:
             if not self.ranks.parallel or not _PEER_LOST.search(str(error)):
@@ -152,11 +168,11 @@ class LayerWorker:
     def _run(self, unit: Unit) -> Heartbeat:
         started = time.monotonic()
         by_wave = self._spill or self.task.mode == "resident"
-        self._settle(range(unit.start, unit.stop))
+        self.wait_for_results(range(unit.start, unit.stop))
         for wave in unit.waves:
             hidden = self._enter(wave, unit.start)
             for layer in range(unit.start, unit.stop):
-                self._pass(layer, wave, hidden)
+                self.step.take(layer, wave, self.source.get(layer), hidden)
                 self._count(wave, layer)
                 if by_wave:
                     self._store_behind(layer)
@@ -177,57 +193,48 @@ class LayerWorker:
 
     def _count(self, wave: int, layer: int) -> None:
         self._steps += 1
-        self._tokens += sum(batch.tokens_BS.numel() for batch in self._batches(wave)) * len(self.streams(layer + 1))
+        tokens = sum(batch.tokens_BS.numel() for batch in self.shard.batches[wave])
+        self._tokens += tokens * len(self.step.streams(layer + 1))
+
+    def _count_work(self) -> None:
+        self._made += 1
 
     def heartbeat(self) -> Heartbeat:
         """At any moment, from another thread than the one at work."""
         cuda = self.task.compute.device == "cuda"
         memory = resident_memory(), torch.cuda.memory_allocated() if cuda else 0
-        read, passed = (self.skeleton.reader.read_bytes, self.frame.passed) if hasattr(self, "frame") else (0, 0)
+        is_open = hasattr(self, "shard")
+        read, passed = (self.shard.skeleton.reader.read_bytes, self.shard.frame.passed) if is_open else (0, 0)
         return Heartbeat(self._steps, self._tokens, self._seconds, read, *memory, work=passed + self._made)
-
-    def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
-        """Replace the wave's hidden states by what leaves the layer."""
-        raise NotImplementedError
-
-    def _warm(self, layer: int, module: nn.Module) -> None:
-        """What `_pass` needs of a layer's weights alone."""
-
-    def _storing(self, layer: int) -> Callable[[], None] | None:
-        """What stores all that `_pass` has made of a layer; nothing changes it until that has run."""
-        return None
 
     def _store_behind(self, layer: int) -> None:
         """Store a layer's results on the writer's thread, while others compute."""
-        storing = self._storing(layer)
+        storing = self.step.result(layer)
         if storing is not None:
-            self._settle(list(self._stores))
+            self.wait_for_results()
             self._stores[layer] = self._writer.submit(self._fenced, storing)
 
     def _fenced(self, storing: Callable[[], None]) -> None:
         self.fence.check()
         storing()
 
-    def _settle(self, layers: Iterable[int]) -> None:
-        """Wait until what was made of these layers is stored; raises what went wrong there."""
-        for layer in layers:
+    def wait_for_results(self, layers: Iterable[int] | None = None) -> None:
+        """Wait until what was made of these layers, of all if None, is stored; raises what went wrong there."""
+        for layer in list(self._stores) if layers is None else layers:
             if layer in self._stores:
                 self._stores.pop(layer).result()
 
-    def _batches(self, wave: int) -> list[Microbatch]:
-        return [self.batches[i] for i in self.waves[wave]]
-
     def _enter(self, wave: int, layer: int) -> Hidden:
-        """The wave's hidden states at `layer`: at hand, embedded, or from the boundary file."""
+        """The wave's hidden states at `layer`: at hand, embedded, or from their file."""
         at, hidden = self._hidden.pop(wave, (-1, {}))
         if at == layer:
             return hidden
         if layer == 0:
-            [stream] = self.streams(0)  # nothing has told the model's forms apart yet
-            return {stream: embed_all(self.frame, self._batches(wave))}
-        names = self.streams(layer)
+            [stream] = self.step.streams(0)  # nothing has told the model's forms apart yet
+            return {stream: embed_all(self.shard.frame, self.shard.batches[wave])}
+        names = self.step.streams(layer)
         try:
-            return read_hidden(self.boundaries, wave, layer, names, self.waves[wave], self.task.compute.device)
+            return read_hidden(self.hidden_state_files, wave, layer, names, self.waves[wave], self.task.compute.device)
         except FileNotFoundError as error:
             raise WorkerLost(
                 "Hidden states are not where they were",
@@ -237,18 +244,18 @@ class LayerWorker:
             ) from error
 
     def _commit(self, waves: Sequence[int], layer: int, *, force: bool) -> None:
-        """Store boundaries, at least at a shard's end, once the results that they vouch for are stored."""
+        """Store what enters `layer`, at least at a shard's end, once the results that it vouches for are stored."""
         if not (self.ranks.parallel or force) and time.monotonic() - self._committed < self.task.commit_seconds:
             return
-        self._settle(list(self._stores))
+        self.wait_for_results()
         if self.ranks.parallel:
-            barrier()  # the boundary vouches for every rank's results; ranks' clocks differ, so they always commit
-        dropped = layer == self.skeleton.num_layers and not self.keeps_final
+            barrier()  # the file vouches for every rank's results; ranks' clocks differ, so they always commit
+        dropped = layer == self.shard.skeleton.num_layers and not self.step.keeps_final
         for wave in waves:
             self.fence.check()
             _, hidden = self._hidden[wave]
             if self.rank == 0:
-                self.boundaries.write(wave, layer, {} if dropped else named(hidden, self.waves[wave]))
+                self.hidden_state_files.write(wave, layer, {} if dropped else named(hidden, self.waves[wave]))
             self._made += 1
             if self._spill or layer == self.layers.stop:
                 del self._hidden[wave]

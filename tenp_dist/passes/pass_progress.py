@@ -14,9 +14,13 @@ _NAMED = 2  # units that the live view names
 
 
 class PassProgress:
-    """Watches `shards` groups take their waves through `total` (wave, layer) pairs; see `controller.PassListener`.
+    """A `PassListener` that adds up what the ranks tell and reports it as `Progress`.
 
     Counters of heartbeats begin again at zero with a worker that was started anew.
+
+    total: (wave, layer) pairs of the pass.
+    shards: how many there are.
+    progress: is told after every event.
     """
 
     def __init__(self, total: int, shards: int, progress: Callable[[Progress], None]):

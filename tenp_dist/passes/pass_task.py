@@ -1,4 +1,4 @@
-"""What carries tokens through a model's layers is told: which tokens, through what, and where files go."""
+"""What a pass over a model's layers is told: which tokens, through what, where files go, and what happens there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.hidden_states import HiddenStateFiles
 from tenp_dist.passes.layer_ops import microbatches
+from tenp_dist.passes.layer_step import LayerStep, OpenShard
 from tenp_dist.passes.schedule import Mode, split_waves
 from tenp_dist.run_files import HIDDEN, worker_logs
 
@@ -18,12 +19,19 @@ DEFAULT_WAVES = 8
 
 @dataclass(frozen=True)
 class PassTask:
-    """What a worker needs to carry tokens through a model.
+    """What the workers of a pass need. Every kind of pass has its own task, which makes its `LayerStep`.
 
-    folder: of the stage's own files. key: of the stage; with device, dtype and ranks it is stored in every file.
-    waves: the tokens are cut into at most so many. mode: see `schedule.py`.
-    host_memory: bytes that hidden states may take in a process. commit_seconds: how much work a streaming
-    shard may lose; boundaries are stored no more often than this, and always at the end of a shard.
+    model: folder of the checkpoint.
+    corpus: file of the tokens.
+    folder: of the stage's own files.
+    key: of the stage; with device, dtype and ranks it is stored in every file.
+    compute: how a worker computes.
+    waves: the tokens are cut into at most so many.
+    mode: whether shards keep their layers or stream them; see `schedule.py`.
+    host_memory: bytes that hidden states may take in a process.
+    commit_seconds: how much work a streaming shard may lose: hidden states are stored no more often than this, and
+        always at the end of a shard.
+    ranks: processes that share a layer.
     """
 
     model: Path
@@ -47,8 +55,12 @@ class PassTask:
         return worker_logs(self.folder)
 
     @property
-    def boundaries(self) -> HiddenStateFiles:
+    def hidden_state_files(self) -> HiddenStateFiles:
         return HiddenStateFiles(self.folder / HIDDEN, self.file_key)
+
+    def step(self, shard: OpenShard) -> LayerStep:
+        """What happens in the layers of one rank of a shard."""
+        raise NotImplementedError
 
     def side_by_side(self) -> int:
         """How many of the model's forms go through a layer side by side, at most."""

@@ -47,12 +47,12 @@ def choose_mode(pool: Pool, cluster: Cluster, nbytes: Sequence[int], shards: Seq
 
 
 def memory_per_rank(pool: Pool, cluster: Cluster, device: str) -> float:
-    """Bytes that every rank may count on: an accelerator's, or on CPU its share of what is free on the fullest node."""
+    """Bytes that every rank may count on: those of an accelerator, or its share of what is free on the fullest node."""
     try:
         if device == "cuda":
             return next(iter(pool.stream(accelerator_memory, gpus=1)))
         free = min(pool.each_node(free_memory).values())
-    except WorkerLost:  # a node that dies just now is found by those who work there
+    except WorkerLost:  # a node that dies just now: whoever works there finds out
         return 0.0
     group = cores_per_rank(pool.node_cores, cluster.shards, cluster.tensor_parallel) * cluster.tensor_parallel
     together = max(int(cores / group + 1e-9) for cores in pool.node_cores)  # shards that one node may get
@@ -68,11 +68,16 @@ def fitted(pool: Pool, cluster: Cluster, device: str) -> Cluster:
 
 
 def group_request(pool: Pool, cluster: Cluster, device: str, logs: Path | None = None) -> GroupRequest:
-    """On accelerators one each; on CPU the most cores per rank with which every shard finds a node."""
+    """What a shard asks for: an accelerator per rank, or the most cores with which every shard finds a node."""
     if device == "cuda":
         return GroupRequest(cluster.tensor_parallel, 1, 1, cluster.start_timeout, logs, cluster.stall_timeout)
     cores = cores_per_rank(pool.node_cores, cluster.shards, cluster.tensor_parallel)
     return GroupRequest(cluster.tensor_parallel, cores, 0, cluster.start_timeout, logs, cluster.stall_timeout)
+
+
+def rank_threads(cluster: Cluster, request: GroupRequest) -> int:
+    """CPU threads of every rank: what the job asks for, or one for each of the rank's cores."""
+    return cluster.threads or max(1, int(request.cores))
 
 
 def cores_per_rank(node_cores: Sequence[int], shards: int, ranks: int) -> float:
@@ -97,7 +102,7 @@ def layer_bytes(facts: Facts, itemsize: int) -> list[int]:
 
 
 def active_bytes(facts: Facts, itemsize: int) -> list[int]:
-    """Like `layer_bytes`, of routed experts only the `top_k` that a token goes to."""
+    """Like `layer_bytes`, but of the routed experts only the `top_k` that a token goes to."""
     nbytes, experts = layer_bytes(facts, itemsize), facts.num_experts
     routed = facts.parameters.routed // max(1, len(facts.moe_layers)) * itemsize
     passed_by = routed * (experts - (facts.top_k or experts)) // max(1, experts)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
-MEET_SECONDS = 600.0  # to wait for the other ranks
+MEET_SECONDS = 600.0  # that a rank waits for the others
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,9 @@ def check_parallel(family: Family, config: Mapping[str, Any], size: int) -> None
             wanted=f"one of {', '.join(name for name, row in FAMILIES.items() if row.tensor_parallel)}",
             next_step="set cluster.tensor_parallel to 1 and use more shards",
         )
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
-    limits = {"attention key-value heads": heads, "routed experts": family.num_experts(config)}
+    limits = {"attention key-value heads": family.heads(config), "routed experts": family.num_experts(config)}
     for name, limit in limits.items():
-        if limit is not None and size > int(limit):
+        if limit is not None and size > limit:
             raise UnsupportedModelError(
                 f"More ranks than {name} to split over them",
                 where=f"cluster.tensor_parallel: {size}",
@@ -138,7 +137,6 @@ def join_ranks(
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        limit = timedelta(seconds=timeout)
         limit = timedelta(seconds=timeout)
         with _meeting_at(f"rank {rank} of {size} at {address}:{port}"):
             store = own or dist.TCPStore(address, port, is_master=False, timeout=limit)

@@ -21,7 +21,12 @@ QUEUE = 4  # waves between two resident shards, the one at work included; hidden
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work: take these waves from layer `start` to layer `stop`."""
+    """A piece of work, and what a lost worker costs: some waves through some layers.
+
+    start: the first of the layers.
+    stop: the layer behind the last of them.
+    waves: their numbers, in order.
+    """
 
     start: int
     stop: int

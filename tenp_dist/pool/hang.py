@@ -1,28 +1,41 @@
 """Tells workers that hang from workers that are slow, by what their heartbeats count.
 
 A worker can stop without dying: a kernel that never ends, a collective that one rank never enters, a file system that
-does not answer, a process that was stopped. Nothing is raised then, and nothing ends. Time is the looker's own, and
-only as much of it as he looked: whoever was stopped himself, or was busy with another shard, blames nobody for that.
+does not answer, a process that was stopped. Nothing is raised then, and nothing ends. So the driver checks heartbeats
+every two seconds and adds up how long no counter has moved. Elapsed time is capped at 10 s per check, so a driver that
+was itself suspended, or busy with another group, does not report its workers as hung.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tenp_dist.errors import WorkerLost
-from tenp_dist.pool.heartbeat import Heartbeat
+from tenp_dist.pool.heartbeat import BEAT_SECONDS, Heartbeat
 
-BEAT_SECONDS = 2.0  # between looks
-
-
-_LONGEST = 5 * BEAT_SECONDS  # what the time between two looks counts at most
+CHECK_SECONDS = BEAT_SECONDS  # between two checks of the same worker
 
 
-def counted_seconds(seconds: float) -> float:
-    """What the seconds between two looks count."""
-    return min(seconds, _LONGEST)
+_MOST_SECONDS = 5 * CHECK_SECONDS  # that the time between two checks counts
+
+
+class CheckClock:
+    """Measures the time from one check to the next, at most 10 seconds of it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = self._clock()
+
+    def elapsed(self) -> float:
+        """Seconds since this was last called, or since the restart, capped."""
+        now = self._clock()
+        passed, self._last = now - self._last, now
+        return min(passed, _MOST_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -55,56 +68,58 @@ class RankHealth:
         return RankHealth(heartbeat, still, 0.0 if heard else self.seconds_without_heartbeat + seconds)
 
 
-def hanging(seen: Sequence[RankHealth], limit: float) -> int | None:
-    """Which rank hangs, None as long as one moves: ranks that wait for another are no worse than it.
+def rank_to_blame(ranks: Sequence[RankHealth], limit: float) -> int | None:
+    """Which of the ranks at work hangs, None as long as one of them has moved within `limit` seconds.
 
-    It is one whose process is silent, for a stopped one is; otherwise the one that was first to stand still.
+    As long as one moves the others may be waiting for it. When none does, it is one whose process is silent, for a
+    stopped one is; otherwise the one that was first to stand still.
     """
-    if min((one.seconds_without_progress for one in seen), default=0.0) < limit:
+    if min((one.seconds_without_progress for one in ranks), default=0.0) < limit:
         return None
-    return max(range(len(seen)), key=lambda i: (seen[i].silent, seen[i].seconds_without_progress))
+    return max(range(len(ranks)), key=lambda i: (ranks[i].silent, ranks[i].seconds_without_progress))
 
 
-@dataclass
 class StallWatch:
-    """The ranks of one group, from the begin of a piece of work on. read: the latest heartbeat of a rank."""
+    """Watches the ranks of one group during a piece of work."""
 
-    read: Callable[[int], Heartbeat | None]
-    clock: Callable[[], float] = time.monotonic
-    _seen: dict[int, RankHealth] = field(default_factory=dict)
-    _looked: float = 0.0
+    def __init__(self, read: Callable[[int], Heartbeat | None], clock: Callable[[], float] = time.monotonic):
+        """read: the latest heartbeat of a rank. clock: seconds."""
+        self._read, self._clock = read, CheckClock(clock)
+        self._health: dict[int, RankHealth] = {}
 
     def begin(self) -> None:
-        self._seen, self._looked = {}, self.clock()
+        """A piece of work begins: what was before does not count."""
+        self._health = {}
+        self._clock.restart()
 
-    def look(self, ranks: Sequence[int], limit: float) -> int | None:
-        """Which of the ranks at work hangs: none of them has moved in `limit` seconds of looking."""
-        now = self.clock()
-        passed, self._looked = counted_seconds(now - self._looked), now
+    def check(self, ranks: Sequence[int], limit: float) -> int | None:
+        """Which of the ranks at work hangs: none of them has moved in `limit` seconds, as far as they were counted."""
+        passed = self._clock.elapsed()
         for rank in ranks:
-            self._seen[rank] = self._seen.get(rank, RankHealth()).later(passed, self.read(rank))
-        worst = hanging([self._seen[rank] for rank in ranks], limit)
-        return None if worst is None else ranks[worst]
+            self._health[rank] = self._health.get(rank, RankHealth()).later(passed, self._read(rank))
+        blamed = rank_to_blame([self._health[rank] for rank in ranks], limit)
+        return None if blamed is None else ranks[blamed]
 
     def error(self, rank: int, where: str) -> WorkerLost:
-        seen = self._seen[rank]
-        since = time.strftime("%H:%M:%S", time.localtime(time.time() - seen.seconds_without_progress))
+        """What to raise for a rank that hangs. where: the rank and its node, for people."""
+        health = self._health[rank]
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - health.seconds_without_progress))
         return WorkerLost(
             "A worker hangs",
             where=where,
-            found=f"{where}: no progress since {since}, for {seen.seconds_without_progress:.0f} seconds "
-            f"(cluster.stall_timeout); {_state(seen)}",
+            found=f"{where}: no progress since {since}, for {health.seconds_without_progress:.0f} seconds "
+            f"(cluster.stall_timeout); {_described(health)}",
             next_step="raise cluster.stall_timeout if the work is only that slow",
         )
 
 
-def _state(seen: RankHealth) -> str:
+def _described(health: RankHealth) -> str:
     """What the process does, and what it had done."""
-    if seen.silent:
+    if health.silent:
         hangs = "its process gives no heartbeats either: it was stopped, or its node or the run directory hangs"
     else:
         hangs = "its process still gives heartbeats, so its work hangs: accelerator, file system or another rank"
-    if seen.heartbeat is None:
+    if health.heartbeat is None:
         return hangs
-    done = f"{seen.heartbeat.work} pieces of work (microbatches, most of them)"
-    return f"{hangs}; before, it had done {done} and read {seen.heartbeat.read_bytes / 1e6:,.1f} MB"
+    done = f"{health.heartbeat.work} pieces of work (microbatches, most of them)"
+    return f"{hangs}; before, it had done {done} and read {health.heartbeat.read_bytes / 1e6:,.1f} MB"

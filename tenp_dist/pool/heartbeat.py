@@ -15,16 +15,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-_SECONDS = 2.0  # between heartbeats
+BEAT_SECONDS = 2.0  # between heartbeats
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Counted since the worker was started.
+    """What a worker has done since it was started, and the memory that it takes now.
 
-    steps: (wave, layer) pairs that went through; tokens: through layers; seconds: at work; read_bytes: of
-    the checkpoint. memory: anonymous resident bytes of the process now; device_memory: of its accelerator.
-    work: microbatches through a layer, boundaries stored, experts solved or checked. beats: heartbeats written.
+    steps: that its progress is measured in; in a pass over layers (wave, layer) pairs that went through.
+    tokens: that went through those steps.
+    seconds: at work.
+    read_bytes: of the model's files.
+    memory: anonymous resident bytes of the process.
+    device_memory: bytes of its accelerator.
+    work: smaller pieces, so that a slow worker is seen to move within a step: microbatches through a layer, boundaries
+        stored, experts solved or checked.
+    beats: heartbeats written.
     """
 
     steps: int = 0
@@ -51,13 +57,13 @@ def start_heartbeat(log: Path, heartbeat: Callable[[], Heartbeat]) -> None:
             with contextlib.suppress(OSError):
                 new.write_text(json.dumps(asdict(replace(heartbeat(), beats=number))))
                 new.replace(path)
-            time.sleep(_SECONDS)
+            time.sleep(BEAT_SECONDS)
 
     threading.Thread(target=beat, daemon=True, name="heartbeat").start()
 
 
 def read_heartbeat(log: Path) -> Heartbeat | None:
-    """The latest heartbeat of the worker with this log, None before the first."""
+    """The latest heartbeat of the worker with this log, None before the first and where it cannot be read."""
     try:
         return Heartbeat(**json.loads(_path(log).read_text()))
     except (OSError, ValueError, TypeError):

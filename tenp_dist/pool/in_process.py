@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tenp_dist.errors import ClusterError
-from tenp_dist.pool.base import GroupRequest, OnLoss, T, ignore_losses
+from tenp_dist.pool.base import GroupRequest, OnLoss, Worker, ignore_losses
+from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.pool.machine import available_cores
+
+T = TypeVar("T")
 
 
 class InProcessPool:
@@ -45,7 +48,9 @@ class InProcessPool:
     def each_node(self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
         return {socket.gethostname(): function(*arguments)}
 
-    def groups(self, worker: type, arguments: Sequence[tuple], request: GroupRequest) -> list[_LocalGroup]:
+    def groups(
+        self, worker: Callable[..., Worker], arguments: Sequence[tuple], request: GroupRequest
+    ) -> Sequence[LocalGroup]:
         if request.ranks > 1:
             raise ClusterError(
                 "One process cannot be several ranks",
@@ -54,9 +59,9 @@ class InProcessPool:
                 wanted="1 with --debug",
                 next_step="leave out --debug: ranks are processes of Ray",
             )
-        return [_LocalGroup(worker, one) for one in arguments]
+        return [LocalGroup(worker, one) for one in arguments]
 
-    def wait(self, groups: Sequence[_LocalGroup]) -> _LocalGroup:
+    def wait(self, groups: Sequence[LocalGroup]) -> LocalGroup:
         return groups[0]
 
     def publish(self, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
@@ -69,20 +74,20 @@ class InProcessPool:
         pass
 
 
-class _LocalGroup:
-    """A group of one rank in this process; a unit runs when its result is asked for."""
+class LocalGroup:
+    """A group of one rank in this process; a piece of work runs when its result is asked for."""
 
-    def __init__(self, worker: type, arguments: tuple):
+    def __init__(self, worker: Callable[..., Worker], arguments: tuple):
         self._make = lambda: worker(*arguments)
         self.restart()
 
-    def start(self, unit: Any) -> None:
-        self._unit = unit
+    def start(self, work: Any) -> None:
+        self._work = work
 
     def result(self) -> list[Any]:
-        return [self._worker.run(self._unit)]
+        return [self._worker.run(self._work)]
 
-    def heartbeats(self) -> list[Any]:
+    def heartbeats(self) -> list[Heartbeat]:
         return [self._worker.heartbeat()]
 
     def restart(self) -> None:

@@ -10,45 +10,46 @@ from typing import Any
 
 from tenp_dist.errors import ClusterError, first_line
 
-POLL_SECONDS = 1.0  # between looks
+POLL_SECONDS = 1.0  # between two checks of the head
 
 
 _PATIENCE_SECONDS = 15.0  # without the head before it counts as lost; Ray itself ends the process after 60
 
 
-_CONNECT_SECONDS = 10.0
+_CONNECT_SECONDS = 10.0  # until whoever listens must have answered
 
 
-_SETTINGS = b"\x04"  # type of a frame, its fourth byte
+_SETTINGS = b"\x04"  # type of an HTTP/2 frame, its fourth byte
 
 
+# what a client of HTTP/2 says first: its preface and empty settings
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _SETTINGS + b"\0" * 5
 
 
 class HeadWatch:
-    """Looks at the addresses of `services`: what it is -> host and port."""
+    """Tries now and then whether somebody listens at the addresses of `services`: what it is -> host and port."""
 
     def __init__(self, services: Mapping[str, tuple[str, int]]):
         self._services = services
-        self._seen = self._looked = time.monotonic()
+        self._last_heard = self._last_checked = time.monotonic()
         self._lost: ClusterError | None = None
 
     def check(self) -> None:
-        """Look at most once a poll. Raises ClusterError once one has been gone for longer than the patience."""
+        """Raises ClusterError where a service has been gone for 15 seconds. Tries at most once a second."""
         if self._lost is not None:
             raise self._lost
-        if time.monotonic() - self._looked < POLL_SECONDS:
+        if time.monotonic() - self._last_checked < POLL_SECONDS:
             return
         for what, address in self._services.items():
             try:
                 socket.create_connection(address, POLL_SECONDS).close()
             except OSError as error:
-                self._looked = time.monotonic()
-                if self._looked - self._seen > _PATIENCE_SECONDS:
+                self._last_checked = time.monotonic()
+                if self._last_checked - self._last_heard > _PATIENCE_SECONDS:
                     self._lost = _lost_error(what, address, error)
                     raise self._lost from error
                 return
-        self._seen = self._looked = time.monotonic()
+        self._last_heard = self._last_checked = time.monotonic()
 
 
 def _lost_error(what: str, address: tuple[str, int], error: OSError) -> ClusterError:
@@ -62,7 +63,7 @@ def _lost_error(what: str, address: tuple[str, int], error: OSError) -> ClusterE
 
 
 def services_of(ray: Any) -> dict[str, tuple[str, int]]:
-    """Where Ray's head and the node that this process is connected to listen."""
+    """Where Ray's head and the node that this process is connected to listen: what it is -> host and port."""
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
     own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())

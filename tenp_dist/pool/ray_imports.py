@@ -1,82 +1,70 @@
-"""A node whose Python cannot import what the work needs: trying again would not help, so it is named at once."""
+"""Which nodes have a Python that cannot import what the work needs: trying again would not help, so they are named.
+
+Decides by the answers of a task that needs nothing of this package; `ray_results.py` asks every node for one.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from tenp_dist.errors import ClusterError, first_line
-
-if TYPE_CHECKING:
-    from tenp_dist.pool.ray_pool import RayPool
-
-
-_ANSWER_SECONDS = 120.0  # until a node has tried
-
+from tenp_dist.pool.ray_nodes import Node
 
 _NOT_IMPORTED = "failed to import on the worker"  # Ray of a function or class that a worker could not load
 
 
-def import_error(pool: RayPool, error: Exception, code: str) -> ClusterError | None:
+@dataclass(frozen=True)
+class ImportAnswer:
+    """What a node said when it was asked to import a module.
+
+    node: which one.
+    python: the path of its Python.
+    failure: type and first line of the exception, None where the module was imported.
+    """
+
+    node: Node
+    python: str
+    failure: str | None
+
+
+def import_error(error: Exception, code: str, ask: Callable[[str], Sequence[ImportAnswer]]) -> ClusterError | None:
     """The error to raise instead of Ray's, where nodes cannot import; None where the cause is another.
 
-    code: the module of the function or class that was to run. Every node is asked, by a task that needs nothing of
-    this package.
+    error: of Ray's, for a function or class of the module `code`. ask: have every node import a module.
     """
     cause = getattr(error, "cause", None)
     if isinstance(cause, ImportError):  # of something that is imported on the way
-        asked = _ask(pool, cause.name or code)
-        there = [replace(one, found=_told(cause)) for one in asked if f"ip={one.address}" in str(error)]
-        return _error(code, [one for one in asked if one.found] or there)
+        answers = ask(cause.name or code)
+        failure = f"{type(cause).__name__}: {first_line(cause)}"
+        # nodes that import it now: the one that the error came from has failed all the same
+        there = [replace(one, failure=failure) for one in answers if f"ip={one.node.address}" in str(error)]
+        return _named(code, [one for one in answers if one.failure] or there)
     if getattr(error, "actor_init_failed", False) or _NOT_IMPORTED in str(error):
-        return _error(code, [one for one in _ask(pool, code) if one.found])
+        return _named(code, [one for one in ask(code) if one.failure])
     return None
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """A node's, by its name in `each_node`: its Python, and what importing a module raised there, None if nothing."""
-
-    node: str
-    python: str
-    found: str | None
-
-    @property
-    def address(self) -> str:
-        return self.node.rpartition("(")[2].partition(",")[0]
-
-
-def _ask(pool: RayPool, module: str) -> list[_Answer]:
-    answers = []
-    for node, reference in pool.nodes.each(_importer(), module).items():
-        with contextlib.suppress(ClusterError):  # a node that has gone meanwhile
-            answers.append(_Answer(node, *pool._get(reference, _ANSWER_SECONDS)))
-    return answers
-
-
-def _error(code: str, bad: Sequence[_Answer]) -> ClusterError | None:
+def _named(code: str, bad: Sequence[ImportAnswer]) -> ClusterError | None:
     if not bad:
         return None
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     return ClusterError(
         "A node cannot import what the work needs",
-        where=f"node {bad[0].node}{more}: {code}",
-        found=f"{bad[0].found} (Python {bad[0].python})",
+        where=f"node {bad[0].node.name}{more}: {code}",
+        found=f"{bad[0].failure} (Python {bad[0].python})",
         wanted=f"an environment like the driver's: {sys.executable}",
         next_step="install the same versions on every node and start Ray from there (`tenp-dist doctor --address` "
         "compares them), or leave the node out; then run the same command again",
     )
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+def importer() -> Callable[[str], tuple[str, str | None]]:
+    """A function that imports a module and returns `python` and `failure` of an ImportAnswer.
 
-
-def _importer() -> Callable[[str], tuple[str, str | None]]:
-    """A function that Ray sends whole, because it is no module's own."""
+    Ray sends its code, because it is no module's own: the node may lack this package.
+    """
 
     def attempt(module: str) -> tuple[str, str | None]:
         import importlib

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import COMPENSATE, Budget, Job, Text
+from tenp_dist.config import COMPENSATE, Budget, Evaluation, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
+from tenp_dist.layouts.table import layouts_of
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
 
 _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every domain
@@ -24,7 +25,7 @@ def bytes_needed(job: Job, source: Source) -> int:
 def states_held(job: Job, source: Source) -> int:
     """Bytes of hidden states that `select` or `evaluate` stores at a time, about: of every plan, in float32."""
     tried = _tokens(job.calibration) * job.selection_share * (1 + len(candidates(job.budget))) if job.budget.auto else 0
-    measured = _tokens(job.evaluation) * _streams(job, source) if job.evaluation else 0
+    measured = _tokens(job.evaluation) * _streams(job, job.evaluation, source) if job.evaluation else 0
     return int(4 * source.facts.hidden_size * max(tried, measured))
 
 
@@ -32,15 +33,14 @@ def _tokens(text: Text) -> int:
     return text.sequence_length * sum(one.samples for one in text.sources)
 
 
-def _streams(job: Job, source: Source) -> int:
+def _streams(job: Job, asked: Evaluation, source: Source) -> int:
     """The source, the written checkpoint and its control, and the plans of an evaluation."""
-    forms = len(job.evaluation.grid.get(COMPENSATE, (False,)))
-    return 1 + 2 * job.evaluation.checkpoint + forms * len(_plans(job, source))
+    forms = len(asked.grid.get(COMPENSATE, (False,)))
+    return 1 + 2 * asked.checkpoint + forms * len(_plans(job, asked, source))
 
 
-def _plans(job: Job, source: Source) -> dict[str, Budget]:
+def _plans(job: Job, asked: Evaluation, source: Source) -> dict[str, Budget]:
     """Name -> budget of the plans besides the written checkpoint, with their controls."""
-    asked = job.evaluation
     budgets = grid_budgets(job.budget, asked.grid)[0] if asked.grid else {}
     given = given_plans(asked.plans, source.fingerprint)
     return with_controls(budgets | {plan.name: plan.budget for plan in given})
@@ -62,7 +62,7 @@ def _measured(job: Job, own: list[Budget], source: Source) -> list[Budget]:
     found = own if asked.checkpoint else []  # its control
     if not asked.many or not any(asked.grid.get(COMPENSATE, (bool(own),))):
         return found
-    return [*found, *_plans(job, source).values()]
+    return [*found, *_plans(job, asked, source).values()]
 
 
 def _share(budgets: Sequence[Budget]) -> Fraction:
@@ -72,9 +72,8 @@ def _share(budgets: Sequence[Budget]) -> Fraction:
 
 def bytes_left(job: Job, source: Source) -> int:
     """Scores with the hidden states on their way, and every layout."""
-    facts, nbytes, text = source.facts, source.facts.bytes, job.calibration
-    dropped = int(nbytes.routed * (1 - job.budget.retention_exact))
-    checkpoints = sum(nbytes.total - (dropped if layout == "ragged" else 0) for layout in job.output.layouts)
+    facts, text = source.facts, job.calibration
+    checkpoints = sum(layout.nbytes(source, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)

@@ -9,15 +9,14 @@ from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.documents import check_sources
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
-from tenp_dist.errors import BudgetError
+from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_buckets, check_layouts, layouts_of
+from tenp_dist.layouts.table import check_layouts
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
 from tenp_dist.run_files import RunFiles
-from tenp_dist.runtime.buckets import MAX_BUCKETS, bucket_width
 
 
 def check_job(job: Job, source: Source) -> None:
@@ -29,15 +28,24 @@ def check_job(job: Job, source: Source) -> None:
     check_not_uploaded(job.run_dir)
     layers = moe_layers(source)
     cut_layers(job.cluster, [1] * source.facts.num_layers)
-    check_layouts(job, _shapes(job.budget, layers))
-    if "ragged" in layouts_of(job):
-        check_buckets(job.budget, layers, bucket_width, MAX_BUCKETS)
+    check_layouts(job, layers, _shapes(job.budget, layers))
+    _check_compensation(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
         check_sources(text)
     if job.evaluation:
         check_apart(job.evaluation.plans, RunFiles(job.run_dir).evaluation_folder)
         given_plans(job.evaluation.plans, source.fingerprint)
+
+
+def _check_compensation(job: Job) -> None:
+    if job.output.compensate and not kind_of(job.budget).leaves_narrow:
+        raise JobError(
+            f"Method {job.budget.method} leaves no narrow expert to compensate",
+            where="output.compensate",
+            wanted="a method that narrows experts",
+            next_step="set output.compensate to false",
+        )
 
 
 def _shapes(budget: Budget, layers: Sequence[MoeLayer]) -> list[Shape]:

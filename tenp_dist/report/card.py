@@ -8,16 +8,8 @@ from typing import Any
 
 import yaml
 
+from tenp_dist.layouts.table import LAYOUTS
 from tenp_dist.report import templates, text
-
-LAYOUT_SENTENCES = {
-    "ragged": "Every expert is stored at its own width, under the tensor names of the source.",
-    "padded": "Tensors have the source's shapes and pruned neurons are zero: it runs wherever the source runs, and "
-    "saves neither memory nor time.",
-    "uniform": "Every layer has as many experts and every expert the same width, as the config says: it runs wherever "
-    "the source's architecture runs.",
-}
-NEEDS_PACKAGE = frozenset({"ragged"})
 
 
 def model_card(report: Mapping[str, Any], layout: str, *, custom_code: bool) -> str:
@@ -28,12 +20,14 @@ def model_card(report: Mapping[str, Any], layout: str, *, custom_code: bool) -> 
         layout: name of the folder under `checkpoint/`.
         custom_code: whether the folder carries its own modeling file (`trust_remote_code=True` works).
     """
+    known = LAYOUTS.get(layout)  # a folder may have any name
     template = templates.load("card.md.j2", escape=False, md=text.markdown, code=text.code)
     return template.render(
         report=report,
         layout=layout,
-        layout_sentence=LAYOUT_SENTENCES.get(layout, ""),
-        needs_package=layout in NEEDS_PACKAGE,
+        layout_sentence=known.sentence if known else "",
+        needs_package=known is not None and known.needs_package,
+        leaves_out_mtp=known is not None and known.leaves_out_mtp,
         custom_code=custom_code,
         front_matter=front_matter(report, layout),
     )

@@ -32,6 +32,7 @@ from typing import Any
 from tenp_dist.artifacts import read_json
 from tenp_dist.checkpoint.facts import Facts
 from tenp_dist.errors import StaleError
+from tenp_dist.layouts.table import sorted_names
 from tenp_dist.pipeline.names import STAGE_NAMES
 from tenp_dist.report.described import described_job, domain_weights, is_auto, plain
 from tenp_dist.report.method import importance_of, map_ranking, method_facts
@@ -44,7 +45,6 @@ STARVED_SHARE = 0.1
 """An expert with fewer tokens than this share of an even split is called starved."""
 
 LIBRARIES = ("tenp-dist", "torch", "transformers", "safetensors", "numpy", "matplotlib")
-LAYOUTS = ("ragged", "uniform", "padded")
 MODEL_KEYS = (
     "family",
     "architecture",
@@ -201,15 +201,16 @@ def _headline(
 
 
 def _main_layout(checkpoints: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str | None:
-    """The layout that was evaluated; else the first of LAYOUTS that is there."""
+    """The layout that was evaluated; else the first that is there."""
     evaluated = PurePath(evaluation["pruned_from"]).name if evaluation and evaluation.get("pruned_from") else None
     return evaluated if evaluated in checkpoints else next(iter(checkpoints), None)
 
 
 def _checkpoints(files: RunFiles) -> dict[str, dict[str, int]]:
     folders = {path.parent.name: path.parent for path in files.checkpoints.glob("*/config.json")}
-    order = sorted(folders, key=lambda name: (LAYOUTS.index(name) if name in LAYOUTS else len(LAYOUTS), name))
-    sizes = {name: [path.stat().st_size for path in folders[name].glob("*.safetensors")] for name in order}
+    sizes = {
+        name: [path.stat().st_size for path in folders[name].glob("*.safetensors")] for name in sorted_names(folders)
+    }
     return {name: {"files": len(found), "bytes": sum(found)} for name, found in sizes.items()}
 
 

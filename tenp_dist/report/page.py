@@ -19,7 +19,12 @@ from tenp_dist.run_files import CARD, RunFiles
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFiles:
-    """What was written. cards: layout -> the model card in that layout's folder."""
+    """What was written.
+
+    page: the report.
+    data: the numbers behind it.
+    cards: layout -> the model card in that layout's folder.
+    """
 
     page: Path
     data: Path

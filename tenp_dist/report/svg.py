@@ -27,9 +27,11 @@ _STEPS = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Legend:
-    """One entry: `background` is CSS (a colour or a gradient); `low`, `high` label a gradient's ends.
+    """One entry of a legend.
 
-    An entry without a background stands for a dashed line.
+    label: what it stands for.
+    background: CSS, a colour or a gradient; none for a dashed line.
+    low, high: labels of a gradient's ends.
     """
 
     label: str
@@ -44,7 +46,14 @@ class Legend:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One chart: its SVGs (several if a phone gets its own drawing) and its words."""
+    """One chart and its words.
+
+    name: prefix of its ids.
+    title: above it.
+    svgs: the drawing; several if a phone gets its own.
+    legend: its entries.
+    explanation: below it, in plain words.
+    """
 
     name: str
     title: str

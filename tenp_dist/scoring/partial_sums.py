@@ -1,9 +1,9 @@
-"""Score parts: what a rank has summed so far for a layer, over the waves 0 .. n-1.
+"""Partial sums: what a rank has summed so far for a layer, over the waves 0 .. n-1.
 
 `parts/layer_00003.rank_000-of-002.safetensors` holds the sums of a rank's own experts over the waves that
 went through. Microbatches are added one by one, in their order, so that the sums of n waves are the same
 bytes however often they were stored on the way; the file is replaced whole. When all waves are in, the
-ranks' parts are joined into the layer's score file.
+files of the ranks are joined into the layer's score file.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.statistics import LayerStatistics, join_experts, read_metadata, read_statistics, write_statistics
 
 
-class Parts:
-    """The parts of one rank out of `ranks`; key: the score run's own (with device and dtype).
+class PartialSums:
+    """The partial sums of one rank. With one rank a layer's last wave makes its score file at once.
 
-    With one rank a layer's last wave makes its score file at once.
+    scores: folder of the score files.
+    key: of the pass, with device and dtype.
+    rank: whose sums these are.
+    ranks: processes that share a layer.
     """
 
     def __init__(self, scores: Path, key: str, rank: int, ranks: int):

@@ -1,6 +1,7 @@
-"""One rank of a layer shard that scores: sums the statistics of what the waves do in its layers.
+"""The pass that scores: every rank sums the statistics of what the waves do in its experts.
 
-What is committed (parts, then boundaries) is what a run goes on from; see `carrier.py` and `parts.py`.
+What is committed (the partial sums of a layer, then the hidden states that left it) is what a run goes on from; see
+`passes/layer_worker.py` and `partial_sums.py`.
 """
 
 from __future__ import annotations
@@ -16,27 +17,35 @@ from torch import nn
 from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.layers import Frame, Microbatch
+from tenp_dist.passes.hidden_states import Hidden
 from tenp_dist.passes.layer_ops import check_finite, run_layer
-from tenp_dist.passes.layer_worker import SINGLE_STREAM, Hidden, LayerWorker
+from tenp_dist.passes.layer_step import SINGLE_STREAM, LayerStep, OpenShard
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
 from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
-from tenp_dist.scoring.partial_sums import Parts, check_ranks
+from tenp_dist.scoring.partial_sums import PartialSums, check_ranks
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
 class ScoreTask(PassTask):
-    """What a scoring worker needs. folder: where score files go."""
+    """What the workers of a scoring pass need: a `PassTask` whose folder gets the score files."""
 
-    def parts(self, rank: int = 0) -> Parts:
-        return Parts(self.folder, self.file_key, rank, self.ranks)
+    def step(self, shard: OpenShard) -> ScoreStep:
+        return ScoreStep(self, shard)
+
+    def partial_sums(self, rank: int = 0) -> PartialSums:
+        return PartialSums(self.folder, self.file_key, rank, self.ranks)
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Of a layer's expert weights, float64: of the columns of W_down, and of all three matrices per neuron."""
+    """Norms of a layer's expert weights, float64.
+
+    columns_EF: of the columns of W_down.
+    weights_EF: of all three matrices, multiplied, per neuron.
+    """
 
     columns_EF: torch.Tensor
     weights_EF: torch.Tensor
@@ -44,21 +53,24 @@ class Norms:
 
 @dataclass
 class Sums:
-    """A layer's statistics over its first `waves` waves, of which `stored` are in its part."""
+    """What is summed of a layer so far.
+
+    statistics: over the layer's first waves.
+    waves: how many waves these are.
+    stored: how many of them the layer's file of partial sums holds.
+    """
 
     statistics: LayerStatistics
     waves: int
     stored: int
 
 
-class ScoreShard(LayerWorker):
-    """One rank of a shard that scores its layers."""
+class ScoreStep(LayerStep):
+    """Adds every wave to the statistics of the layers that one rank holds."""
 
-    task: ScoreTask
-
-    def __init__(self, task: ScoreTask, layers: range | None = None, rank: int = 0):
-        super().__init__(task, layers, rank)
-        self.parts = task.parts(rank)
+    def __init__(self, task: ScoreTask, shard: OpenShard):
+        self.task, self.shard = task, shard
+        self.partial_sums = task.partial_sums(shard.rank)
         self._norms: dict[int, Norms] = {}
         self._sums: dict[int, Sums] = {}
 
@@ -72,44 +84,43 @@ class ScoreShard(LayerWorker):
         return self._norms[layer]
 
     def sums_of(self, layer: int, experts: nn.Module) -> Sums:
-        """What is summed for a layer so far; from its part when it is first asked for."""
+        """What is summed for a layer so far; read from its file when it is first asked for."""
         if layer not in self._sums:
             if self.task.mode == "streaming":
                 self._sums.clear()
             num_experts, _, width = experts.down_proj.shape
-            waves, stored = self.parts.read(layer)
-            statistics = stored or LayerStatistics.zeros(self.domains, num_experts, width)
+            waves, stored = self.partial_sums.read(layer)
+            statistics = stored or LayerStatistics.zeros(self.shard.domains, num_experts, width)
             self._sums[layer] = Sums(statistics.to(experts.down_proj.device), waves, stored=waves)
         return self._sums[layer]
 
-    def _warm(self, layer: int, module: nn.Module) -> None:
-        experts = self.skeleton.experts_of(module)
+    def warm(self, layer: int, module: nn.Module) -> None:
+        experts = self.shard.skeleton.experts_of(module)
         if experts is not None:
             self.norms_of(layer, experts)
 
-    def _pass(self, layer: int, wave: int, hidden: Hidden) -> None:
+    def take(self, layer: int, wave: int, module: nn.Module, hidden: Hidden) -> None:
         """Add the wave to the layer's statistics, unless it is in them."""
-        module = self.source.get(layer)
-        experts = self.skeleton.experts_of(module)
-        batches, states = self._batches(wave), hidden[SINGLE_STREAM]
+        shard, batches, states = self.shard, self.shard.batches[wave], hidden[SINGLE_STREAM]
+        experts = shard.skeleton.experts_of(module)
         if experts is None or self.sums_of(layer, experts).waves > wave:
-            run_layer(self.frame, layer, module, batches, states, self._share)
+            run_layer(shard.frame, layer, module, batches, states, shard.share)
         else:
             norms, sums = self.norms_of(layer, experts), self.sums_of(layer, experts)
-            self.parts.check_next(layer, wave, sums.waves)
-            score_layer(self.frame, layer, module, batches, states, self._share, norms, sums.statistics)
+            self.partial_sums.check_next(layer, wave, sums.waves)
+            score_layer(shard.frame, layer, module, batches, states, shard.share, norms, sums.statistics)
             sums.waves = wave + 1
-        check_finite(states, self.skeleton, layer, module, self._share)
+        check_finite(states, shard.skeleton, layer, module, shard.share)
 
-    def _storing(self, layer: int) -> Callable[[], None] | None:
+    def result(self, layer: int) -> Callable[[], None] | None:
         sums, norms = self._sums.get(layer), self._norms.get(layer)
         if sums is None or norms is None or sums.waves == sums.stored:
             return None
 
         def store() -> None:
             statistics = replace(sums.statistics.to("cpu"), weight_norm=norms.weights_EF)
-            check_statistics(statistics, layer, first_expert=self._share.get("experts", range(1)).start)
-            self.parts.write(layer, statistics, sums.waves, len(self.waves))
+            check_statistics(statistics, layer, first_expert=self.shard.held.start)
+            self.partial_sums.write(layer, statistics, sums.waves, len(self.shard.batches))
             sums.stored = sums.waves
 
         return store
@@ -149,19 +160,19 @@ def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int 
             )
 
 
-def score_model(site: PassContext, task: ScoreTask, moe_layers: Sequence[int]) -> PassSummary:
-    """Score all layers. task: settled (no `auto` in it); its ranks are those of the site.
+def score_model(context: PassContext, task: ScoreTask, moe_layers: Sequence[int]) -> PassSummary:
+    """Score all layers. task: without `auto` in it; its ranks are those of the context.
 
     Raises:
         ClusterError: as `run_pass`.
         NumericalError: NaN or Inf in weights, activations or sums.
         StaleError: scoring was begun with another number of ranks.
     """
-    task, waves = replace(task, ranks=site.cluster.tensor_parallel), task.count_waves()
+    task, waves = replace(task, ranks=context.cluster.tensor_parallel), task.count_waves()
     check_ranks(task.folder, task.ranks)
-    scored = all(task.parts().waves(layer) == waves for layer in moe_layers)
-    done = run_pass(site, ScoreShard, task, finished=scored)
-    task.parts().join(moe_layers, waves)
+    scored = all(task.partial_sums().waves(layer) == waves for layer in moe_layers)
+    done = run_pass(context, task, finished=scored)
+    task.partial_sums().join(moe_layers, waves)
     files = ScoreFiles(task.folder)
     for folder in (files.parts, files.hidden):  # what only an unfinished run needs
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.config import Text
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.report.text import size
 from tenp_dist.stages.run import Run
 
 
@@ -43,6 +44,11 @@ class RunStage:
     remote: bool = False
     scratch: tuple[str, ...] = ()
     gist: Callable[[Mapping[str, Any]], str] = lambda summary: ""
+
+
+def layouts_gist(summary: Mapping[str, Any]) -> str:
+    """Layouts and their bytes, of the summary of a stage that works on checkpoints."""
+    return ", ".join(f"{name} {size(layout['bytes'], 2)}" for name, layout in summary["layouts"].items())
 
 
 def bits_fields(run: Run) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tenp_dist.evaluation.plans import (
 )
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.job_file import no_evaluation
+from tenp_dist.layouts.table import main_layout
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.run_files import COMPENSATION, HIDDEN, PLANS, RunFiles
 from tenp_dist.stages.base import RunStage, bits_fields, text_fields, tokenizer_digest
@@ -64,7 +65,7 @@ def evaluate(run: Run, context: StageContext) -> Output:
     write_corpus(files.held_out, corpus)
     plans, refused = _plans_beside(run, context, given)
     control = [_control(run, context)] if asked.checkpoint else []
-    layout = "ragged" if "ragged" in run.layouts else run.layouts[0]
+    layout = main_layout(run.layouts).name
     written = [VariantsPass(files.checkpoint(layout), {"pruned": Variant()})] if asked.checkpoint else []
     measured = Measured("evaluate", files.held_out, files.evaluation_folder, asked.batch_tokens)
     seen = seen_share(corpus, _calibrated_on(files))

@@ -8,16 +8,15 @@ from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.budget.plan_files import read_plan
-from tenp_dist.layouts.table import layout_warnings
+from tenp_dist.layouts.table import layout_warnings, plan_settings
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, reads, weight_fields
 from tenp_dist.stages.run import Run
 
 
 def plan_fields(run: Run) -> dict[str, Any]:
-    # uniform: a plan warns of what its checkpoint leaves out
     budget = run.job.budget.model_dump(mode="json")
-    return budget | {"weights": weight_fields(run), "uniform": "uniform" in run.layouts}
+    return budget | {"weights": weight_fields(run)} | plan_settings(run.job)
 
 
 def plan_model(run: Run, context: StageContext) -> Output:

@@ -18,6 +18,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
 from tenp_dist.evaluation.selection import chosen_budget
+from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.table import layouts_of
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
@@ -49,8 +50,8 @@ class Run:
         return moe_layers(self.source)
 
     @cached_property
-    def layouts(self) -> tuple[str, ...]:
-        """Names of the layouts that are written."""
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts that are written."""
         return layouts_of(self.job)
 
     @property
@@ -87,13 +88,13 @@ class Run:
         return write_plan(folder, plan, source_fingerprint=self.source.fingerprint, scores_digest=scores)
 
     def compute(self, context: StageContext, batch_tokens: int) -> Compute:
-        """How workers compute: device and dtype settled here, for all of a run agree."""
+        """How workers compute. Device and dtype are decided here, so that all workers of a run agree."""
         device = self.job.cluster.device
         on_gpu = device == "cuda" or (device == "auto" and context.pool.gpus > 0)
-        return Compute("cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens, context.pool.threads).settled()
+        return Compute("cuda" if on_gpu else "cpu", self.job.score.dtype, batch_tokens).with_own_dtype()
 
     def pass_context(self, context: StageContext, stage: str, compute: Compute) -> PassContext:
-        """Where a stage's shards run. compute: settled."""
+        """Where a stage's shards run. compute: without `auto` in it."""
         facts, itemsize = self.source.facts, compute.torch_dtype.itemsize
         nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
         ledger = Ledger(self.files.ledger(stage))

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
+from tenp_dist.checkpoint.index import CheckpointIndex, open_index
+from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.checkpoint.reader import TensorReader, opened
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
+from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.errors import VerifyError
 from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.pool.base import Pool
+from tenp_dist.progress import Progress
 from tenp_dist.run_files import LAYER_FILES
-from tenp_dist.stages.base import RunStage
+from tenp_dist.stages.base import RunStage, layouts_gist
 from tenp_dist.stages.compensate import tokens_again
 from tenp_dist.stages.run import Run
-from tenp_dist.stages.write import layouts_gist
-from tenp_dist.stages.written import verify_layout
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A written checkpoint and what it is said to be made from.
+
+    folder: the checkpoint.
+    source: the checkpoint that was pruned.
+    plan: `plan.safetensors`.
+    compensated: where W_down of compensated experts is, None where none is.
+    """
+
+    folder: Path
+    source: Source
+    plan: Path
+    compensated: CheckpointIndex | None = None
 
 
 def verify(run: Run, context: StageContext) -> Output:
     layouts = {}
     for layout in run.layouts:
-        verified = verify_layout(
-            context.pool,
-            source=run.source.index,
-            folder=run.files.checkpoint(layout),
-            plan=run.files.plan_tensors,
-            layout=layout,
-            compensated=run.compensated,
-            progress=context.progress,
-        )
-        layouts[layout] = {
+        claim = Claim(run.files.checkpoint(layout.name), run.source, run.files.plan_tensors, run.compensated)
+        verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
+        layouts[layout.name] = {
             "ok": True,
             "tensors": verified.tensors,
             "bytes": verified.nbytes,
@@ -43,6 +61,37 @@ def verify(run: Run, context: StageContext) -> Output:
     context.replace()
     write_json(run.files.verify, document)
     return Output([run.files.verify], digest_of(document), found)
+
+
+def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callable[[Progress], None]) -> Verified:
+    """Compare a written checkpoint with source, plan and compensated columns, one task per file.
+
+    Raises:
+        VerifyError: the first difference.
+    """
+    written, kept = open_index(claim.folder), read_kept(claim.plan)
+    expected = Expected(claim.source, kept, check.names(claim.source, kept))
+    check_names(expected.names, written)
+    check.config(claim.source, written, kept)
+    by_file: dict[str, list[str]] = {}
+    for name, entry in written.tensors.items():
+        by_file.setdefault(entry.file, []).append(name)
+    shared = pool.share((check, expected, written, claim.compensated))
+    started, parts = monotonic(), []
+    for part in pool.map(_verify_one, [(shared, in_file) for in_file in by_file.values()]):
+        parts.append(part)
+        done = sum(part.nbytes for part in parts)
+        progress(Progress(done, written.nbytes, 0, monotonic() - started, "bytes"))
+    return Verified(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
+
+
+Shared = tuple[LayoutCheck, Expected, CheckpointIndex, CheckpointIndex | None]
+
+
+def _verify_one(shared: Shared, names: Sequence[str]) -> Verified:
+    check, expected, written, compensated = shared
+    with TensorReader(expected.source.index) as source, TensorReader(written) as found, opened(compensated) as columns:
+        return check.tensors(names, Readers(source, found, columns), expected)
 
 
 def _recheck(run: Run, context: StageContext) -> dict[str, Any]:

@@ -1,83 +1,212 @@
-"""write: the pruned checkpoint in every layout of the job."""
+"""write: the pruned checkpoint in every layout of the job, one task per output shard, index and config last.
+
+A folder carries `.writing.json` with the key of what is being written until the stage has its record; the same
+command finds it, keeps the shards that are complete and writes the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from tenp_dist.artifacts import digest_of
+from tenp_dist.artifacts import atomic_write, digest_of, drop_leftovers, free_bytes, read_json, write_json
 from tenp_dist.budget.plan_files import read_plan
-from tenp_dist.checkpoint.index import open_index
-from tenp_dist.checkpoint.kept import read_kept
-from tenp_dist.layouts.uniform import uniform_config, uniform_size
+from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
+from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
+from tenp_dist.checkpoint.reader import TensorReader, opened
+from tenp_dist.checkpoint.recipes import Inputs, OutputTensor
+from tenp_dist.checkpoint.writer import (
+    OutputShard,
+    assign_shards,
+    finish_checkpoint,
+    shard_bytes,
+    side_files,
+    write_shard,
+)
+from tenp_dist.errors import DiskFullError, OutputError
+from tenp_dist.layouts.base import Layout, Pruned
 from tenp_dist.pipeline.stage import Output, StageContext
-from tenp_dist.report.text import size
+from tenp_dist.pool.base import Pool
+from tenp_dist.progress import Progress
 from tenp_dist.run_files import WRITING_MARK
-from tenp_dist.runtime.auto_classes import modeling_source
-from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
-from tenp_dist.stages.base import RunStage, reads
+from tenp_dist.stages.base import RunStage, layouts_gist, reads
 from tenp_dist.stages.run import Run
-from tenp_dist.stages.written import write_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One attempt to write a checkpoint.
+
+    folder: where it goes.
+    key: of what is written; what an interrupted attempt of the same key left in the folder is kept.
+    shard_size: bytes of the largest file, unless one tensor is larger.
+    progress: is told of every file.
+    writers: parallel tasks, None for one per core.
+    overwrite: whether the folder may be replaced if it holds something else.
+    repair: the folder was finished under this key and lost files since.
+    replace: called before the first byte, once nothing speaks against writing.
+    """
+
+    folder: Path
+    key: str
+    shard_size: int
+    progress: Callable[[Progress], None]
+    writers: int | None = None
+    overwrite: bool = False
+    repair: bool = False
+    replace: Callable[[], None] = lambda: None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the folder is ours: left by an interrupted run of the same key, or finished by one."""
+        mark = self.folder / WRITING_MARK
+        return self.repair or (mark.is_file() and read_json(mark).get("key") == self.key)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished checkpoint.
+
+    files: all of them.
+    nbytes: of its tensors.
+    shards: weight files.
+    reused: how many of them were there already.
+    """
+
+    files: Sequence[Path]
+    nbytes: int
+    shards: int
+    reused: int
 
 
 def write_fields(run: Run) -> dict[str, Any]:
-    return run.job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": run.layouts}
+    layouts = [layout.name for layout in run.layouts]
+    return run.job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts}
 
 
 def write(run: Run, context: StageContext) -> Output:
-    job, files = run.job, run.files
+    files = run.files
     read_plan(files.run_dir)  # its two files belong together
+    kept, retention = read_kept(files.plan_tensors), str(run.job.budget.retention)
+    pruned = Pruned(run.source, kept, retention, run.compensated)
     made: list[Path] = []
-    summary: dict[str, Any] = {}
+    summary: dict[str, dict[str, Any]] = {}
     for layout in run.layouts:
-        written = write_layout(
-            context.pool,
-            index=run.source.index,
-            kept=read_kept(files.plan_tensors),
-            folder=files.checkpoint(layout),
-            layout=layout,
-            **_layout_files(run, layout),
-            shard_size=job.output.shard_size,
-            writers=job.cluster.writers,
-            key=digest_of([context.key, layout]),
-            compensated=run.compensated,
-            overwrite=context.overwrite,
-            repair=context.repair,
-            replace=context.replace,
-            progress=context.progress,
-        )
+        attempt = _attempt(run, context, layout)
+        written = write_layout(context.pool, layout, pruned, attempt)
         made += written.files
-        summary[layout] = {
-            "folder": files.relative(files.checkpoint(layout)),
+        summary[layout.name] = {
+            "folder": files.relative(attempt.folder),
             "bytes": written.nbytes,
             "bytes_before": run.source.facts.bytes.stored,
             "shards": written.shards,
             "reused_shards": written.reused,
         }
-    digests = {layout: open_index(files.checkpoint(layout)).fingerprint for layout in summary}
+    digests = {name: open_index(files.checkpoint(name)).fingerprint for name in summary}
     return Output(made, digest_of([context.digests, digests]), {"layouts": summary})
 
 
-def _layout_files(run: Run, layout: str) -> dict[str, Any]:
-    """config.json of a layout and the files of its own that it brings."""
-    source = run.source
-    if layout == "padded":
-        return {"config": source.index.config, "extra_files": {}}
-    kept = read_kept(run.files.plan_tensors)
-    if layout == "uniform":
-        size_of = uniform_size(source.index.config, source.family, kept)
-        return {"config": uniform_config(source.index.config, source.family, size_of), "extra_files": {}}
-    widths = {layer: neurons.widths.tolist() for layer, neurons in kept.items()}
-    retention, family = str(run.job.budget.retention), source.facts.family
-    config = ragged_config(
-        dict(source.index.config), widths_by_layer=widths, retention=retention, fingerprint=source.fingerprint
+def _attempt(run: Run, context: StageContext, layout: Layout) -> Attempt:
+    return Attempt(
+        folder=run.files.checkpoint(layout.name),
+        key=digest_of([context.key, layout.name]),
+        shard_size=run.job.output.shard_size,
+        writers=run.job.cluster.writers,
+        overwrite=context.overwrite,
+        repair=context.repair,
+        replace=context.replace,
+        progress=context.progress,
     )
-    return {"config": config, "extra_files": {f"{modeling_module(family)}.py": modeling_source(family)}}
 
 
-def layouts_gist(summary: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {size(layout['bytes'], 2)}" for name, layout in summary["layouts"].items())
+def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -> Written:
+    """Write one checkpoint.
+
+    Raises:
+        OutputError: the folder holds something else and may not be replaced.
+        DiskFullError: the file system is too small for what is left to write, before a byte is written.
+        BudgetError, SourceError: as `Layout.tensors`.
+    """
+    folder, source = attempt.folder, pruned.source
+    shards = assign_shards(layout.tensors(pruned), attempt.shard_size)
+    config, extra = layout.config(pruned), layout.extra_files(source)
+    ours = attempt.goes_on
+    if not ours and not attempt.overwrite:
+        _check_empty(folder)
+    due = [shard for shard in shards if not (ours and _complete(folder / shard.file, shard))]
+    _check_space(folder, due, freed=0 if ours else _tree_bytes(folder))
+    attempt.replace()
+    _claim(folder, attempt.key, ours)
+    _write_shards(pool, pruned, due, attempt)
+    for name, text in extra.items():
+        with atomic_write(folder / name) as stream:
+            stream.write(text.encode())
+    drop_leftovers(folder)  # of writers that were killed and replaced
+    carried = [path for path in side_files(source.folder) if layout.carries(path)]
+    finish_checkpoint(folder, shards, config, carried)
+    names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *(path.name for path in carried)]
+    nbytes = sum(shard.nbytes for shard in shards)
+    return Written([folder / name for name in names], nbytes, len(shards), len(shards) - len(due))
+
+
+Shared = tuple[CheckpointIndex, Mapping[int, KeptNeurons], CheckpointIndex | None]
+
+
+def _write_shards(pool: Pool, pruned: Pruned, due: Sequence[OutputShard[OutputTensor]], attempt: Attempt) -> None:
+    started, done, total = monotonic(), 0, sum(map(shard_bytes, due))
+    shared = pool.share((pruned.source.index, dict(pruned.kept), pruned.compensated))
+    for nbytes in pool.map(_write_one, [(shared, attempt.folder, shard) for shard in due], limit=attempt.writers):
+        done += nbytes
+        attempt.progress(Progress(done, total, 0, monotonic() - started, "bytes"))
+
+
+def _write_one(shared: Shared, folder: Path, shard: OutputShard[OutputTensor]) -> int:
+    index, kept, compensated = shared
+    with TensorReader(index) as reader, opened(compensated) as columns:
+        return write_shard(folder, shard, Inputs(reader, kept, columns))
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(
+            "Output folder is not empty",
+            where=folder,
+            found=sorted(path.name for path in folder.iterdir())[0],
+            wanted="an empty folder, or none",
+            next_step="add --overwrite to replace it, or choose another --run-dir",
+        )
+
+
+def _claim(folder: Path, key: str, ours: bool) -> None:
+    """Make the folder ours: cleared, or without the leftovers of an interrupted run."""
+    if folder.exists() and not ours:
+        shutil.rmtree(folder)
+    drop_leftovers(folder)
+    write_json(folder / WRITING_MARK, {"key": key})
+
+
+def _tree_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _complete(path: Path, shard: OutputShard) -> bool:
+    return path.exists() and path.stat().st_size == shard_bytes(shard)
+
+
+def _check_space(folder: Path, due: Sequence[OutputShard], *, freed: int) -> None:
+    needed, free = sum(map(shard_bytes, due)), free_bytes(folder) + freed
+    if needed > free:
+        raise DiskFullError(
+            "Not enough space for the checkpoint",
+            where=folder,
+            found=f"{free / 1e6:,.1f} MB free",
+            wanted=f"{needed / 1e6:,.1f} MB",
+            next_step="free space or point run_dir at a larger file system; nothing was written yet",
+        )
 
 
 STAGE = RunStage(

@@ -17,7 +17,7 @@ from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError, JobError, NumericalError
 from tenp_dist.evaluation.plans import budget_of, grid_budgets, with_controls
-from tenp_dist.layouts.table import check_buckets
+from tenp_dist.layouts.ragged import check_buckets
 from tenp_dist.runtime.buckets import MAX_BUCKETS, bucket_width
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LayerStatistics

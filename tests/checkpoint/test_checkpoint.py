@@ -12,25 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from helpers.checkpoints import SHARD_SIZE, all_tensors, corrupt, random_kept, write
+from helpers.checkpoints import SHARD_SIZE, all_tensors, corrupt, random_kept, verify, write
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.recipes import OutputTensor
-from tenp_dist.checkpoint.verify import check_names, verify_tensors
-from tenp_dist.checkpoint.writer import assign_shards, output_tensors, shard_bytes
+from tenp_dist.checkpoint.recipes import TensorHeader
+from tenp_dist.checkpoint.source import open_source
+from tenp_dist.checkpoint.verify import Expected, Readers, check_names, same_names, verify_tensors
+from tenp_dist.checkpoint.writer import assign_shards, shard_bytes
 from tenp_dist.errors import OutputError, SourceError, VerifyError
-from tenp_dist.pool.in_process import InProcessPool
-from tenp_dist.stages.written import verify_layout
-
-
-def verify(model, kept, folder, layout, tmp_path):
-    write_kept(tmp_path / "plan.safetensors", kept, {"plan": "test"})
-    return verify_layout(
-        InProcessPool(), source=open_index(model), folder=folder, plan=tmp_path / "plan.safetensors", layout=layout,
-        progress=lambda step: None,
-    )  # fmt: skip
+from tenp_dist.layouts.base import Pruned
+from tenp_dist.layouts.table import LAYOUTS
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
@@ -108,7 +101,7 @@ def test_an_interrupted_checkpoint_has_no_index_and_is_finished_by_the_same_comm
     model = tiny_model("deepseek_v3")
     kept = random_kept(model)
     write(model, kept, tmp_path / "whole", "ragged")
-    real, calls = __import__("tenp_dist.stages.written", fromlist=["write_shard"]).write_shard, []
+    real, calls = __import__("tenp_dist.stages.write", fromlist=["write_shard"]).write_shard, []
 
     def dies_at_the_third(*arguments):
         calls.append(arguments)
@@ -116,7 +109,7 @@ def test_an_interrupted_checkpoint_has_no_index_and_is_finished_by_the_same_comm
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("tenp_dist.stages.written.write_shard", dies_at_the_third)
+    monkeypatch.setattr("tenp_dist.stages.write.write_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         write(model, kept, tmp_path / "out", "ragged")
     assert not (tmp_path / "out" / "config.json").exists()
@@ -185,14 +178,15 @@ def test_verify_finds_a_config_that_disagrees(tiny_model, tmp_path):
 def test_padded_dropped_neurons_must_be_zero(tiny_model, tmp_path):
     """The source itself is not a valid padded checkpoint of a plan that drops anything."""
     model = tiny_model("deepseek_v3")
-    kept, index = random_kept(model), open_index(model)
-    with TensorReader(index) as reader, pytest.raises(VerifyError):
-        verify_tensors(list(index.tensors), reader, reader, family_of(index.config), kept, narrow=False)
+    kept, source = random_kept(model), open_source(model)
+    expected = Expected(source, kept, same_names(source, kept))
+    with TensorReader(source.index) as reader, pytest.raises(VerifyError):
+        verify_tensors(list(expected.names), Readers(reader, reader), expected, narrow=False)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 1000))
 def test_assigning_shards_keeps_order_and_size(sizes, limit):
-    tensors = [OutputTensor(f"t{i}", "U8", (size,)) for i, size in enumerate(sizes)]
+    tensors = [TensorHeader(f"t{i}", "U8", (size,)) for i, size in enumerate(sizes)]
     shards = assign_shards(tensors, limit)
     assert [t for shard in shards for t in shard.tensors] == tensors
     assert all(shard.nbytes <= limit or len(shard.tensors) == 1 for shard in shards)
@@ -218,10 +212,10 @@ def test_kept_neurons_round_trip(data, tmp_path_factory):
 
 
 def test_narrow_shapes_follow_the_plan(tiny_model):
-    index = open_index(tiny_model("qwen3_moe"))
-    kept = random_kept(index.folder)
-    shapes = {t.name: t.shape for t in output_tensors(index, family_of(index.config), kept, narrow=True)}
-    hidden = index.config["hidden_size"]
+    source = open_source(tiny_model("qwen3_moe"))
+    kept = random_kept(source.folder)
+    shapes = {t.name: t.shape for t in LAYOUTS["ragged"].tensors(Pruned(source, kept, "0.4"))}
+    hidden = source.facts.hidden_size
     assert shapes["model.layers.1.mlp.experts.2.up_proj.weight"] == (7, hidden)
     assert shapes["model.layers.1.mlp.experts.2.down_proj.weight"] == (hidden, 7)
-    assert shapes["model.layers.1.mlp.experts.0.down_proj.weight"][1] == index.config["moe_intermediate_size"]
+    assert shapes["model.layers.1.mlp.experts.0.down_proj.weight"][1] == source.facts.intermediate_size

@@ -108,7 +108,7 @@ def test_every_tensor_is_read_as_what_it_stands_for(pair):
             assert (fp8.tensors[name].dtype, fp8.tensors[name].shape) == (entry.dtype, entry.shape)
             assert found.raw(name) == wanted.raw(name), name
             assert torch.equal(found.tensor(name), wanted.tensor(name)), name
-            if entry.scaled is None and len(entry.shape) == 2:
+            if entry.stored is None and len(entry.shape) == 2:
                 for dtype in (torch.bfloat16, torch.float32):
                     wide = torch.full((entry.shape[0], entry.shape[1] + 3), 9.0, dtype=dtype)
                     found.into(name, wide[:, : entry.shape[1]])

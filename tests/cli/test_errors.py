@@ -20,7 +20,7 @@ def test_unexpected_exception_is_one_line(tenp, job_file, monkeypatch):
     def bug(*_, **__):
         raise ZeroDivisionError("a bug\nwith a second line")
 
-    monkeypatch.setattr("tenp_dist.stages.catalogue.checkpoint_facts", bug)
+    monkeypatch.setattr("tenp_dist.checkpoint.source.checkpoint_facts", bug)
     result = tenp("inspect", job_file())
     refused(result, "TenpError", "Unexpected ZeroDivisionError: a bug", "run again with --debug for the traceback")
     assert "second line" not in result.stderr

@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.recipes import OutputTensor
+from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.compensation.compensate_pass import CompensateTask, outcome
 from tenp_dist.compensation.moments import _factorise
 from tenp_dist.errors import NumericalError
@@ -116,7 +116,7 @@ def test_a_float32_source_in_bfloat16_keeps_its_digits(tiny_model, tmp_path):
 
 def test_what_overflows_in_the_dtype_of_the_source_is_refused_and_not_stored(tmp_path):
     """70000 is more than float16 holds."""
-    tensors = [OutputTensor("down", "F16", (1, 1))]
+    tensors = [TensorHeader("down", "F16", (1, 1))]
     fine, large = (CompensatedExpert(torch.full((1, 1), value), (0, 9, 0.01, 1.0, 0.5, 0.1)) for value in (6e4, 7e4))
     write_layer(tmp_path / "fine", tensors, [fine], layer=3, key="key")
     with pytest.raises(NumericalError, match="in a compensated weight") as caught:
@@ -166,7 +166,7 @@ def lost_layers(model, folder) -> int:
     """Finished layers that some wave has to go through again."""
     task = task_of(model, folder, random_kept(model))
     finished = min(task.unfinished(), max(task.moe) + 1)
-    return finished - min(task.boundaries.position(wave) for wave in range(task.count_waves()))
+    return finished - min(task.hidden_state_files.position(wave) for wave in range(task.count_waves()))
 
 
 def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path):

@@ -34,11 +34,11 @@ def compensate_all(model, folder, plans, *, corpus, weights=None, pool=None, **c
     for name, kept in plans.items():
         write_kept(folder / f"{name}.safetensors", kept, {"plan": name})
         targets.append(Target(folder / f"{name}.safetensors", folder / name))
-    site = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
-    ranks = site.cluster.tensor_parallel
+    context = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
+    ranks = context.cluster.tensor_parallel
     task = task_of(model, folder, next(iter(plans.values())), weights=weights or {}, ranks=ranks)
     task = dataclasses.replace(task, targets=tuple(targets))
-    compensate_model(site, task)
+    compensate_model(context, task)
     return task
 
 

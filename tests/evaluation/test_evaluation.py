@@ -86,7 +86,7 @@ def test_a_written_checkpoint_evaluates_like_its_masks(layout, tiny_model, tmp_p
 
 
 def test_stock_config_of_a_ragged_checkpoint_is_its_sources(tiny_model, tmp_path):
-    from tenp_dist.model.skeleton import source_config
+    from tenp_dist.checkpoint.families.table import source_config
 
     source = tiny_model("deepseek_v3")
     ragged_folder("deepseek_v3", source, random_kept(source), tmp_path / "out")

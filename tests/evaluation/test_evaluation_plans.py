@@ -23,7 +23,7 @@ from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation import metrics as metrics_module
-from tenp_dist.evaluation.evaluate_pass import EvaluateShard
+from tenp_dist.evaluation.evaluate_pass import EvaluateStep
 from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, evaluate_model
 from tenp_dist.evaluation.metrics import boxes
 from tenp_dist.evaluation.variants import Variant, shared_prefixes
@@ -118,13 +118,13 @@ def test_shared_layers_run_once_and_an_equal_plan_costs_nothing(tiny_model, tmp_
     made = {"first": first, "copy": first, "late": {**first, 3: other[3]}}
     for name, kept in made.items():
         write_kept(tmp_path / f"{name}.safetensors", kept, {"plan": name})
-    runs, real = [], EvaluateShard._run_variant
+    runs, real = [], EvaluateStep._run_variant
 
     def counted(self, name, layer, *rest):
         runs.append((layer, name))
         real(self, name, layer, *rest)
 
-    monkeypatch.setattr(EvaluateShard, "_run_variant", counted)
+    monkeypatch.setattr(EvaluateStep, "_run_variant", counted)
     variants = {"source": Variant()} | {name: Variant(tmp_path / f"{name}.safetensors") for name in made}
     found = evaluate([VariantsPass(source, variants)], corpus, tmp_path)
     waves = sum(layer == 0 for layer, _ in runs)

@@ -11,9 +11,10 @@ import torch
 from helpers.checkpoints import random_kept, write
 from helpers.deaths import cuts
 from helpers.evaluation import run, task_of
+from helpers.scoring import whole_worker
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
-from tenp_dist.evaluation.evaluate_pass import EvaluateShard
+from tenp_dist.evaluation.evaluate_pass import EvaluateStep
 from tenp_dist.evaluation.measure import VariantsPass
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.layer_ops import check_finite
@@ -138,9 +139,13 @@ def test_hidden_states_of_anything_else_do_not_count(passes, tmp_path):
         replace(task, waves=1),
         replace(task, ranks=2),
     ]
-    keys = [one.pass_tasks()[0].boundaries.key for one in (task, *changed)] + [task.pass_tasks()[1].boundaries.key]
+    keys = [one.pass_tasks()[0].hidden_state_files.key for one in (task, *changed)] + [
+        task.pass_tasks()[1].hidden_state_files.key
+    ]
     assert len(set(keys)) == len(keys)
-    assert replace(task, folder=tmp_path).pass_tasks()[0].boundaries.key == keys[0], "a moved run is the same run"
+    assert replace(task, folder=tmp_path).pass_tasks()[0].hidden_state_files.key == keys[0], (
+        "a moved run is the same run"
+    )
 
 
 def test_a_rank_masks_its_own_experts(passes, tmp_path):
@@ -148,22 +153,22 @@ def test_a_rank_masks_its_own_experts(passes, tmp_path):
     task = task_of(passes("deepseek_v3"), tmp_path, sequences=1, waves=1).pass_tasks()[0]
     masks = []
     for share in ({}, {"experts": range(3)}, {"experts": range(3, 8)}):
-        shard = EvaluateShard(task)
-        shard.open()
-        shard._share = share
-        experts = shard.skeleton.experts_of(shard.source.get(1))
-        masks.append(shard._mask(shard._kept_of("random", 1), experts))
-        assert shard._mask(shard._kept_of("source", 1), experts) is None
+        worker = whole_worker(task)
+        worker.open()
+        step = EvaluateStep(task, replace(worker.shard, share=share))
+        experts = worker.shard.skeleton.experts_of(worker.source.get(1))
+        masks.append(step._mask(step._kept_of("random", 1), experts))
+        assert step._mask(step._kept_of("source", 1), experts) is None
     assert masks[0].shape == (8, 24) and 0 < masks[0].sum() < masks[0].numel()
     assert torch.equal(torch.cat(masks[1:]), masks[0])
 
 
 def test_a_bad_weight_is_named_by_its_expert_on_any_rank(passes, tmp_path):
-    shard = EvaluateShard(task_of(passes("deepseek_v3"), tmp_path, sequences=1, waves=1).pass_tasks()[0])
-    shard.open()
-    module = shard.source.get(1)
-    shard.skeleton.experts_of(module).down_proj.data[2] = float("inf")
+    worker = whole_worker(task_of(passes("deepseek_v3"), tmp_path, sequences=1, waves=1).pass_tasks()[0])
+    worker.open()
+    skeleton, module = worker.shard.skeleton, worker.source.get(1)
+    skeleton.experts_of(module).down_proj.data[2] = float("inf")
     for share, expert in (({}, 2), ({"experts": range(3, 8)}, 5)):
         with pytest.raises(NumericalError, match="in a weight") as caught:
-            check_finite([torch.tensor(float("nan"))], shard.skeleton, 1, module, share, ["plan"])
+            check_finite([torch.tensor(float("nan"))], skeleton, 1, module, share, ["plan"])
         assert f"layer 1, expert {expert}: " in caught.value.where

@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index
-from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
+from tenp_dist.checkpoint.source import open_source
+from tenp_dist.checkpoint.verify_layouts import CHECKS
+from tenp_dist.layouts.base import Pruned
+from tenp_dist.layouts.table import LAYOUTS
 from tenp_dist.pool.in_process import InProcessPool
-from tenp_dist.runtime.ragged_config import ragged_config
-from tenp_dist.stages.written import write_layout
+from tenp_dist.stages.verify import Claim, verify_layout
+from tenp_dist.stages.write import Attempt, write_layout
 
 SHARD_SIZE = 20_000
 
@@ -39,16 +43,15 @@ def random_kept(model, seed=0) -> dict[int, KeptNeurons]:
 
 
 def write(model, kept, folder, layout, **changes):
-    index = open_index(model)
-    config = dict(index.config)
-    if layout == "ragged":
-        widths = {layer: k.widths.tolist() for layer, k in kept.items()}
-        config = ragged_config(config, widths_by_layer=widths, retention="0.4", fingerprint=index.fingerprint)
-    options = {"shard_size": SHARD_SIZE, "writers": None, "key": "key", "overwrite": False} | changes
-    return write_layout(
-        InProcessPool(), index=index, kept=kept, folder=folder, layout=layout, config=config, extra_files={},
-        progress=lambda step: None, **options,
-    )  # fmt: skip
+    options = {"shard_size": SHARD_SIZE, "key": "key", "progress": lambda step: None} | changes
+    pruned = Pruned(open_source(model), kept, retention="0.4")
+    return write_layout(InProcessPool(), LAYOUTS[layout], pruned, Attempt(folder=folder, **options))
+
+
+def verify(model, kept, folder, layout, tmp_path):
+    write_kept(tmp_path / "plan.safetensors", kept, {"plan": "test"})
+    claim = Claim(folder, open_source(model), tmp_path / "plan.safetensors")
+    return verify_layout(InProcessPool(), CHECKS[layout], claim, lambda step: None)
 
 
 def all_tensors(folder) -> dict[str, torch.Tensor]:

@@ -33,10 +33,10 @@ def compensate(
     write_corpus(folder / "corpus.arrow", corpus if corpus is not None else random_corpus(256))
     kept = random_kept(model) if kept is None else kept
     write_kept(folder / "plan.safetensors", kept, {})
-    site = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
-    ranks = site.cluster.tensor_parallel
+    context = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
+    ranks = context.cluster.tensor_parallel
     task = task_of(model, folder, kept, ridge=ridge, weights=weights or {}, ranks=ranks, dtype=dtype)
-    compensate_model(site, task)
+    compensate_model(context, task)
     assert not (task.folder / "hidden").exists()
     return task
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tenp_dist.passes.layer_sums import LayerSumStep
 from tenp_dist.passes.layer_worker import LayerWorker
 
 
@@ -85,27 +86,28 @@ class Death:
 
 
 def mortal(worker: type[LayerWorker], deaths: Sequence[Death], marks: Path) -> type[LayerWorker]:
-    """The worker with these deaths ahead of it. marks: folder where they are noted."""
+    """The worker with these deaths ahead of it. marks: folder where they are noted.
+
+    What its step, its files and its sums do is struck right behind each call, on the thread that makes the call.
+    """
 
     class Mortal(worker):
         def open(self):
             self._strike("open", self.layers.start, None)
             super().open()
-            write = self.boundaries.write
+            files, step = self.hidden_state_files, self.step
+            files.write = self._struck(files.write, lambda wave, layer, hidden: ("boundary", layer, wave))
+            step.take = self._struck(step.take, lambda layer, wave, module, hidden: ("pass", layer, wave))
+            if isinstance(step, LayerSumStep):
+                sums = step.layer_sum
+                sums.finish = self._struck(sums.finish, lambda layer, sums, weights: ("result", layer, None))
 
-            def writing(wave, layer, hidden):
-                write(wave, layer, hidden)
-                self._strike("boundary", layer, wave)
+        def _struck(self, function, point):
+            def call(*arguments):
+                function(*arguments)
+                self._strike(*point(*arguments))
 
-            self.boundaries.write = writing
-
-        def _pass(self, layer, wave, hidden):
-            super()._pass(layer, wave, hidden)
-            self._strike("pass", layer, wave)
-
-        def _finish(self, layer, sums, weights):
-            super()._finish(layer, sums, weights)
-            self._strike("result", layer, None)
+            return call
 
         def _strike(self, point, layer, wave):
             for death in deaths:

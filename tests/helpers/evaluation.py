@@ -70,8 +70,8 @@ def run(pool, passes, folder: Path, *, sequences=6, waves=3, steps=None, **clust
     """The summary of an evaluation on `pool`."""
     task = task_of(passes, folder, sequences=sequences, waves=waves)
     told = [] if steps is None else steps
-    site = pass_context(passes[0].checkpoint, folder / "evaluate.ledger.jsonl", pool, told.append, **cluster)
-    metrics = evaluate_model(site, task)
+    context = pass_context(passes[0].checkpoint, folder / "evaluate.ledger.jsonl", pool, told.append, **cluster)
+    metrics = evaluate_model(context, task)
     drop_hidden(task)
     return metrics.summary()
 

@@ -13,6 +13,8 @@ from tenp_dist.checkpoint.source import open_source
 from tenp_dist.config import Cluster
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.layer_ops import microbatches
+from tenp_dist.passes.layer_worker import LayerWorker
+from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.placement import layer_bytes
 from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pool.in_process import InProcessPool
@@ -44,6 +46,11 @@ def moe_layers(model: Path) -> list[int]:
     return list(open_source(model).facts.moe_layers)
 
 
+def whole_worker(task: PassTask) -> LayerWorker:
+    """A worker that owns all layers of the task's model; not open yet."""
+    return LayerWorker(task, range(read_config(task.model)["num_hidden_layers"]))
+
+
 def score(model, corpus, folder, compute=COMPUTE) -> dict[int, LayerStatistics]:
     write_corpus(folder / "corpus.arrow", corpus)
     task = ScoreTask(model, folder / "corpus.arrow", folder / "scores", "key", compute)
@@ -72,7 +79,7 @@ def run_scores(pool, model, folder: Path, *, corpus=None, waves=4, **cluster) ->
     task = ScoreTask(
         model, folder / "corpus.arrow", folder / "scores", "key", Compute("cpu", "float32", 24, 1), waves=waves
     )
-    site = pass_context(model, folder / "stages" / "score.ledger.jsonl", pool, **cluster)
-    score_model(replace(site, nbytes=layer_bytes(open_source(model).facts, 4)), task, moe_layers(model))
+    context = pass_context(model, folder / "stages" / "score.ledger.jsonl", pool, **cluster)
+    score_model(replace(context, nbytes=layer_bytes(open_source(model).facts, 4)), task, moe_layers(model))
     assert sorted(path.name for path in (folder / "scores").iterdir() if path.is_dir()) == []
     return {path.name: path.read_bytes() for path in sorted((folder / "scores").glob("layer_*"))}

@@ -12,19 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoints import all_tensors, change_config, corrupt, with_mtp
+from helpers.checkpoints import all_tensors, change_config, corrupt, verify, with_mtp, write
 from helpers.evaluation import evaluate, load, masked
 from helpers.routing import logits_by_layers, restrict_by_hand
 from helpers.scoring import FAMILIES, random_corpus
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.errors import BudgetError, SourceError, VerifyError
 from tenp_dist.evaluation.measure import VariantsPass
 from tenp_dist.evaluation.variants import Variant
-from tenp_dist.layouts.uniform import uniform_config, uniform_size
-from tenp_dist.pool.in_process import InProcessPool
-from tenp_dist.stages.written import verify_layout, write_layout
+from tenp_dist.layouts.uniform import uniform_size
 
 LOAD = """
 import json, sys, torch
@@ -86,21 +85,11 @@ def narrowed(folder, width: int) -> dict[int, KeptNeurons]:
 
 
 def write_uniform(model, kept, folder):
-    index = open_index(model)
-    family = family_of(index.config)
-    config = uniform_config(index.config, family, uniform_size(index.config, family, kept))
-    return write_layout(
-        InProcessPool(), index=index, kept=kept, folder=folder, layout="uniform", config=config, extra_files={},
-        shard_size=20_000, writers=None, key="key", overwrite=False, progress=lambda step: None,
-    )  # fmt: skip
+    return write(model, kept, folder, "uniform")
 
 
 def verify_it(model, kept, folder, tmp_path):
-    write_kept(tmp_path / "plan.safetensors", kept, {})
-    return verify_layout(
-        InProcessPool(), source=open_index(model), folder=folder, plan=tmp_path / "plan.safetensors",
-        layout="uniform", progress=lambda step: None,
-    )  # fmt: skip
+    return verify(model, kept, folder, "uniform", tmp_path)
 
 
 def load_stock(*folders) -> list[torch.Tensor]:
@@ -308,8 +297,8 @@ def test_shared_experts_are_filled_up_with_zeros_only(source, tmp_path):
 
 
 def test_layers_or_experts_that_differ_are_refused(tiny_model):
-    index = open_index(tiny_model("qwen3_moe"))
-    family, full = family_of(index.config), index.config["moe_intermediate_size"]
+    source = open_source(tiny_model("qwen3_moe"))
+    full = source.facts.intermediate_size
     mixed = np.zeros((8, full), dtype=bool)
     mixed[:4], mixed[4:, :5] = True, True
     unlike = {
@@ -319,7 +308,7 @@ def test_layers_or_experts_that_differ_are_refused(tiny_model):
     }
     for kept in unlike.values():
         with pytest.raises(BudgetError, match="no uniform checkpoint"):
-            uniform_size(index.config, family, kept)
+            uniform_size(source, kept)
 
 
 def test_a_router_of_another_shape_is_refused(source, tmp_path):

@@ -149,7 +149,7 @@ def test_two_ranks_on_ray_give_the_same_scores_and_survive_a_killed_rank(ray_poo
 
 @pytest.mark.slow
 def test_a_cluster_smaller_than_asked_is_an_error_in_time(ray_pool, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_pool, "node_cores", [1000])
+    monkeypatch.setattr(ray_pool.nodes, "cores", [1000])
     with pytest.raises(ClusterError, match="smaller than asked") as caught:
         run_scores(ray_pool, tiny_model("deepseek_v3"), tmp_path, shards=2, start_timeout=2)
     assert "free: " in caught.value.found and "500 CPU" in caught.value.wanted

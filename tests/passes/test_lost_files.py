@@ -27,15 +27,15 @@ def robbed(worker: type[LayerWorker], mark: Path) -> type[LayerWorker]:
     class Robbed(worker):
         def open(self):
             super().open()
-            write = self.boundaries.write
+            write = self.hidden_state_files.write
 
             def writing(wave, layer, hidden):
                 write(wave, layer, hidden)
                 if (wave, layer) == (1, 2) and not mark.exists():
                     mark.touch()
-                    self.boundaries._path(wave, layer).unlink()
+                    self.hidden_state_files._path(wave, layer).unlink()
 
-            self.boundaries.write = writing
+            self.hidden_state_files.write = writing
 
     return Robbed
 

@@ -26,14 +26,15 @@ from tenp_dist.calibration.corpus import Corpus, write_corpus
 from tenp_dist.passes.compute import Compute
 from tenp_dist.pool.machine import resident_memory
 from tenp_dist.passes.schedule import next_unit
-from tenp_dist.scoring.score_pass import ScoreShard, ScoreTask
+from tenp_dist.passes.layer_worker import LayerWorker
+from tenp_dist.scoring.score_pass import ScoreTask
 
 model, folder, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 tokens_NS = np.random.default_rng(0).integers(0, 1000, (4, 64), dtype=np.int32)
 corpus = Corpus(tokens_NS, np.ones_like(tokens_NS, dtype=bool), np.zeros(4, dtype=np.int64), ("text",))
 write_corpus(folder / "corpus.arrow", corpus)
 task = ScoreTask(model, folder / "corpus.arrow", folder / mode, "key", Compute("cpu", "bfloat16", 128, 1), mode=mode)
-shard = ScoreShard(task)
+shard = LayerWorker(task, range(json.loads((model / "config.json").read_text())["num_hidden_layers"]))
 shard.open()
 begun, seen = resident_memory(), []
 def watch():

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from helpers.deaths import Death, lives
-from helpers.scoring import moe_layers, pass_context, task_of
+from helpers.scoring import moe_layers, pass_context, task_of, whole_worker
 from tenp_dist.artifacts import exclusive
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.cli.view import describe
 from tenp_dist.errors import OutputError, SourceError, WorkerLost
 from tenp_dist.passes.compute import side_thread
 from tenp_dist.passes.fence import Fence
+from tenp_dist.passes.layer_worker import LayerWorker
 from tenp_dist.passes.pass_progress import PassProgress
 from tenp_dist.passes.schedule import Unit
 from tenp_dist.pool.heartbeat import Heartbeat
@@ -26,7 +27,7 @@ from tenp_dist.pool.ray_pool import RayPool
 from tenp_dist.pool.worker_log import last_words
 from tenp_dist.progress import Journal, Progress
 from tenp_dist.run_files import RunFiles
-from tenp_dist.scoring.score_pass import ScoreShard, score_model
+from tenp_dist.scoring.score_pass import score_model
 
 
 def test_figures_of_units_and_pulses(monkeypatch):
@@ -86,19 +87,19 @@ def score(pool, task, **cluster):
 
 def test_a_worker_that_was_given_up_writes_nothing_more(tiny_model, tmp_path):
     task = task_of(tmp_path, tiny_model("deepseek_v3"))
-    old, new = ScoreShard(task), ScoreShard(task)
+    old, new = whole_worker(task), whole_worker(task)
     old.open()
     new.open()
     with pytest.raises(WorkerLost, match="Another worker has taken over"):
         old.run(Unit(0, 1, (0, 1, 2, 3)))
         old.run(Unit(1, 2, (0, 1, 2, 3)))
-        old._settle([1])
+        old.wait_for_results([1])
     assert not list(task.folder.glob("**/layer_0*.safetensors"))
     new.run(Unit(0, 1, (0, 1, 2, 3)))
     new.run(Unit(1, 2, (0, 1, 2, 3)))
-    new._settle([1])
+    new.wait_for_results([1])
     assert (task.folder / "layer_00001.safetensors").exists()
-    other = Fence(task.boundaries.folder, 2, 0)
+    other = Fence(task.hidden_state_files.folder, 2, 0)
     other.take()
     new.fence.check()  # another shard's mark is not its own
 
@@ -106,7 +107,7 @@ def test_a_worker_that_was_given_up_writes_nothing_more(tiny_model, tmp_path):
 def test_what_a_given_up_worker_still_stored_is_found_when_its_successor_starts_again(tiny_model, tmp_path):
     """It had looked for its mark just before the successor came; the file that the successor was to read is gone."""
     task = task_of(tmp_path, tiny_model("deepseek_v3"))
-    old, new = ScoreShard(task), ScoreShard(task)
+    old, new = whole_worker(task), whole_worker(task)
     waves = tuple(range(4))
     old.open()
     old.run(Unit(0, 1, waves))
@@ -117,8 +118,8 @@ def test_what_a_given_up_worker_still_stored_is_found_when_its_successor_starts_
     old._commit(waves, 2, force=True)
     with pytest.raises(WorkerLost, match="not where they were"):
         new.run(Unit(1, 2, waves))
-    assert {task.boundaries.position(wave) for wave in waves} == {2}
-    again = ScoreShard(task)
+    assert {task.hidden_state_files.position(wave) for wave in waves} == {2}
+    again = whole_worker(task)
     again.open()
     again.run(Unit(2, 3, waves))
 
@@ -128,20 +129,20 @@ def test_a_resident_shard_gets_ready_before_its_first_wave(tiny_model, tmp_path)
     model = tiny_model("deepseek_v3")
     stored = []
     for name, warm in (("cold", False), ("warm", True)):
-        shard = ScoreShard(replace(task_of(tmp_path, model), folder=tmp_path / name, mode="resident"))
-        shard.open()
+        worker = whole_worker(replace(task_of(tmp_path, model), folder=tmp_path / name, mode="resident"))
+        worker.open()
         if warm:
-            shard.warm()
-            assert sorted(shard._norms) == shard.skeleton.moe_layers()
-            assert sorted(shard.source._loaded) == list(shard.layers)
+            worker.warm()
+            assert sorted(worker.step._norms) == worker.shard.skeleton.moe_layers()
+            assert sorted(worker.source._loaded) == list(worker.layers)
         for wave in range(4):
-            shard.run(Unit(0, shard.skeleton.num_layers, (wave,)))
+            worker.run(Unit(0, worker.shard.skeleton.num_layers, (wave,)))
         stored.append([path.read_bytes() for path in sorted((tmp_path / name).glob("layer_*.safetensors"))])
-    assert stored[0] == stored[1] and len(stored[0]) == len(shard.skeleton.moe_layers())
+    assert stored[0] == stored[1] and len(stored[0]) == len(worker.shard.skeleton.moe_layers())
 
-    broken = ScoreShard(replace(task_of(tmp_path, model), folder=tmp_path / "broken", mode="resident"))
+    broken = whole_worker(replace(task_of(tmp_path, model), folder=tmp_path / "broken", mode="resident"))
     broken.open()
-    reader = broken.skeleton.read_layer
+    reader = broken.shard.skeleton.read_layer
 
     def read_layer(layer, *share):
         if layer == 2:
@@ -150,7 +151,7 @@ def test_a_resident_shard_gets_ready_before_its_first_wave(tiny_model, tmp_path)
 
     broken.source.release()
     broken.source._pending.clear()
-    broken.skeleton.read_layer = read_layer
+    broken.shard.skeleton.read_layer = read_layer
     broken.warm()
     with pytest.raises(SourceError, match="cut off"):
         broken.run(Unit(0, 3, (0,)))
@@ -160,7 +161,7 @@ def test_a_begun_run_keeps_its_threads(tiny_model, tmp_path, monkeypatch):
     """Begun with one thread, gone on with where there are three: workers still get one."""
     task = task_of(tmp_path, tiny_model("deepseek_v3"))
     seen = []
-    real = ScoreShard.open
+    real = LayerWorker.open
 
     def open_shard(self):
         seen.append(self.task.compute.threads)
@@ -168,7 +169,7 @@ def test_a_begun_run_keeps_its_threads(tiny_model, tmp_path, monkeypatch):
             raise RuntimeError("power cut")
         real(self)
 
-    monkeypatch.setattr(ScoreShard, "open", open_shard)
+    monkeypatch.setattr(LayerWorker, "open", open_shard)
     with pytest.raises(RuntimeError):
         score(InProcessPool(cores=1), task)
     score(InProcessPool(cores=3), task)
@@ -177,10 +178,10 @@ def test_a_begun_run_keeps_its_threads(tiny_model, tmp_path, monkeypatch):
 
 def test_resuming_says_what_is_there(tiny_model, tmp_path):
     task = task_of(tmp_path, tiny_model("deepseek_v3"))
-    shard = ScoreShard(replace(task, commit_seconds=0))
-    shard.open()
+    worker = whole_worker(replace(task, commit_seconds=0))
+    worker.open()
     for layer in (0, 1):
-        shard.run(Unit(layer, layer + 1, (0, 1, 2, 3)))
+        worker.run(Unit(layer, layer + 1, (0, 1, 2, 3)))
     told = score(InProcessPool(cores=1), task, mode="streaming")
     assert "going on from" in told[0].message and "streaming" in told[0].message and told[0].done == 8
 
@@ -243,7 +244,7 @@ def test_logs_metrics_and_last_words_on_ray(tiny_model, tmp_path, monkeypatch):
 
 def scraped(pool) -> str:
     """What the node's metrics port shows once there is something of ours."""
-    node = pool._ray.nodes()[0]
+    node = pool.client.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     for _ in range(60):
         with urllib.request.urlopen(address, timeout=20) as answer:

@@ -304,4 +304,4 @@ def test_more_ranks_than_parts_are_refused(size, changes, limit):
 
 def test_deepspeed_is_imported_in_one_module_only():
     importers = {path.name for path in SOURCES if any(m.split(".")[0] == "deepspeed" for m in imports_of(path))}
-    assert importers == {"parallel.py"}
+    assert importers == {"ranks.py"}

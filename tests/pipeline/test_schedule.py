@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tenp_dist.checkpoint.facts import Bytes, Parameters
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.config import Cluster
 from tenp_dist.passes.placement import (
     active_bytes,
@@ -100,13 +104,18 @@ def test_a_resident_shard_waits_for_one_that_is_slower():
     assert next_unit(range(0, 2), [4, *behind[1:]], "resident", last=False) == Unit(0, 2, (QUEUE,))
 
 
-def test_shards_are_balanced_by_bytes_and_compute():
+def test_shards_are_balanced_by_bytes_and_compute(tiny_model):
     """DeepSeek-V3's form in short: dense layers hold little, but every token passes all of it."""
-    facts = {
-        "num_layers": 5, "moe_layers": [2, 3, 4], "num_experts": 16, "top_k": 2, "dtypes": {"BF16": 1},
-        "parameters": {"routed": 3 * 16 * 100},
-        "bytes": {"per_layer": {"0": 800, "1": 800, "2": 3600, "3": 3600, "4": 3600}},
-    }  # fmt: skip
+    facts = replace(
+        open_source(tiny_model()).facts,
+        num_layers=5,
+        moe_layers=(2, 3, 4),
+        num_experts=16,
+        top_k=2,
+        dtypes={"BF16": 1},
+        parameters=Parameters(total=0, routed=3 * 16 * 100),
+        bytes=Bytes(total=0, stored=0, routed=0, per_layer={0: 800, 1: 800, 2: 3600, 3: 3600, 4: 3600}),
+    )
     nbytes, active = layer_bytes(facts, 2), active_bytes(facts, 2)
     assert nbytes == [800, 800, 3600, 3600, 3600]
     assert active == [800, 800, 800, 800, 800]  # 400 beside the experts, 2 experts of 200

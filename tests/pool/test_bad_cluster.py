@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +20,14 @@ def test_no_gpu_where_one_was_asked_for(tenp, job_file):
 
 
 def test_no_gpu_in_the_cluster():
-    from tenp_dist.pool.ray_pool import RayPool
+    from tenp_dist.pool.ray_nodes import Nodes
 
-    pool = RayPool.__new__(RayPool)  # as after connecting to a cluster of CPU nodes
-    pool.gpus, pool.cores, pool._address = 0, 4, "head:6379"
-    pool._ray = type("Ray", (), {"nodes": staticmethod(lambda: [{"Alive": True, "Resources": {"CPU": 4}}])})
+    names = {"NodeID": "0" * 56, "NodeManagerHostname": "head", "NodeManagerAddress": "10.0.0.1"}
+    table = [names | {"Alive": True, "Resources": {"CPU": 4.0}}]
+    nodes = Nodes(SimpleNamespace(address="head:6379", nodes=lambda: table))  # a client of a cluster of CPU nodes
+    nodes.check_gpus(0)
     with pytest.raises(errors.DeviceError) as caught:
-        next(pool.stream(print, gpus=1))
+        nodes.check_gpus(1)
     assert "head:6379: 1 node, 4 cores" in str(caught.value) and "set cluster.device" in str(caught.value)
 
 

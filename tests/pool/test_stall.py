@@ -17,31 +17,31 @@ import pytest
 from helpers.checkpoints import random_kept
 from helpers.compensation import compensate, recheck
 from helpers.deaths import Death, lives
-from helpers.scoring import random_corpus, run_scores, task_of
+from helpers.scoring import random_corpus, run_scores, task_of, whole_worker
 from tenp_dist.checkpoint.compensated import read_table
-from tenp_dist.compensation.compensate_pass import CompensateShard
-from tenp_dist.compensation.recheck_pass import SAMPLE, RecheckShard
+from tenp_dist.compensation.compensate_pass import CompensateSum
+from tenp_dist.compensation.recheck_pass import SAMPLE, RecheckSum
 from tenp_dist.config import Cluster
 from tenp_dist.errors import WorkerLost
+from tenp_dist.passes.layer_worker import LayerWorker
 from tenp_dist.passes.schedule import Unit
 from tenp_dist.pool import ray_group as pool_group
 from tenp_dist.pool.hang import BEAT_SECONDS, StallWatch
 from tenp_dist.pool.heartbeat import Heartbeat
 from tenp_dist.pool.in_process import InProcessPool
-from tenp_dist.scoring.score_pass import ScoreShard
 
 LIMIT = 10
 COUNTERS = ("steps", "tokens", "seconds", "read_bytes", "work")
 
 
 def watched(*histories, seconds=BEAT_SECONDS, limit=LIMIT):
-    """Look at these heartbeats every so many seconds: (second, who hangs) of the first look that finds one."""
+    """Check ranks with these heartbeats every so many seconds: (second, who hangs) of the first that finds one."""
     now, ranks = [0.0], list(range(len(histories)))
     watch = StallWatch(lambda rank: histories[rank][int(now[0] / seconds) - 1], lambda: now[0])
     watch.begin()
     for _ in histories[0]:
         now[0] += seconds
-        found = watch.look(ranks, limit)
+        found = watch.check(ranks, limit)
         if found is not None:
             return now[0], found, watch
     return None
@@ -102,17 +102,17 @@ def test_time_without_work_does_not_count():
         watch.begin()
         for _ in range(4):
             now[0] += BEAT_SECONDS
-            assert watch.look([0], LIMIT) is None
+            assert watch.check([0], LIMIT) is None
         now[0] += 3600
 
 
 def test_every_microbatch_and_boundary_counts(tiny_model, tmp_path):
     """6 sequences of one microbatch each in 4 waves: 6 for a layer; 4 boundaries where they are stored."""
-    worker = ScoreShard(replace(task_of(tmp_path, tiny_model("deepseek_v3")), commit_seconds=0))
+    worker = whole_worker(replace(task_of(tmp_path, tiny_model("deepseek_v3")), commit_seconds=0))
     assert worker.heartbeat().progress == (0, 0, 0.0, 0, 0), "before it is open"
     worker.open()
     worker.run(Unit(0, 1, (0, 1, 2, 3)))
-    assert len(worker.batches) == 6 and worker.heartbeat().work == 6 + 4
+    assert sum(map(len, worker.shard.batches)) == 6 and worker.heartbeat().work == 6 + 4
     before = worker.heartbeat()
     worker.run(Unit(1, 2, (0, 1)))
     assert worker.heartbeat().work - before.work == len([i for wave in (0, 1) for i in worker.waves[wave]]) + 2
@@ -224,20 +224,22 @@ def test_a_stream_may_be_slow_but_not_silent(impatient):
 
 def test_every_expert_that_is_solved_or_checked_counts(tiny_model, tmp_path, monkeypatch):
     """Each narrow expert by 1, the plan's file too; in the check once more where it is in the sample."""
-    counted = {}
+    counted, workers = {}, []
+    opened = LayerWorker.open
+    monkeypatch.setattr(LayerWorker, "open", lambda worker: (workers.append(worker), opened(worker)))
 
-    def counting(shard):
-        finish = shard._finish
+    def counting(layer_sum):
+        finish = layer_sum.finish
 
         def counted_finish(self, layer, sums, weights):
-            before = self.heartbeat().work
+            before = workers[-1].heartbeat().work
             finish(self, layer, sums, weights)
-            counted[shard.__name__, layer] = self.heartbeat().work - before
+            counted[layer_sum.__name__, layer] = workers[-1].heartbeat().work - before
 
-        monkeypatch.setattr(shard, "_finish", counted_finish)
+        monkeypatch.setattr(layer_sum, "finish", counted_finish)
 
-    counting(CompensateShard)
-    counting(RecheckShard)
+    counting(CompensateSum)
+    counting(RecheckSum)
     model = tiny_model("deepseek_v3")
     kept = random_kept(model)
     task = compensate(model, tmp_path, kept, corpus=random_corpus(256, sequences=12))
@@ -245,5 +247,5 @@ def test_every_expert_that_is_solved_or_checked_counts(tiny_model, tmp_path, mon
     for layer in kept:
         solved = len(read_table(task.file(task.targets[0], layer, 0))["experts"])
         assert solved
-        assert counted["CompensateShard", layer] == solved + 1
-        assert counted["RecheckShard", layer] == solved + min(solved, SAMPLE)
+        assert counted["CompensateSum", layer] == solved + 1
+        assert counted["RecheckSum", layer] == solved + min(solved, SAMPLE)

@@ -63,15 +63,25 @@ def test_nobody_can_take_the_port_where_the_ranks_are_to_meet(ray_pool, made_of,
 
 
 def doomed(worker: type[LayerWorker], point: str, mark: Path) -> type[LayerWorker]:
-    """The worker, which ends itself once where its method `point` begins, in the shard that begins at layer 2."""
+    """The worker, which ends itself once at this point of its start, in the shard that begins at layer 2."""
 
-    def dying(self, *arguments, **options):
-        if (arguments[1] if point == "__init__" else self.layers).start == 2 and not mark.exists():
+    def reached(here: str, layers: range) -> None:
+        if (here, layers.start) == (point, 2) and not mark.exists():
             mark.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
-        return getattr(worker, point)(self, *arguments, **options)
 
-    return type("Doomed", (worker,), {point: dying})
+    class Doomed(worker):
+        def __init__(self, task, layers, rank):
+            reached("__init__", layers)
+            super().__init__(task, layers, rank)
+
+        def open(self):
+            reached("open", self.layers)
+            step = self.task.step
+            object.__setattr__(self.task, "step", lambda shard: (reached("step", shard.layers), step(shard))[1])
+            super().open()
+
+    return Doomed
 
 
 @pytest.mark.parametrize(
@@ -79,7 +89,7 @@ def doomed(worker: type[LayerWorker], point: str, mark: Path) -> type[LayerWorke
     [
         ("__init__", "it was starting on {host} ({address}, "),
         ("open", "its log ends: {date} process {pid} starts on {host} ({address})"),
-        ("streams", "starts on {host} ({address}) | {date} opens {model}"),
+        ("step", "starts on {host} ({address}) | {date} opens {model}"),
     ],
 )
 def test_a_worker_killed_while_it_starts_says_how_far_it_was(
@@ -105,4 +115,6 @@ def test_a_worker_killed_while_it_starts_says_how_far_it_was(
 
 
 def test_ray_is_known_by_its_answer(ray_pool):
-    check_reachable(ray_pool._ray.get_runtime_context().gcs_address)
+    import ray
+
+    check_reachable(ray.get_runtime_context().gcs_address)

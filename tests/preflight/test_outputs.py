@@ -49,7 +49,7 @@ def test_overwrite_that_cannot_succeed_costs_nothing(finished, tenp, tmp_path, m
         ("calibrate", "--set", "calibration.sequence_length=100000", "CalibrationError"),
     ):
         refused(tenp(*arguments[:1], finished, *arguments[1:], "--overwrite"), error)
-    monkeypatch.setattr("tenp_dist.stages.written.free_bytes", lambda folder: -(10**9))
+    monkeypatch.setattr("tenp_dist.stages.write.free_bytes", lambda folder: -(10**9))
     result = tenp("write", finished, "--set", "output.shard_size=50KB", "--overwrite")
     refused(result, "DiskFullError", "Not enough space", "free", "nothing was written yet")
     assert contents(tmp_path / "run") == before
@@ -57,7 +57,7 @@ def test_overwrite_that_cannot_succeed_costs_nothing(finished, tenp, tmp_path, m
 
 
 def test_not_enough_space_is_seen_before_writing(tenp, job_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("tenp_dist.stages.written.free_bytes", lambda folder: 100_000)
+    monkeypatch.setattr("tenp_dist.stages.write.free_bytes", lambda folder: 100_000)
     job = job_file()
     refused(
         tenp("run", job), "DiskFullError", "Not enough space", "0.1 MB free", "checkpoint/ragged", "larger file system"

@@ -16,9 +16,10 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
     "runtime": {"artifacts", "config", "job_file", "run_files", "progress"},  # its text is copied into checkpoints
     "pool": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
     "pipeline": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
-    "launch": {"checkpoint", "model", "passes", "scoring", "compensation", "budget", "layouts", "evaluation", "stages"},
+    "launch": {"checkpoint", "model", "passes", "scoring", "compensation", "budget", "layouts", "evaluation"},
+    "cli": {"checkpoint", "model", "passes", "scoring", "compensation", "budget", "evaluation"},
 }
-RAY = {"pool/ray_group.py", "pool/ray_nodes.py", "pool/ray_pool.py", "launch/submit.py"}
+RAY = {f"pool/ray_{name}.py" for name in ("client", "metrics", "nodes", "placement", "results")} | {"launch/submit.py"}
 
 
 def room_of(module: str) -> str | None:

@@ -33,7 +33,7 @@ def test_two_shards_on_two_nodes_survive_the_loss_of_one_in_scoring_and_in_writi
     process = start(job, run, nodes.address)
     wait_for(process, scoring(run))
     with stopped(process):
-        shards = nodes.processes("ScoreShard")
+        shards = nodes.processes("LayerWorker")
         assert [len(workers) for workers in shards.values()] == [1, 1], "each shard on a node of its own"
         raylet, workers = next(iter(shards.items()))
         kill(raylet, *workers)
@@ -58,7 +58,7 @@ def test_a_raylet_killed_under_a_shard(nodes, job, reference, tmp_path, start):
     process = start(job, run, nodes.address)
     wait_for(process, scoring(run))
     with stopped(process):
-        kill(next(iter(nodes.processes("ScoreShard"))))
+        kill(next(iter(nodes.processes("LayerWorker"))))
         wait_for(process, lambda: nodes.alive() == 3)
     finish(process)
     assert len(ledger(run, "lost")) == 1
@@ -91,7 +91,7 @@ def test_the_head_dies(job, reference, tmp_path, start):
     wait_for(process, scoring(run))
     with stopped(process):
         children = psutil.Process(process.pid).children(recursive=True)
-        dying = [one for one in children if one.name() in ("gcs_server", "raylet") or does(one, "ScoreShard")]
+        dying = [one for one in children if one.name() in ("gcs_server", "raylet") or does(one, "LayerWorker")]
         assert len(dying) == 4
         kill(*dying)
     started = time.monotonic()
@@ -143,7 +143,7 @@ def test_two_ranks_on_a_node_survive_the_loss_of_one(nodes, job, tmp_path, start
     process = start(job, run, nodes.address, *wide)
     wait_for(process, scoring(run))
     with stopped(process):
-        shards = nodes.processes("ScoreShard")
+        shards = nodes.processes("LayerWorker")
         assert [len(workers) for workers in shards.values()] == [2, 2], "the ranks of a shard share a node"
         kill(list(shards.values())[1][1])
     finish(process)
@@ -158,7 +158,7 @@ def test_a_node_that_no_other_replaces(nodes, job, reference, tmp_path, start):
     process = start(job, run, nodes.address, "--set", "cluster.start_timeout=6")
     wait_for(process, scoring(run))
     with stopped(process):
-        raylet, workers = next(iter(nodes.processes("ScoreShard").items()))
+        raylet, workers = next(iter(nodes.processes("LayerWorker").items()))
         kill(raylet, *workers)
     finish(process)
     assert len(ledger(run, "lost")) == 1

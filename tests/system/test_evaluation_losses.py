@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def tail_dies_once(mark: Path):
     """`run_tail`, whose worker is killed behind its first microbatch."""
 
-    def tail(passes):
-        for event in run_tail(passes):
+    def tail(passes, threads):
+        for event in run_tail(passes, threads):
             if not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -27,7 +27,7 @@ def test_a_raylet_killed_in_the_middle_of_a_unit(mode, layer, pool, many, here, 
     """The node counts as dead; its worker may go on for a while. Another node takes the shard."""
     died = lives(monkeypatch, pool, tmp_path / "deaths", Death("pass", layer, wave=1, whom=os.getppid))
     assert run(pool, [many], tmp_path, waves=WAVES, shards=2, mode=mode, commit_seconds=0) == here
-    assert died() == 1 and sum(node["Alive"] for node in pool._ray.nodes()) == 3
+    assert died() == 1 and sum(node["Alive"] for node in pool.client.nodes()) == 3
     only_the_units_in_flight_were_lost(tmp_path / "evaluate.ledger.jsonl", LAYERS, WAVES, deaths=1)
 
 

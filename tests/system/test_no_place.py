@@ -62,7 +62,8 @@ def test_no_worker_node_is_left(kind, nodes, pool_on):
 
 def test_more_than_any_node_has(pool_on, monkeypatch):
     pool = pool_on((1,), start_timeout=3)
-    monkeypatch.setattr(pool, "_threads_left", lambda gpus: 7)
+    monkeypatch.setattr(pool, "threads", 7)
+    monkeypatch.setattr(pool.nodes, "most_cores", lambda gpus: 7)
     with pytest.raises(Unplaced) as caught:
         list(pool.stream(range, 3))
     assert "7 CPU" in caught.value.wanted and "1 CPU" in caught.value.found

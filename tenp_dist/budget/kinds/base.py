@@ -5,7 +5,6 @@ E routed experts of a layer, F neurons of an expert.
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,8 +164,3 @@ class PlanKind(ABC):
         kept = shape.kept_neurons
         assert kept is not None, "sizes that the scores have to decide first"
         return 1 - kept / (self.budget.retention_exact * shape.total_neurons)
-
-
-def form_of(budget: Budget, shape: Shape) -> PlanForm:
-    """`table.form_of`, for callers that still look for it here; the table imports this module, so not at the top."""
-    return importlib.import_module("tenp_dist.budget.kinds.table").form_of(budget, shape)

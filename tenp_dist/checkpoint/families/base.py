@@ -1,10 +1,11 @@
-"""What a family's row says: how (layer, expert, matrix) maps to checkpoint tensor names and axes."""
+"""What a row says of a family of models: keys of its config, and where its checkpoint and its modules keep things."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 GATE, UP, DOWN = "gate", "up", "down"
 
@@ -18,7 +19,15 @@ class Family:
     """One row.
 
     model_type: `model_type` of config.json.
+    aliases: other `model_type`s whose checkpoints are this family's, tensor by tensor.
+    section: key of the part of the config that describes the language model; None for the config itself.
+    layers_key: config key of the number of decoder layers.
+    hidden_key: config key of D, the width of the hidden states.
+    vocab_key: config key of the number of rows of the embedding.
+    heads_keys: config keys that may hold the number of attention heads that ranks share; the first one that is set.
+    tied_key: config key that says whether the head's weights are those of the embedding.
     experts_keys: config keys that may hold the number of routed experts (transformers renames some).
+    top_k_key: config key of the number of experts that a token goes to.
     width_key: config key of an expert's width.
     layer: prefix of a decoder layer's tensors.
     experts: the experts module inside a layer, as in the modeling code.
@@ -37,7 +46,15 @@ class Family:
     """
 
     model_type: str
+    aliases: tuple[str, ...] = ()
+    section: str | None = None
+    layers_key: str = "num_hidden_layers"
+    hidden_key: str = "hidden_size"
+    vocab_key: str = "vocab_size"
+    heads_keys: tuple[str, ...] = ("num_key_value_heads", "num_attention_heads")
+    tied_key: str = "tie_word_embeddings"
     experts_keys: tuple[str, ...]
+    top_k_key: str = "num_experts_per_tok"
     width_key: str = "moe_intermediate_size"
     layer: str = "model.layers.{layer}."
     experts: str = "mlp.experts"
@@ -53,24 +70,52 @@ class Family:
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
     tensor_parallel: bool = False
 
-    def num_experts(self, config: Mapping[str, object]) -> int:
+    def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a config that describes the language model, empty where the config lacks it."""
+        return config if self.section is None else config.get(self.section) or {}
+
+    def num_layers(self, config: Mapping[str, Any]) -> int:
+        """Decoder layers, prediction layers not counted."""
+        return int(self.text(config)[self.layers_key])
+
+    def hidden_size(self, config: Mapping[str, Any]) -> int:
+        """D, the width of the hidden states."""
+        return int(self.text(config)[self.hidden_key])
+
+    def vocab_size(self, config: Mapping[str, Any]) -> int:
+        """Rows of the embedding."""
+        return int(self.text(config)[self.vocab_key])
+
+    def top_k(self, config: Mapping[str, Any]) -> int:
+        """Routed experts that a token goes to."""
+        return int(self.text(config)[self.top_k_key])
+
+    def heads(self, config: Mapping[str, Any]) -> int | None:
+        """Attention heads that ranks share: those of keys and values where they are counted; None where none are."""
+        return next((int(stated) for key in self.heads_keys if (stated := self.text(config).get(key))), None)
+
+    def ties_head(self, config: Mapping[str, Any]) -> bool:
+        """Whether the head's weights are those of the embedding."""
+        return bool(self.text(config).get(self.tied_key))
+
+    def num_experts(self, config: Mapping[str, Any]) -> int:
         """Routed experts per layer, 0 where the config names none."""
-        return next((int(config[key]) for key in self.experts_keys if config.get(key)), 0)
+        return next((int(stated) for key in self.experts_keys if (stated := self.text(config).get(key))), 0)
 
-    def groups(self, config: Mapping[str, object]) -> int:
+    def groups(self, config: Mapping[str, Any]) -> int:
         """Equal groups of consecutive ids that experts are routed in, 1 for none."""
-        return int((self.groups_key and config.get(self.groups_key)) or 1)
+        return int((self.groups_key and self.text(config).get(self.groups_key)) or 1)
 
-    def least_experts(self, config: Mapping[str, object]) -> int:
+    def least_experts(self, config: Mapping[str, Any]) -> int:
         """The fewest routed experts per layer that the router still works with, equally many in each group.
 
         A token picks top-k experts from the groups chosen for it, and a group is ranked by its best
         `group_scorers` experts.
         """
-        top_k, groups = int(config["num_experts_per_tok"]), self.groups(config)
+        top_k, groups = self.top_k(config), self.groups(config)
         if groups == 1:
             return top_k
-        chosen = int(config.get(self.chosen_groups_key) or groups)
+        chosen = int((self.chosen_groups_key and self.text(config).get(self.chosen_groups_key)) or groups)
         return groups * max(math.ceil(top_k / chosen), self.group_scorers)
 
     def tensor(self, layer: int, expert: int, matrix: str) -> str:

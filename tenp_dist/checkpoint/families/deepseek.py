@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 
-_DEEPSEEK = {
-    "experts_keys": ("n_routed_experts", "num_local_experts"),
-    "groups_key": "n_group",
-    "chosen_groups_key": "topk_group",
-    "shared_key": "n_shared_experts",
-    "tensor_parallel": True,
-}
+from tenp_dist.checkpoint.families.base import Family
 
+deepseek = partial(
+    Family,
+    experts_keys=("n_routed_experts", "num_local_experts"),
+    groups_key="n_group",
+    chosen_groups_key="topk_group",
+    shared_key="n_shared_experts",
+    tensor_parallel=True,
+)
 
-STOCK: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
-"""model_type -> the family that such checkpoints are, tensor by tensor (Kimi-K2 says so in its `auto_map`)."""
+ROWS = (
+    deepseek(model_type="deepseek_v2"),
+    deepseek(model_type="deepseek_v3", aliases=("kimi_k2",), group_scorers=2),  # Kimi-K2 says so in its `auto_map`
+)

@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-_QWEN = {"experts_keys": ("num_experts", "num_local_experts"), "tensor_parallel": True}
+from functools import partial
+
+from tenp_dist.checkpoint.families.base import Family
+
+qwen = partial(Family, experts_keys=("num_experts", "num_local_experts"), tensor_parallel=True)
+
+ROWS = (qwen(model_type="qwen2_moe"), qwen(model_type="qwen3_moe"))

@@ -1,34 +1,34 @@
-"""Families as data: how (layer, expert, matrix) maps to checkpoint tensor names and axes.
+"""The table of families, joined from their files, and the row that a config belongs to.
 
-A new family is one row. The modeling code stays transformers' own; a row only says where its
-checkpoint keeps things and which module sees the residual stream.
+The modeling code stays transformers' own; a row only says where its checkpoint keeps things and which module sees the
+residual stream.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
+from tenp_dist.checkpoint.families import deepseek, qwen
 from tenp_dist.checkpoint.families.base import Family
-from tenp_dist.checkpoint.families.deepseek import _DEEPSEEK, STOCK
-from tenp_dist.checkpoint.families.qwen import _QWEN
 from tenp_dist.errors import UnsupportedModelError
 
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(model_type="deepseek_v2", **_DEEPSEEK),
-        Family(model_type="deepseek_v3", **_DEEPSEEK, group_scorers=2),
-        Family(model_type="qwen2_moe", **_QWEN),
-        Family(model_type="qwen3_moe", **_QWEN),
-    )
-}
+FILES = (deepseek, qwen)
+
+
+FAMILIES: Mapping[str, Family] = {row.model_type: row for file in FILES for row in file.ROWS}
+"""model_type -> row."""
+
+
+STOCK: Mapping[str, str] = {alias: row.model_type for row in FAMILIES.values() for alias in row.aliases}
+"""model_type -> the family that such checkpoints are, tensor by tensor."""
 
 
 _EXPERT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
-def stock_config(config: Mapping[str, object]) -> dict:
+def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config under its family's own model_type; one of `STOCK` loses its pointers to remote code."""
     model_type = STOCK.get(str(config.get("model_type")))
     if model_type is None:
@@ -36,7 +36,22 @@ def stock_config(config: Mapping[str, object]) -> dict:
     return {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": model_type}
 
 
-def family_of(config: Mapping[str, object]) -> Family:
+def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stock config of a checkpoint: itself, or what a ragged checkpoint was made from."""
+    plain = {key: value for key, value in config.items() if key not in ("tenp", "auto_map")}
+    if "tenp" in config:
+        plain["model_type"] = config["tenp"]["source"]["model_type"]
+        plain["architectures"] = config["tenp"]["source"]["architectures"]
+    return plain
+
+
+def family_and_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """Row and `source_config` of a checkpoint, of one that tenp-dist wrote too. Raises as `family_of`."""
+    stock = source_config(config)
+    return family_of(stock), stock
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
     """The row for a source config.
 
     Raises:
@@ -67,5 +82,5 @@ def family_of(config: Mapping[str, object]) -> Family:
         where="config.json",
         found=f"model_type {model_type}",
         wanted=f"one of {', '.join(FAMILIES)}" + (f" (nearest: {close[0]})" if close else ""),
-        next_step="add a row to tenp_dist/checkpoint/families/table.py; CONTRIBUTING.md says how",
+        next_step="add a row to a file in tenp_dist/checkpoint/families; CONTRIBUTING.md says how",
     )

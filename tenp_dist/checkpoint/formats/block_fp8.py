@@ -1,8 +1,8 @@
 """Checkpoints in block-scaled FP8, read as the bfloat16 ones that they stand for.
 
 DeepSeek-V3 stores a matrix as float8 `X.weight` with `X.weight_scale_inv`, one factor per block of
-`quantization_config.weight_block_size`. The index makes one bfloat16 tensor of both, the reader multiplies: nothing
-else knows of FP8. Float8 times factor in float32, rounded to bfloat16, is what DeepSeek's own conversion does
+`quantization_config.weight_block_size`. One bfloat16 entry stands for both; reading it multiplies.
+Float8 times factor in float32, rounded to bfloat16, is what DeepSeek's own conversion does
 (https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/fp8_cast_bf16.py).
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from tenp_dist.checkpoint.entries import ITEM_SIZE, Scaled, TensorEntry
+from tenp_dist.checkpoint.entries import ITEM_SIZE, StoredTensors, TensorEntry
 from tenp_dist.errors import SourceError
 
 if TYPE_CHECKING:
@@ -30,26 +30,56 @@ _FACTORS = ("F32", "BF16", "F16", "F8_E8M0")
 _SUFFIX = "_scale_inv"
 
 
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the bfloat16 checkpoint that one in block-scaled FP8 stands for; of any other its own."""
-    return {key: value for key, value in config.items() if key != "quantization_config" or _block(config) is None}
+@dataclass(frozen=True)
+class BlockScaled:
+    """A matrix [R, C] in float8 with one factor per block.
 
-
-def fold_scales(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors with every FP8 matrix and its factors as one bfloat16 entry.
-
-    Raises:
-        SourceError: factors that do not fit their matrix.
+    matrix: the float8 numbers, as they lie in the file.
+    factors: the factors, [R / rows of a block, C / columns of a block], each rounded up.
+    block: rows and columns of a block.
     """
-    block, folded = _block(config), dict(tensors)
-    for name, entry in tensors.items():
-        factors = tensors.get(name + _SUFFIX)
-        if block is not None and factors is not None and entry.dtype in _FLOAT8:
-            _check_factors(folder, entry, factors, block)
-            nbytes = math.prod(entry.shape) * ITEM_SIZE["BF16"]
-            folded[name] = replace(entry, dtype="BF16", nbytes=nbytes, scaled=Scaled(entry.dtype, block, factors))
-            del folded[factors.name]
-    return folded
+
+    matrix: TensorEntry
+    factors: TensorEntry
+    block: tuple[int, int]
+    format: ClassVar[str] = "FP8"
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes + self.factors.nbytes
+
+    def decode(self, source: StoredTensors, target: torch.Tensor) -> None:
+        """Read it into a target [R, C] of any dtype and layout, a row of blocks at a time."""
+        rows, columns = self.block
+        pieces = zip(source.whole(self.factors), target.split(rows), source.pieces(self.matrix, rows), strict=False)
+        for factors_B, part_RC, stored_RC in pieces:
+            part_RC.copy_(unscale(stored_RC, factors_B.float(), columns))
+
+
+class BlockFp8:
+    """The format; a bfloat16 entry stands for each matrix and its factors."""
+
+    described = "FP8 in blocks: `weight_scale_inv`, and their size in config.json"
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        return _block(config) is not None
+
+    def fold(
+        self, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
+    ) -> dict[str, TensorEntry]:
+        """Every float8 matrix that has factors as one bfloat16 entry. Raises SourceError where factors do not fit."""
+        block, folded = _block(config), dict(tensors)
+        for name, entry in tensors.items():
+            factors = tensors.get(name + _SUFFIX)
+            if block is not None and factors is not None and entry.dtype in _FLOAT8:
+                _check_factors(folder, entry, factors, block)
+                nbytes = math.prod(entry.shape) * ITEM_SIZE["BF16"]
+                folded[name] = replace(entry, dtype="BF16", nbytes=nbytes, stored=BlockScaled(entry, factors, block))
+                del folded[factors.name]
+        return folded
+
+    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def unscale(stored_RC: torch.Tensor, factors_B: torch.Tensor, columns: int) -> torch.Tensor:

@@ -1,0 +1,184 @@
+"""The decoder layers that hold routed experts: found by their tensors, every matrix held against the config."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tenp_dist.checkpoint.entries import TensorEntry
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.base import GATE, Family
+from tenp_dist.checkpoint.formats.table import FORMATS
+from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.reader import check_shape
+from tenp_dist.errors import SourceError, UnsupportedModelError
+
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ExpertLayers:
+    """Decoder layers with routed experts, as config and headers agree on them.
+
+    moe_layers: those that hold routed experts, ascending.
+    mtp_layers: multi-token prediction layers: those behind the decoder's.
+    num_layers: decoder layers.
+    num_experts: routed experts of a layer.
+    top_k: experts that a token goes to.
+    intermediate_size: F, neurons of an expert.
+    hidden_size: D, the model's width.
+    """
+
+    moe_layers: tuple[int, ...]
+    mtp_layers: tuple[int, ...]
+    num_layers: int
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    hidden_size: int
+
+
+def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
+    """Find the MoE layers by their tensors and check every expert matrix against the config.
+
+    Raises:
+        UnsupportedModelError: no layer holds routed experts, or the experts are quantised.
+        SourceError: an expert or a layer is missing, or a shape or dtype contradicts the config.
+    """
+    num_layers, num_experts = config_number(index, family, family.layers_key), _num_experts(index, family)
+    width, hidden = (config_number(index, family, key) for key in (family.width_key, family.hidden_key))
+    slices = ExpertSlices(family)
+    present = {
+        layer: any(slices.of(layer, expert, GATE).tensor in index.tensors for expert in range(num_experts))
+        for layer in sorted(layers_of(index, family))
+    }
+    moe = tuple(layer for layer, routed in present.items() if routed and layer < num_layers)
+    if not moe:
+        raise UnsupportedModelError(
+            "No decoder layer holds routed experts",
+            where=index.folder,
+            found=f"{num_experts} experts in config.json, {len(present)} layers without experts",
+            wanted=slices.of(0, 0, GATE).tensor.replace(".0.", ".*.", 1),
+            next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
+        )
+    _check_depth(index, family, num_layers, present)
+    top_k = _top_k(index, family, num_experts)
+    for layer in moe:
+        _check_experts(index, slices, layer, num_experts, (width, hidden))
+    for entry in index.tensors.values():
+        _check_quantised(index, entry, "A tensor is quantised or of no floating-point type")
+    mtp = tuple(layer for layer in present if layer >= num_layers)
+    return ExpertLayers(moe, mtp, num_layers, num_experts, top_k, width, hidden)
+
+
+def _top_k(index: CheckpointIndex, family: Family, num_experts: int) -> int:
+    top_k = config_number(index, family, family.top_k_key)
+    if top_k > num_experts:
+        raise SourceError(
+            "The config routes a token to more experts than there are",
+            where=f"{index.folder / 'config.json'}: {_path(family, family.top_k_key)}",
+            found=top_k,
+            wanted=f"at most {num_experts}",
+            next_step="check that config.json belongs to these weights",
+        )
+    return top_k
+
+
+def _check_experts(
+    index: CheckpointIndex, slices: ExpertSlices, layer: int, num_experts: int, shape_FD: tuple[int, int]
+) -> None:
+    """Every matrix of a layer's experts has the config's shape and dtype, and there are no more of them."""
+    for _, _, place in slices.of_layer(layer, range(num_experts)):
+        entry = index.entry(place.tensor)
+        check_shape(entry, shape_FD if place.axis == 0 else shape_FD[::-1], index.folder)
+        _check_float(index, entry)
+    extra = slices.of(layer, num_experts, GATE).tensor
+    if extra in index.tensors:
+        raise SourceError(
+            "Checkpoint holds more experts than its config says",
+            where=index.folder,
+            found=extra,
+            wanted=f"{num_experts} experts per layer",
+            next_step="check that config.json belongs to these weights",
+        )
+
+
+def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
+    """Layer id -> names of its tensors."""
+    pattern = re.compile(re.escape(family.layer).replace(r"\{layer\}", r"(\d+)"))
+    names = defaultdict(list)
+    for name in index.tensors:
+        match = pattern.match(name)
+        if match:
+            names[int(match[1])].append(name)
+    return dict(names)
+
+
+def _check_float(index: CheckpointIndex, entry: TensorEntry) -> None:
+    """An expert's dtype is a float, and the one that the config states, where it states one."""
+    _check_quantised(index, entry, "Routed experts are quantised")
+    stated = index.config.get("dtype") or index.config.get("torch_dtype")
+    if stated in _FLOATS.values() and _FLOATS[entry.dtype] != stated:
+        raise SourceError(
+            "Tensor dtype contradicts the config",
+            where=f"{index.folder / entry.file}: {entry.name}",
+            found=_FLOATS[entry.dtype],
+            wanted=f"{stated}, the dtype in config.json",
+            next_step="check that config.json belongs to these weights",
+        )
+
+
+def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> None:
+    if entry.dtype not in _FLOATS:
+        raise UnsupportedModelError(
+            what,
+            where=f"{index.folder / entry.file}: {entry.name}",
+            found=entry.dtype,
+            wanted=f"one of {', '.join(_FLOATS)}, or {', or '.join(form.described for form in FORMATS)}",
+            next_step="dequantise the checkpoint to bf16 first",
+        )
+
+
+def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, present: Mapping[int, bool]) -> None:
+    absent = sorted(set(range(num_layers)) - set(present))
+    if absent:
+        raise SourceError(
+            "Checkpoint lacks a decoder layer",
+            where=index.folder,
+            found=f"no tensor of {family.layer.format(layer=absent[0])}*",
+            wanted=f"{family.layers_key} = {num_layers}",
+            next_step="download the checkpoint again, or correct config.json",
+        )
+
+
+def _num_experts(index: CheckpointIndex, family: Family) -> int:
+    """The number of routed experts that the config states, 0 for none."""
+    for key in family.experts_keys:
+        if family.text(index.config).get(key):
+            config_number(index, family, key)
+    return family.num_experts(index.config)
+
+
+def config_number(index: CheckpointIndex, family: Family, key: str) -> int:
+    """A number above 0 that the config of the language model holds under a key of the family's row.
+
+    Raises:
+        SourceError: it is absent, or no such number.
+    """
+    value = family.text(index.config).get(key)
+    if type(value) is not int or value < 1:
+        raise SourceError(
+            "config.json lacks a number that the model needs",
+            where=f"{index.folder / 'config.json'}: {_path(family, key)}",
+            found=repr(value),
+            wanted="a whole number above 0",
+            next_step="download config.json again",
+        )
+    return value
+
+
+def _path(family: Family, key: str) -> str:
+    """A key of the language model's config, with the section that it lies in."""
+    return key if family.section is None else f"{family.section}.{key}"

@@ -1,0 +1,17 @@
+"""The formats that are read, and the one that a checkpoint is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tenp_dist.checkpoint.formats.base import StoredFormat
+from tenp_dist.checkpoint.formats.block_fp8 import BlockFp8
+from tenp_dist.checkpoint.formats.plain import Plain
+
+FORMATS: Sequence[StoredFormat] = (BlockFp8(),)
+
+
+def format_of(config: Mapping[str, Any]) -> StoredFormat:
+    """The format that a config.json states; plain numbers where it states none of those in the table."""
+    return next((form for form in FORMATS if form.recognises(config)), Plain())

@@ -1,0 +1,127 @@
+"""What a layout is, and what it gets to make a checkpoint from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tenp_dist.budget.kinds.base import PlanForm
+from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.checkpoint.entries import TensorEntry
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.recipes import Copy, OutputTensor, Recipe
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.config import Budget, Job
+from tenp_dist.errors import JobError
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A source and what a plan keeps of it.
+
+    source: the checkpoint to prune.
+    kept: MoE layer -> its kept neurons.
+    retention: share of the routed neurons that the job asked for, a decimal string.
+    compensated: where W_down of compensated experts is, None where none is.
+    """
+
+    source: Source
+    kept: Mapping[int, KeptNeurons]
+    retention: str
+    compensated: CheckpointIndex | None = None
+
+
+class Layout(ABC):
+    """One form of a pruned checkpoint."""
+
+    name: ClassVar[str]
+    """As jobs name it, and its folder under `checkpoint/`."""
+    sentence: ClassVar[str]
+    """What the model card says of it."""
+    needs_package: ClassVar[bool] = False
+    """Whether transformers loads it only after `import tenp_dist` (or from the modeling file that it brings)."""
+    saves_space: ClassVar[bool] = True
+    """Whether it is smaller than the source: reports name such layouts first, and people are told to load one."""
+    holds_removal: ClassVar[bool] = False
+    """Whether experts can leave the model, or only neurons."""
+    leaves_out_mtp: ClassVar[bool] = False
+    """Whether the multi-token prediction layers of the source stay out."""
+
+    def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
+        """Why plans of one of these forms have no such checkpoint, None where all have.
+
+        Not asked of layouts that cannot hold a removal where experts leave: `check_layouts` refuses these together.
+        """
+        return None
+
+    def check_loadable(self, budget: Budget, layers: Sequence[MoeLayer]) -> None:
+        """Refuse sizes that the runtime of this layout would not load.
+
+        Raises:
+            BudgetError: a layer may get such sizes.
+        """
+        return  # sizes of every kind
+
+    def warnings(self, shape: Shape, mtp_layers: int) -> list[str]:
+        """What its checkpoint leaves out or asks of engines. mtp_layers: prediction layers of the source."""
+        return []
+
+    @abstractmethod
+    def tensors(self, pruned: Pruned) -> list[OutputTensor]:
+        """Every tensor of the checkpoint, in the source's file order, so that reads stay sequential.
+
+        Raises:
+            BudgetError: the plan has no such checkpoint.
+            SourceError: a tensor of the source is missing or of a shape that contradicts the config.
+        """
+
+    def config(self, pruned: Pruned) -> Mapping[str, Any]:
+        """The content of config.json."""
+        return pruned.source.index.config
+
+    def extra_files(self, source: Source) -> Mapping[str, str]:
+        """Name -> text of the files that the layout itself brings."""
+        return {}
+
+    def carries(self, side_file: Path) -> bool:
+        """Whether a side file of the source (`checkpoint.writer.side_files`) comes along."""
+        return True
+
+    @abstractmethod
+    def nbytes(self, source: Source, job: Job) -> int:
+        """Bytes that its tensors will take on the disk, about, before there is a plan."""
+
+
+def under_same_names(
+    pruned: Pruned, expert_matrix: Callable[[TensorEntry, int, int, int], Recipe]
+) -> list[OutputTensor]:
+    """Every tensor of the source under its own name.
+
+    Args:
+        expert_matrix: (entry, axis of neurons, layer, expert) -> how a routed expert's matrix is made.
+    """
+    slices, index = ExpertSlices(pruned.source.family), pruned.source.index
+    changed = {
+        place.tensor: expert_matrix(index.entry(place.tensor), place.axis, layer, expert)
+        for layer, neurons in pruned.kept.items()
+        for expert, _, place in slices.of_layer(layer, range(neurons.num_experts))
+    }
+    return [
+        OutputTensor(name, changed.get(name) or Copy(name, entry.dtype, entry.shape))
+        for name, entry in index.tensors.items()
+    ]
+
+
+def with_length(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    """The shape with another length along an axis."""
+    return (*shape[:axis], length, *shape[axis + 1 :])
+
+
+def dropped_bytes(source: Source, job: Job) -> int:
+    """Bytes of routed experts that a plan of the job takes out, at least."""
+    return int(source.facts.bytes.routed * (1 - job.budget.retention_exact))

@@ -1,0 +1,31 @@
+"""The `padded` layout: the source's shapes and config, pruned neurons zero. For evaluation; it saves no memory."""
+
+from __future__ import annotations
+
+from tenp_dist.checkpoint.entries import TensorEntry
+from tenp_dist.checkpoint.recipes import OutputTensor, Zero
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.config import Job
+from tenp_dist.layouts.base import Layout, Pruned, under_same_names
+
+
+class Padded(Layout):
+    name = "padded"
+    sentence = (
+        "Tensors have the source's shapes and pruned neurons are zero: it runs wherever the source runs, and "
+        "saves neither memory nor time."
+    )
+    saves_space = False
+
+    def tensors(self, pruned: Pruned) -> list[OutputTensor]:
+        return under_same_names(pruned, _zero)
+
+    def nbytes(self, source: Source, job: Job) -> int:
+        return source.facts.bytes.total
+
+
+def _zero(entry: TensorEntry, axis: int, layer: int, expert: int) -> Zero:
+    return Zero(entry.name, entry.dtype, entry.shape, axis, layer, expert)
+
+
+LAYOUT = Padded()
