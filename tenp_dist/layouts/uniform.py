@@ -16,8 +16,8 @@ from typing import Any
 
 from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import Shape
+from tenp_dist.checkpoint.expert_layers import layers_of
 from tenp_dist.checkpoint.expert_slices import ExpertSlice, ExpertSlices
-from tenp_dist.checkpoint.facts import layers_of
 from tenp_dist.checkpoint.families.base import NEURON_AXIS
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, Rows
@@ -84,7 +84,7 @@ class Uniform(Layout):
         size = uniform_size(pruned.source, pruned.kept)
         numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
         numbers |= {family.width_key: size.width} | ({family.shared_key: size.shared} if size.shared else {})
-        return {key: numbers.get(key, value) for key, value in config.items()}
+        return family.with_numbers(config, numbers)
 
     def nbytes(self, source: Source, job: Job) -> int:
         """Without prediction layers. A shared expert is filled up by less than one routed expert's width."""
@@ -121,8 +121,8 @@ def uniform_size(source: Source, kept: Mapping[int, KeptNeurons]) -> UniformSize
             next_step="use layout ragged, method enp, or a method that removes experts",
         )
     width, family, config = widths.pop(), source.family, source.index.config
-    shared = family.shared_key and config.get(family.shared_key)
-    wider = math.ceil(shared * int(config[family.width_key]) / width) if shared else None
+    shared = family.shared_widths(config)
+    wider = math.ceil(shared * family.expert_width(config) / width) if shared else None
     return UniformSize(counts.pop(), width, wider)
 
 
