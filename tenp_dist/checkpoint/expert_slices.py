@@ -1,7 +1,6 @@
 """Where the matrices of routed experts lie in a checkpoint: (layer, expert, matrix) -> tensor and place in it.
 
-The only place that builds names of experts' tensors, besides the check of written checkpoints, which reads them by a
-road of its own.
+The only place that builds names of experts' tensors. The check of uniform checkpoints reads them by a road of its own.
 """
 
 from __future__ import annotations
@@ -61,7 +60,9 @@ class ExpertSlices:
 
     def of(self, layer: int, expert: int, matrix: str) -> ExpertSlice:
         """matrix: gate, up or down."""
-        return ExpertSlice(self.family.tensor(layer, expert, matrix), NEURON_AXIS[matrix])
+        family = self.family
+        inside = family.expert_tensor.format(expert=expert, matrix=family.matrices[matrix])
+        return ExpertSlice(family.layer.format(layer=layer) + inside, NEURON_AXIS[matrix])
 
     def of_layer(self, layer: int, experts: range) -> Iterator[tuple[int, str, ExpertSlice]]:
         """(expert, matrix, slice) of all matrices of these experts, expert by expert."""

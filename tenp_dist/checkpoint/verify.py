@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from tenp_dist.checkpoint.families.base import NEURON_AXIS
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
@@ -115,12 +115,11 @@ def verify_tensors(names: Sequence[str], readers: Readers, expected: Expected, *
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.
     """
-    family, kept = expected.source.family, expected.kept
+    slices, kept = ExpertSlices(expected.source.family), expected.kept
     selections = {
-        family.tensor(layer, expert, matrix): (axis, layer, expert)
+        place.tensor: (place.axis, layer, expert)
         for layer, neurons in kept.items()
-        for expert in range(neurons.num_experts)
-        for matrix, axis in NEURON_AXIS.items()
+        for expert, _, place in slices.of_layer(layer, range(neurons.num_experts))
     }
     pruned = nbytes = 0
     for name in names:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -47,7 +48,7 @@ class Names:
 
 def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
     """Written name -> source name of every tensor that has to be there."""
-    names, family, result = Names(source.family), source.family, {}
+    names, slices, result = Names(source.family), ExpertSlices(source.family), {}
     for name in source.index.tensors:
         layer, expert = names.layer(name), names.expert(name)
         if layer is not None and layer >= source.facts.num_layers:
@@ -56,7 +57,7 @@ def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[st
             result[name] = name
         elif expert[0] in kept[layer].routed:
             number = int((kept[layer].routed < expert[0]).sum())
-            result[family.tensor(layer, number, expert[1])] = name
+            result[slices.of(layer, number, expert[1]).tensor] = name
     return result
 
 
@@ -94,7 +95,7 @@ def _counted(source: CheckpointIndex, written: CheckpointIndex, family: Family) 
     width = _only(widths)
     counted = dict.fromkeys(family.experts_keys, _only({len(ids) for ids in experts.values()}))
     counted |= dict.fromkeys(family.mtp_keys, 0) | {family.width_key: width}
-    if family.shared_key and source.config.get(family.shared_key):
+    if family.shared_key and family.shared_widths(source.config):
         counted[family.shared_key] = _only({wide / width if isinstance(width, int) else wide for wide in shared})
     return counted
 

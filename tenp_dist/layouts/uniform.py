@@ -16,8 +16,8 @@ from typing import Any
 
 from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import Shape
+from tenp_dist.checkpoint.expert_layers import layers_of
 from tenp_dist.checkpoint.expert_slices import ExpertSlice, ExpertSlices
-from tenp_dist.checkpoint.facts import layers_of
 from tenp_dist.checkpoint.families.base import NEURON_AXIS
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, Rows
@@ -83,10 +83,8 @@ class Uniform(Layout):
         family, config = pruned.source.family, pruned.source.index.config
         size = uniform_size(pruned.source, pruned.kept)
         numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
-        numbers[family.width_key] = size.width
-        if family.shared_key and size.shared:
-            numbers[family.shared_key] = size.shared
-        return {key: numbers.get(key, value) for key, value in config.items()}
+        numbers |= {family.width_key: size.width} | ({family.shared_key: size.shared} if size.shared else {})
+        return family.with_numbers(config, numbers)
 
     def nbytes(self, source: Source, job: Job) -> int:
         """Without prediction layers. A shared expert is filled up by less than the width of a routed one."""
@@ -121,9 +119,9 @@ def uniform_size(source: Source, kept: Mapping[int, KeptNeurons]) -> UniformSize
             wanted="one width above 0 and as many experts in every layer",
             next_step="use layout ragged, method enp, or a method that removes experts",
         )
-    width, family = widths.pop(), source.family
-    shared = family.shared_key and family.text(source.index.config).get(family.shared_key)
-    wider = math.ceil(shared * source.facts.intermediate_size / width) if shared else None
+    width, family, config = widths.pop(), source.family, source.index.config
+    shared = family.shared_widths(config)
+    wider = math.ceil(shared * family.expert_width(config) / width) if shared else None
     return UniformSize(counts.pop(), width, wider)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from helpers.checkpoints import SHARD_SIZE, all_tensors, corrupt, random_kept, verify, write
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
@@ -36,7 +37,7 @@ def test_kept_rows_and_untouched_tensors_keep_their_bytes(family, layout, tiny_m
     assert source.keys() == result.keys()
     row = family_of(open_index(model).config)
     experts = {
-        row.tensor(layer, expert, matrix): (layer, expert, matrix)
+        ExpertSlices(row).of(layer, expert, matrix).tensor: (layer, expert, matrix)
         for layer, neurons in kept.items()
         for expert in range(neurons.num_experts)
         for matrix in ("gate", "up", "down")

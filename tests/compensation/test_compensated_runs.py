@@ -9,6 +9,7 @@ import torch
 from helpers.checkpoints import all_tensors
 from helpers.jobs import evaluation, files_of
 from tenp_dist.checkpoint.compensated import open_compensated
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -38,7 +39,7 @@ def test_a_job_that_compensates(text_files, tiny_model, job_file, tenp, tmp_path
     for layer, neurons in kept.items():
         stored = load_file(layer_file(run / "compensation", layer))
         for expert in range(neurons.num_experts):
-            name, ids = family.tensor(layer, expert, DOWN), neurons.of(expert).tolist()
+            name, ids = ExpertSlices(family).of(layer, expert, DOWN).tensor, neurons.of(expert).tolist()
             assert torch.equal(ragged[name], stored.get(name, source[name][:, ids]))
             assert torch.equal(padded[name][:, ids], ragged[name])
             assert padded[name].shape == source[name].shape and (padded[name] != 0).sum() == (ragged[name] != 0).sum()

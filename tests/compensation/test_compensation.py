@@ -19,6 +19,7 @@ from tenp_dist.checkpoint.compensated import (
     read_table,
     write_layer,
 )
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -110,7 +111,7 @@ def test_a_float32_source_in_bfloat16_keeps_its_digits(tiny_model, tmp_path):
     task = compensate(model, tmp_path, kept, ridge=1e9, dtype="bfloat16")
     source, family = all_tensors(model), family_of(open_index(model).config)
     for (layer, expert), found in stored_columns(task, kept).items():
-        plain = source[family.tensor(layer, expert, DOWN)][:, kept[layer].of(expert).tolist()]
+        plain = source[ExpertSlices(family).of(layer, expert, DOWN).tensor][:, kept[layer].of(expert).tolist()]
         torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-8)
 
 
@@ -175,7 +176,7 @@ def test_a_variant_of_an_evaluation_gets_full_width_weights(tiny_model, tmp_path
     task, family = compensate(model, tmp_path, kept), family_of(open_index(model).config)
     columns = stored_columns(task, kept)
     for layer, neurons in kept.items():
-        down_EDF = torch.stack([source[family.tensor(layer, e, DOWN)] for e in range(2, 6)])
+        down_EDF = torch.stack([source[ExpertSlices(family).of(layer, e, DOWN).tensor] for e in range(2, 6)])
         with TensorReader(open_compensated(task.folder)) as reader:
             full_EDF = full_width_down(reader, family, layer, neurons, down_EDF, range(2, 6))
         for row, expert in enumerate(range(2, 6)):
@@ -202,7 +203,7 @@ def test_two_ranks_on_ray_give_the_same_weights(solved, tmp_path):
     wanted, found = stored_columns(one, kept), stored_columns(solved, kept)
     assert wanted.keys() == found.keys()
     for (layer, expert), down_DW in wanted.items():
-        plain = source[family.tensor(layer, expert, DOWN)][:, kept[layer].of(expert).tolist()]
+        plain = source[ExpertSlices(family).of(layer, expert, DOWN).tensor][:, kept[layer].of(expert).tolist()]
         assert (found[layer, expert] - down_DW).abs().max() < 2e-4 * (down_DW - plain).abs().max()
 
 

@@ -15,6 +15,7 @@ from helpers.deaths import Death, cuts, lives
 from helpers.scoring import pass_context, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import read_table
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -97,7 +98,7 @@ def test_a_plan_among_others_has_the_weights_of_its_own_pass(tiny_model, tmp_pat
         wanted, found = stored_columns(alone, kept), stored_columns(among, kept)
         assert wanted.keys() == found.keys()
         for (layer, expert), down_DW in wanted.items():
-            plain = source[family.tensor(layer, expert, DOWN)][:, kept[layer].of(expert).tolist()]
+            plain = source[ExpertSlices(family).of(layer, expert, DOWN).tensor][:, kept[layer].of(expert).tolist()]
             assert (found[layer, expert] - down_DW).abs().max() < 2e-5 * (down_DW - plain).abs().max()
         for layer in kept:
             one, two = (read_table(layer_file(each.folder, layer)) for each in (alone, among))
@@ -192,6 +193,6 @@ def test_ranks_of_a_killed_shard_give_every_plan_the_same_weights(tiny_model, tm
         wanted, found = (stored_columns(of_plan(task, name), kept) for task in (one, two))
         assert wanted.keys() == found.keys()
         for (layer, expert), down_DW in wanted.items():
-            plain = source[family.tensor(layer, expert, DOWN)][:, kept[layer].of(expert).tolist()]
+            plain = source[ExpertSlices(family).of(layer, expert, DOWN).tensor][:, kept[layer].of(expert).tolist()]
             assert (found[layer, expert] - down_DW).abs().max() < 2e-4 * (down_DW - plain).abs().max()
             assert not torch.equal(down_DW, plain)

@@ -12,6 +12,7 @@ from helpers.checkpoints import all_tensors, random_kept
 from helpers.compensation import compensate, least_squares, recheck
 from helpers.scoring import random_corpus
 from tenp_dist.checkpoint.compensated import read_table
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -92,7 +93,7 @@ def _edit(task, change):
         metadata = file.metadata()
     tensors, family = load_file(path), family_of(open_index(task.model).config)
     expert = int(tensors["experts"][3])
-    name = family.tensor(task.moe[-1], expert, DOWN)
+    name = ExpertSlices(family).of(task.moe[-1], expert, DOWN).tensor
     kept = random_kept(task.model)[task.moe[-1]].of(expert).tolist()
     tensors[name] = change(tensors[name], all_tensors(task.model)[name][:, kept]).contiguous()
     save_file(tensors, path, metadata)

@@ -17,6 +17,7 @@ from helpers.scoring import COMPUTE, pass_context, random_corpus
 from helpers.spoiling import edit_tensors
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import FAMILIES
 from tenp_dist.checkpoint.kept import layer_digests, read_kept_layer, write_kept
@@ -253,7 +254,7 @@ def spoilt(variant: Variant, layer: int, value: float) -> int:
         metadata = file.metadata()
     tensors = load_file(path)
     expert = int(tensors["experts"][tensors["tokens"].argmax()])
-    tensors[FAMILIES["deepseek_v3"].tensor(layer, expert, DOWN)].fill_(value)
+    tensors[ExpertSlices(FAMILIES["deepseek_v3"]).of(layer, expert, DOWN).tensor].fill_(value)
     save_file(tensors, path, metadata)
     return expert
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
@@ -32,7 +33,7 @@ def random_kept(model, seed=0) -> dict[int, KeptNeurons]:
     experts, width = family.num_experts(index.config), index.config["moe_intermediate_size"]
     kept = {}
     for layer in range(index.config["num_hidden_layers"]):
-        if family.tensor(layer, 0, "gate") not in index.tensors:
+        if ExpertSlices(family).of(layer, 0, "gate").tensor not in index.tensors:
             continue
         mask = np.zeros((experts, width), dtype=bool)
         mask[0] = True

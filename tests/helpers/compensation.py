@@ -12,6 +12,7 @@ from helpers.checkpoints import random_kept
 from helpers.scoring import batches_of, pass_context, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.checkpoint.compensated import open_compensated
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
@@ -100,10 +101,10 @@ def stored_columns(task, kept):
     family = family_of(open_index(task.model).config)
     with TensorReader(open_compensated(task.folder)) as reader:
         return {
-            (layer, expert): reader.tensor(family.tensor(layer, expert, DOWN))
+            (layer, expert): reader.tensor(ExpertSlices(family).of(layer, expert, DOWN).tensor)
             for layer, neurons in kept.items()
             for expert in range(neurons.num_experts)
-            if family.tensor(layer, expert, DOWN) in reader.index.tensors
+            if ExpertSlices(family).of(layer, expert, DOWN).tensor in reader.index.tensors
         }
 
 

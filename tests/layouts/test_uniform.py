@@ -16,6 +16,7 @@ from helpers.checkpoints import all_tensors, change_config, corrupt, verify, wit
 from helpers.evaluation import evaluate, load, masked
 from helpers.routing import logits_by_layers, restrict_by_hand
 from helpers.scoring import FAMILIES, random_corpus
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
@@ -64,7 +65,7 @@ def removing(folder, seed=0) -> dict[int, KeptNeurons]:
     size = 8 // groups
     kept = {}
     for layer in range(index.config["num_hidden_layers"]):
-        if family.tensor(layer, 0, "gate") in index.tensors:
+        if ExpertSlices(family).of(layer, 0, "gate").tensor in index.tensors:
             chosen = [g * size + i for g in range(groups) for i in draw.permutation(size)[: max(size - 1, 1)]]
             kept[layer] = KeptNeurons.without_others(sorted(chosen), 8, width)
     if groups == 4:  # groups of two keep one

@@ -102,6 +102,10 @@ class Family:
         """Routed experts per layer, 0 where the config names none."""
         return next((int(stated) for key in self.experts_keys if (stated := self.text(config).get(key))), 0)
 
+    def expert_width(self, config: Mapping[str, Any]) -> int:
+        """F, neurons of a routed expert."""
+        return int(self.text(config)[self.width_key])
+
     def groups(self, config: Mapping[str, Any]) -> int:
         """Equal groups of consecutive ids that experts are routed in, 1 for none."""
         return int((self.groups_key and self.text(config).get(self.groups_key)) or 1)
@@ -118,7 +122,11 @@ class Family:
         chosen = int((self.chosen_groups_key and self.text(config).get(self.chosen_groups_key)) or groups)
         return groups * max(math.ceil(top_k / chosen), self.group_scorers)
 
-    def tensor(self, layer: int, expert: int, matrix: str) -> str:
-        """Checkpoint name of one expert matrix; `matrix` is gate, up or down."""
-        inside = self.expert_tensor.format(expert=expert, matrix=self.matrices[matrix])
-        return self.layer.format(layer=layer) + inside
+    def shared_widths(self, config: Mapping[str, Any]) -> int:
+        """Width of a layer's shared experts in widths of a routed one, 0 where the config does not state it so."""
+        return int((self.shared_key and self.text(config).get(self.shared_key)) or 0)
+
+    def with_numbers(self, config: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with other numbers under those keys that its language model has; no key comes or goes."""
+        text = {key: numbers.get(key, value) for key, value in self.text(config).items()}
+        return text if self.section is None else {**config, self.section: text}
