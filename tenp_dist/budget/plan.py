@@ -8,7 +8,7 @@ E routed experts of a layer, F neurons of an expert, M experts kept whole in the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -151,8 +151,10 @@ def make_plan(
     """
     kind = kind_of(budget)
     shape = kind.shape(layers)
-    common = {"seed": budget.seed, "domain_weights": domain_weights or {}, "neuron_domains": budget.neuron_domains}
-    contexts = {facts.layer: Context(layer=facts.layer, **common) for facts in shape.layers}
+    context = Context(
+        layer=0, seed=budget.seed, domain_weights=domain_weights or {}, neuron_domains=budget.neuron_domains
+    )
+    contexts = {facts.layer: replace(context, layer=facts.layer) for facts in shape.layers}
 
     def read(facts: MoeLayer) -> LayerStatistics:
         found = statistics(facts.layer)

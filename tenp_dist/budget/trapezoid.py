@@ -62,13 +62,13 @@ def _bounded_shares(total: int, sizes: Sequence[int], weights: Sequence[Fraction
     shares: dict[int, Fraction] = {}
     free = set(range(len(sizes)))
     while free:
-        left = total - sum(shares.values())
+        left = total - sum(shares.values(), Fraction(0))
         by_size = all(weights[layer] == 0 for layer in free)
         weight = {layer: Fraction(sizes[layer]) if by_size else weights[layer] for layer in free}
-        unit = left / sum(weight.values())
+        unit = left / sum(weight.values(), Fraction(0))
         ideal = {layer: unit * weight[layer] for layer in free}
         bounded = {layer: min(max(ideal[layer], Fraction(minimum)), Fraction(sizes[layer])) for layer in free}
-        excess = sum(bounded.values()) - left
+        excess = sum(bounded.values(), Fraction(0)) - left
         if excess == 0:
             fixed = free
         elif excess > 0:

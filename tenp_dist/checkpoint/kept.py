@@ -76,8 +76,9 @@ def check_groups(experts: Sequence[int], num_experts: int, groups: int) -> None:
         BudgetError: they cannot.
     """
     ids = np.asarray(experts, dtype=np.int64)
-    per_group = np.bincount(ids // (num_experts // groups), minlength=groups) if len(ids) and ids.min() >= 0 else []
-    if len(ids) == 0 or (np.diff(ids) <= 0).any() or len(per_group) != groups or len(set(per_group)) != 1:
+    known = len(ids) > 0 and ids.min() >= 0
+    per_group = np.bincount(ids // (num_experts // groups), minlength=groups).tolist() if known else []
+    if (np.diff(ids) <= 0).any() or len(per_group) != groups or len(set(per_group)) != 1:
         raise BudgetError(
             "A layer cannot keep these experts alone",
             found=ids.tolist(),

@@ -49,7 +49,7 @@ class TensorReader:
             return self._bytes(entry)
         tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         entry.stored.decode(self, tensor)
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        return tensor.view(-1).view(torch.uint8).numpy().data
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype and shape, on the CPU."""
@@ -69,7 +69,7 @@ class TensorReader:
         elif not target.is_contiguous():
             target.copy_(self.tensor(name))
         elif target.dtype == TORCH_DTYPES[entry.dtype]:
-            self._fill(entry, memoryview(target.view(-1).view(torch.uint8).numpy()))
+            self._fill(entry, target.view(-1).view(torch.uint8).numpy().data)
         else:
             start, flat = 0, target.view(-1)
             for piece in self._flat_pieces(entry, _PIECE_BYTES):
@@ -95,7 +95,7 @@ class TensorReader:
 
     def _bytes(self, entry: TensorEntry) -> memoryview:
         """The bytes of a tensor as they lie in the file."""
-        buffer = memoryview(torch.empty(entry.nbytes, dtype=torch.uint8).numpy())  # a bytearray would be zeroed first
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8).numpy().data  # a bytearray would be zeroed first
         self._fill(entry, buffer)
         return buffer
 

@@ -35,6 +35,7 @@ from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, narrow_experts, read_kept, read_kept_layer
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
+from tenp_dist.model.experts import RoutedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
@@ -85,9 +86,9 @@ class CompensateSum(LayerSum[Moments]):
         self.task, self.shard = task, shard
         self._held, self._weights = shard.held, task.weights_of(shard.domains)
 
-    def begin(self, layer: int, experts: nn.Module) -> Moments:
+    def begin(self, layer: int, experts: RoutedExperts) -> Moments:
         held, _, neurons = experts.down_proj.shape
-        plans = [self._narrow(read_kept_layer(target.plan, layer), neurons) for target in self.task.targets]
+        plans = [self._narrow(_planned(target, layer), neurons) for target in self.task.targets]
         return Moments(union_of(plans), self._weights, held, neurons, experts.down_proj.device)
 
     def add(
@@ -103,7 +104,7 @@ class CompensateSum(LayerSum[Moments]):
         """Solve and store every plan that is not there yet, once where several do the same to the layer."""
         alike: dict[tuple, Path] = {}
         for target in self.task.targets:
-            kept, path = read_kept_layer(target.plan, layer), self.task.file(target, layer, self.shard.rank)
+            kept, path = _planned(target, layer), self.task.file(target, layer, self.shard.rank)
             same = alike.setdefault((kept.offsets.tobytes(), kept.indices.tobytes()), path)
             if self.task.stored(target, layer, self.shard.rank):
                 continue
@@ -159,6 +160,13 @@ def compensate_model(context: PassContext, task: CompensateTask) -> PassSummary:
     return done
 
 
+def _planned(target: Target, layer: int) -> KeptNeurons:
+    """What a plan keeps of an MoE layer, all of which it names."""
+    kept = read_kept_layer(target.plan, layer)
+    assert kept is not None, f"{target.plan} says nothing of layer {layer}"
+    return kept
+
+
 def layer_files(task: CompensateTask, target: Target) -> list[Path]:
     return [task.file(target, layer, rank) for layer in task.moe for rank in range(task.ranks)]
 
@@ -169,7 +177,8 @@ def outcome(task: CompensateTask, target: Target, neurons: int) -> dict[str, Any
     `before` and `after`: the error that pruning makes in what the layer's narrow experts add on the calibration
     tokens, as a share of the energy of it. `damped`: experts with few tokens; `left_alone`: with none.
     """
-    layers, kept = {}, read_kept(target.plan)
+    layers: dict[str, dict[str, Any]] = {}
+    kept = read_kept(target.plan)
     for layer in task.moe:
         tables = [read_table(task.file(target, layer, rank)) for rank in range(task.ranks)]
         table = {name: [value for one in tables for value in one[name]] for name in tables[0]}

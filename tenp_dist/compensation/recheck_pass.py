@@ -28,6 +28,7 @@ from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.compensation.moments import ENOUGH
 from tenp_dist.compensation.random_vectors import Probe
 from tenp_dist.errors import VerifyError
+from tenp_dist.model.experts import RoutedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
@@ -82,7 +83,7 @@ class LayerCheck:
     weight: of the next microbatch's domain.
     """
 
-    experts: nn.Module
+    experts: RoutedExperts
     first: int
     G_FF: dict[int, torch.Tensor]
     damping: Mapping[int, float]
@@ -113,7 +114,7 @@ class RecheckSum(LayerSum[LayerCheck]):
         kept = read_kept(task.plan)
         self._kept = {layer: kept[layer] for layer in shard.layers if layer in kept}
 
-    def begin(self, layer: int, experts: nn.Module) -> LayerCheck:
+    def begin(self, layer: int, experts: RoutedExperts) -> LayerCheck:
         table = read_table(layer_file(self.task.compensation, layer, self.shard.rank, self.task.ranks))
         damping = dict(zip(table["experts"], table["damping"], strict=True))
         held, _, neurons = experts.down_proj.shape
@@ -130,7 +131,9 @@ class RecheckSum(LayerSum[LayerCheck]):
         self, layer: int, module: nn.Module, batches: Sequence[Microbatch], states: list[torch.Tensor], sums: LayerCheck
     ) -> None:
         frame, share = self.shard.frame, self.shard.share
-        hook = frame.skeleton.experts_of(module).register_forward_pre_hook(sums)
+        experts = frame.skeleton.experts_of(module)
+        assert experts is not None, "layers without experts are not summed"
+        hook = experts.register_forward_pre_hook(sums)
         try:
             for i, batch in enumerate(batches):
                 sums.valid_T, sums.weight = batch.valid_T, self._weights[batch.domain]

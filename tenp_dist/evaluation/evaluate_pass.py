@@ -18,6 +18,7 @@ from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
+from tenp_dist.model.experts import RoutedExperts
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.routing import restricted_router
 from tenp_dist.passes.hidden_states import Hidden, HiddenStateFiles
@@ -81,10 +82,13 @@ class EvaluateStep(LayerStep):
     def _run_variant(self, name: str, layer: int, module: nn.Module, wave: int, states: list[torch.Tensor]) -> None:
         shard, kept = self.shard, self._kept_of(name, layer)
         experts = shard.skeleton.experts_of(module)
+        stay = None if kept is None or kept.experts is None else kept.experts.tolist()
         state = {**shard.share, "mask_EF": self._mask(kept, experts)}
         down_EDF = self._down_of(name, layer, kept, experts)
         with (
-            restricted_router(shard.skeleton, module, None if kept is None else kept.experts),
+            restricted_router(
+                shard.skeleton, module, None if kept is None or kept.experts is None else kept.experts.tolist()
+            ),
             _replaced(experts, down_EDF),
         ):
             run_layer(shard.frame, layer, module, shard.batches[wave], states, state)
@@ -115,7 +119,7 @@ class EvaluateStep(LayerStep):
         return kept[variant]
 
     def _down_of(
-        self, variant: str, layer: int, kept: KeptNeurons | None, experts: nn.Module | None
+        self, variant: str, layer: int, kept: KeptNeurons | None, experts: RoutedExperts | None
     ) -> torch.Tensor | None:
         """A compensated variant's W_down [E, D, F] of this rank's experts, None for the source's own.
 
@@ -132,7 +136,7 @@ class EvaluateStep(LayerStep):
             self._down = ((variant, layer), full)
         return self._down[1]
 
-    def _mask(self, kept: KeptNeurons | None, experts: nn.Module | None) -> torch.Tensor | None:
+    def _mask(self, kept: KeptNeurons | None, experts: RoutedExperts | None) -> torch.Tensor | None:
         """A variant's mask of the experts that this rank holds, [E, F]; removed experts need none."""
         if kept is None or kept.experts is not None or experts is None:
             return None
@@ -143,7 +147,7 @@ class EvaluateStep(LayerStep):
 
 
 @contextlib.contextmanager
-def _replaced(experts: nn.Module | None, down_EDF: torch.Tensor | None) -> Iterator[None]:
+def _replaced(experts: RoutedExperts | None, down_EDF: torch.Tensor | None) -> Iterator[None]:
     """Inside the context the experts' W_down is another."""
     if experts is None or down_EDF is None:
         yield

@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.errors import WorkerLost
 from tenp_dist.evaluation.evaluate_pass import VariantsTask
-from tenp_dist.evaluation.metrics import Box, Metrics, compare, open_tail
+from tenp_dist.evaluation.metrics import Box, Metrics, States, compare, open_tail
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.hidden_states import tensor_name
@@ -162,7 +162,7 @@ def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress 
     leaders = [_final_streams(one) for one in passes]
     for wave, numbers in enumerate(waves):
         with contextlib.ExitStack() as files:
-            final = {}
+            final: dict[str, States] = {}
             for one, streams in zip(passes, leaders, strict=True):
                 stored = files.enter_context(one.hidden_state_files.open(wave, one.layers))
                 final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}

@@ -28,7 +28,14 @@ States = Callable[[int, Box], torch.Tensor]  # (microbatch, box) -> hidden state
 
 @dataclass
 class _Sums:
-    """Sums over the predicted tokens of one variant and domain, float64."""
+    """Sums over the predicted tokens of one variant and domain, float64.
+
+    tokens: how many were predicted.
+    nll: negative log-likelihoods of the text's own tokens.
+    kl: KL divergences of the variant's distributions from the source's.
+    agree: tokens where the variant's most likely token is the source's.
+    correct: tokens where it is the text's.
+    """
 
     tokens: int = 0
     nll: float = 0.0
@@ -108,7 +115,8 @@ def compare(metrics: Metrics, frame: Frame, batches: Mapping[int, Microbatch], f
     for number, batch in batches.items():
         positions_BS = _predicting(batch)
         targets_BS = batch.tokens_BS[:, 1:]
-        for box in boxes(tuple(positions_BS.shape), _chunk(frame)):
+        rows, columns = positions_BS.shape
+        for box in boxes((rows, columns), _chunk(frame)):
             here = positions_BS[box]
             if bool(here.any()):
                 states = {name: partial(_chosen, read, number, box, here) for name, read in final.items()}

@@ -30,7 +30,14 @@ _MEASURED_ANYWAY = ("source", "pruned", "random")  # names in every evaluation
 
 @dataclass(frozen=True)
 class NamedPlan:
-    """A stored plan. document: what its plan.json says. compensated: whether it is measured so."""
+    """A stored plan.
+
+    name: of the plan in the evaluation.
+    text: its plan.json.
+    tensors: its plan.safetensors.
+    document: what plan.json says.
+    compensated: whether it is measured with compensated weights.
+    """
 
     name: str
     text: Path
@@ -118,7 +125,9 @@ def store_plans(
     Raises:
         BudgetError: none can be met.
     """
-    stored, refused, error = [], [], None
+    stored: list[NamedPlan] = []
+    refused: list[str] = []
+    error: BudgetError | None = None
     for name, budget in budgets.items():
         try:
             plan = make(budget)

@@ -83,8 +83,32 @@ class ExpertsState:
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, repr=False)
 
 
+class RoutedExperts(nn.Module):
+    """What transformers' modules of routed experts have, for those who read it. Nothing is made of this class.
+
+    gate_up_proj: [E, 2F, D], gate rows before up rows.
+    down_proj: [E, D, F].
+    num_experts: E, unless a layer was loaded with some experts only.
+    has_gate, has_bias, is_transposed, has_post_expert_norm: their form.
+    tenp_state: of the call that comes, None for a plain one.
+    """
+
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_post_expert_norm: bool
+    tenp_state: ExpertsState | None
+
+    def _apply_gate(self, gate_up_SP: torch.Tensor) -> torch.Tensor:
+        """Gated activations [S, F] of what `gate_up_proj` gives, [S, 2F]."""
+        raise NotImplementedError
+
+
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: RoutedExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts forward for `ALL_EXPERTS_FUNCTIONS`: hidden_states [T, D] -> routed output [T, D]."""
     state: ExpertsState = getattr(self, "tenp_state", None) or ExpertsState()

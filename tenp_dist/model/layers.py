@@ -8,7 +8,7 @@ logits. No family has forward code of its own here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,12 @@ from tenp_dist.model.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Sequences of one domain. tokens_BS int64; mask_BS bool, None when nothing is padded."""
+    """Sequences of one domain that go through a layer together.
+
+    tokens_BS: token ids, int64.
+    domain: its number in the corpus.
+    mask_BS: bool, false where a sequence is padded; None where none is.
+    """
 
     tokens_BS: torch.Tensor
     domain: int
@@ -55,8 +60,9 @@ class Frame:
     def __init__(self, skeleton: Skeleton):
         self.model = skeleton.model
         self.layers = list(skeleton.layers)
-        self._recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
-        self._cache: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._recorders = [_Recorder(layer) for layer in self.layers]
+        self._stand_ins = nn.ModuleList(self._recorders)
+        self._cache: dict[torch.Size, list[dict[str, Any]]] = {}
         self.skeleton = skeleton
         self.passed = 0  # microbatches through a layer so far
 
@@ -66,7 +72,7 @@ class Frame:
 
     def arguments(self, batch: Microbatch, hidden_BSD: torch.Tensor, layer: int) -> Mapping[str, Any]:
         """Keyword arguments of a layer for a microbatch; kept per shape where nothing is padded."""
-        shape = tuple(hidden_BSD.shape[:2])
+        shape = hidden_BSD.shape[:2]
         if batch.mask_BS is None and shape in self._cache:
             return self._cache[shape][layer]
         self._record(inputs_embeds=hidden_BSD, mask_BS=batch.mask_BS)
@@ -99,22 +105,24 @@ class Frame:
         try:
             with self._recording():
                 self.model.base_model(**inputs, attention_mask=mask, use_cache=False)
-                return self._recorders[0].hidden
+                entered = self._recorders[0].hidden
+                assert entered is not None, "the first recorder has seen what enters it"
+                return entered
         finally:
             self.model.base_model.norm = norm
 
     def _recording(self) -> _Swapped:
-        return _Swapped(self.model.base_model, self._recorders)
+        return _Swapped(self.model.base_model, self._stand_ins, self._recorders)
 
 
 class _Swapped:
     """Context in which a base model's layers are the recorders."""
 
-    def __init__(self, base: nn.Module, recorders: nn.ModuleList):
-        self.base, self.recorders = base, recorders
+    def __init__(self, base: Any, stand_ins: nn.ModuleList, recorders: Sequence[_Recorder]):
+        self.base, self.stand_ins, self.recorders = base, stand_ins, recorders
 
     def __enter__(self) -> None:
-        self.layers, self.base.layers = self.base.layers, self.recorders
+        self.layers, self.base.layers = self.base.layers, self.stand_ins
 
     def __exit__(self, *_: object) -> None:
         self.base.layers = self.layers

@@ -41,7 +41,7 @@ def restricted_router(skeleton: Skeleton, module: nn.Module, kept: Sequence[int]
     if count is None:
         raise _unknown(router, f"no attribute {COUNT}")
     check_groups(kept, count, skeleton.family.groups(skeleton.config_dict))
-    held = {
+    held: dict[str, tuple[Any, torch.Tensor]] = {
         name: (where, tensor)
         for where in (router._parameters, router._buffers)
         for name, tensor in where.items()

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +24,11 @@ from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
 from tenp_dist.model.attention import register_attention
+from tenp_dist.model.experts import RoutedExperts
 from tenp_dist.model.memory import own_zeros
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NOT_IN_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store this constant
 
@@ -72,9 +77,9 @@ class Skeleton:
     def vocab_size(self) -> int:
         return self.family.vocab_size(self.config_dict)
 
-    def experts_of(self, layer: nn.Module) -> nn.Module | None:
+    def experts_of(self, layer: nn.Module) -> RoutedExperts | None:
         """The routed experts of a decoder layer, None if it is dense."""
-        module = layer
+        module: Any = layer
         for part in self.family.experts.split("."):
             module = getattr(module, part, None)
         return module if hasattr(module, "gate_up_proj") else None
@@ -99,8 +104,9 @@ class Skeleton:
                 continue
             used.add(prefix + key)
             state[key] = self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{key}")
-        if self.experts_of(module) is not None:
-            state |= self._read_experts(layer, used, experts)
+        routed = self.experts_of(module)
+        if routed is not None:
+            state |= self._read_experts(layer, routed, used, experts)
         unknown = [name for name in self._names.get(layer, []) if name not in used and not _NOT_IN_MODEL.search(name)]
         if unknown:
             raise SourceError(
@@ -158,9 +164,10 @@ class Skeleton:
         parts = path.split(".")
         return torch.float32 if any(name in parts for name in kept) else self.dtype
 
-    def _read_experts(self, layer: int, used: set[str], share: range | None) -> dict[str, torch.Tensor]:
+    def _read_experts(
+        self, layer: int, experts: RoutedExperts, used: set[str], share: range | None
+    ) -> dict[str, torch.Tensor]:
         """Fused experts of a share: gate_up [E, 2F, D], down [E, D, F]; narrow ones are padded with zeros."""
-        experts = self.experts_of(self.layers[layer])
         num_experts, hidden = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
         names = {(e, m): place.tensor for e, m, place in self.slices.of_layer(layer, range(num_experts))}
         used.update(names.values())
@@ -183,8 +190,10 @@ class Skeleton:
         return self.index.entry(name).shape[0] if "tenp" in self.index.config else width
 
     def _check_interface(self) -> None:
-        for layer in self.moe_layers():
-            experts = self.experts_of(self.layers[layer])
+        for layer, module in enumerate(self.layers):
+            experts = self.experts_of(module)
+            if experts is None:
+                continue
             if experts.has_bias or experts.is_transposed or not experts.has_gate or experts.has_post_expert_norm:
                 raise UnsupportedModelError(
                     "Experts of a form that is not scored yet",
@@ -193,7 +202,7 @@ class Skeleton:
                 )
 
 
-def _build(model_type: str, config_dict: Mapping, dtype: torch.dtype, experts_implementation: str) -> nn.Module:
+def _build(model_type: str, config_dict: Mapping, dtype: torch.dtype, experts_implementation: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

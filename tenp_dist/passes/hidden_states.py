@@ -42,7 +42,7 @@ class HiddenStateFiles:
 
         Raises StaleError where a file stays listed and there is none: a dangling link, a folder that is not told of it.
         """
-        said, pauses = "", iter(())
+        said, pauses = "", iter(_PAUSES)
         while True:
             try:
                 found = (layer for layer in self._layers(wave) if layer <= limit)

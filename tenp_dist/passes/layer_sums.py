@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from tenp_dist.model.experts import RoutedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.hidden_states import GuardedHiddenStateFiles, Hidden
 from tenp_dist.passes.layer_ops import check_finite, run_layer
@@ -28,7 +29,7 @@ Sums = TypeVar("Sums")
 class LayerSum(Protocol[Sums]):
     """What is summed over all waves of a layer, on one rank, and what is stored of it."""
 
-    def begin(self, layer: int, experts: nn.Module) -> Sums:
+    def begin(self, layer: int, experts: RoutedExperts) -> Sums:
         """Empty sums of a layer."""
 
     def add(
@@ -90,11 +91,11 @@ class LayerSumStep(LayerStep, Generic[Sums]):
     def take(self, layer: int, wave: int, module: nn.Module, hidden: Hidden) -> None:
         """Add the wave to the layer's sums, unless its result is stored."""
         shard, batches, states = self.shard, self.shard.batches[wave], hidden[SINGLE_STREAM]
-        if layer not in self.task.moe or self.task.done_by(layer, shard.rank):
+        experts = shard.skeleton.experts_of(module)
+        if experts is None or layer not in self.task.moe or self.task.done_by(layer, shard.rank):
             run_layer(shard.frame, layer, module, batches, states, shard.share)
             check_finite(states, shard.skeleton, layer, module, shard.share)
             return
-        experts = shard.skeleton.experts_of(module)
         if wave == 0:
             shard.wait_for_results()  # the sums of one layer at a time
             self._sums = self.layer_sum.begin(layer, experts)

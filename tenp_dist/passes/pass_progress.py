@@ -72,8 +72,20 @@ class PassProgress:
             for rank, heartbeat in enumerate(ranks)
         }
         done = min(self.total, sum(positions) + ahead)
-        named = {"memory": [*workers.values()], "workers": [*workers], "layer": min(positions)}
-        self.progress(Progress(done, self.total, tokens, seconds, note, read, retries=self.retries, **named))
+        self.progress(
+            Progress(
+                done,
+                self.total,
+                tokens,
+                seconds,
+                note,
+                read,
+                memory=[*workers.values()],
+                retries=self.retries,
+                workers=[*workers],
+                layer=min(positions),
+            )
+        )
 
 
 def at_work(units: Sequence[Unit]) -> str:

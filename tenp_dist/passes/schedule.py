@@ -21,7 +21,12 @@ QUEUE = 4  # waves between two resident shards, the one at work included; hidden
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work, and what a lost worker costs: take these waves through the layers `start` to `stop` - 1."""
+    """A piece of work, and what a lost worker costs: some waves through some layers.
+
+    start: the first of the layers.
+    stop: the layer behind the last of them.
+    waves: their numbers, in order.
+    """
 
     start: int
     stop: int
@@ -73,10 +78,10 @@ def split_layers(costs: Sequence[int], shards: int) -> list[range]:
             row[end] = min(options, default=(0, 0))
         best.append(row)
     bounds = [layers]
-    for row in range(shards - 1, 0, -1):
-        most = shards - 1 - row  # layers that later shards need
-        cut = best[row][bounds[-1]][1]
-        bounds.append(max(row, min(cut, bounds[-1] - 1, layers - 1 - most)))
+    for number in range(shards - 1, 0, -1):
+        most = shards - 1 - number  # layers that later shards need
+        cut = best[number][bounds[-1]][1]
+        bounds.append(max(number, min(cut, bounds[-1] - 1, layers - 1 - most)))
     bounds.append(0)
     bounds.reverse()
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]

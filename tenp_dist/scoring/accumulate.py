@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 
-from tenp_dist.model.experts import Dispatch, grouped
+from tenp_dist.model.experts import Dispatch, RoutedExperts, grouped
 from tenp_dist.model.memory import own_zeros
 from tenp_dist.scoring.statistics import LayerStatistics
 
@@ -116,6 +116,7 @@ class LayerAccumulator:
 
         With s = sin^2 of the angle, 1 - cos = s / (1 + cos) for cos >= 0: no cancellation where r is small.
         """
+        assert self.residual_TD is not None, "the norm before the block has run"
         h_TD, r_TD = self.residual_TD.double(), routed_TD.double()
         hh, hr, rr = torch.linalg.vecdot(h_TD, h_TD), torch.linalg.vecdot(h_TD, r_TD), torch.linalg.vecdot(r_TD, r_TD)
         moved = (hh + 2 * hr + rr).clamp_min(0)
@@ -176,12 +177,12 @@ class Runs:
         return embedding_bag(ids_S, values_SC, self.starts_E, mode="sum")
 
 
-def column_norms(experts: nn.Module) -> torch.Tensor:
+def column_norms(experts: RoutedExperts) -> torch.Tensor:
     """|w_j| of every neuron's column of W_down, [E, F] float64."""
     return _norms(experts.down_proj, dim=1)
 
 
-def weight_norms(experts: nn.Module, column_norm_EF: torch.Tensor) -> torch.Tensor:
+def weight_norms(experts: RoutedExperts, column_norm_EF: torch.Tensor) -> torch.Tensor:
     """|gate_j| |up_j| |down_j| per neuron, [E, F] float64: the rank of neurons no token reached."""
     gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
     return _norms(gate_EFD, dim=2) * _norms(up_EFD, dim=2) * column_norm_EF

@@ -16,6 +16,7 @@ from torch import nn
 
 from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.errors import NumericalError
+from tenp_dist.model.experts import RoutedExperts
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.passes.hidden_states import Hidden
 from tenp_dist.passes.layer_ops import check_finite, run_layer
@@ -74,7 +75,7 @@ class ScoreStep(LayerStep):
         self._norms: dict[int, Norms] = {}
         self._sums: dict[int, Sums] = {}
 
-    def norms_of(self, layer: int, experts: nn.Module) -> Norms:
+    def norms_of(self, layer: int, experts: RoutedExperts) -> Norms:
         """The weight norms of a layer, taken once and not for every wave."""
         if layer not in self._norms:
             if self.task.mode == "streaming":
@@ -83,7 +84,7 @@ class ScoreStep(LayerStep):
             self._norms[layer] = Norms(columns, weight_norms(experts, columns).cpu())
         return self._norms[layer]
 
-    def sums_of(self, layer: int, experts: nn.Module) -> Sums:
+    def sums_of(self, layer: int, experts: RoutedExperts) -> Sums:
         """What is summed for a layer so far; read from its file when it is first asked for."""
         if layer not in self._sums:
             if self.task.mode == "streaming":
@@ -148,7 +149,8 @@ def score_layer(
 
 def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int = 0) -> None:
     """Raise NumericalError naming the first expert whose sums or weights are not finite."""
-    for name, tensor in {**statistics.tensors, "expert weights": statistics.weight_norm}.items():
+    norms = {} if statistics.weight_norm is None else {"expert weights": statistics.weight_norm}
+    for name, tensor in {**statistics.tensors, **norms}.items():
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
             position = bad.nonzero()[0].tolist()

@@ -98,8 +98,8 @@ def join_experts(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     """Put parts of consecutive ranges of one layer's experts together, in the order of the ranges."""
     first = _of_equal_domains(parts)
     tensors = {name: torch.cat([part[name] for part in parts], dim=1) for name in first.tensors}
-    norms = [part.weight_norm for part in parts]
-    weight_norm = None if any(norm is None for norm in norms) else torch.cat(norms)
+    norms = [part.weight_norm for part in parts if part.weight_norm is not None]
+    weight_norm = torch.cat(norms) if len(norms) == len(parts) else None
     return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=weight_norm)
 
 

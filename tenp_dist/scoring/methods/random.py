@@ -39,7 +39,8 @@ def _shape(statistics: LayerStatistics) -> tuple[int, int]:
         raise StaleError(
             f"The scores hold no per-neuron tensor, not even {WEIGHT_NORM}", next_step="score again with this version"
         )
-    return tuple(shapes[0])
+    experts, neurons = shapes[0]
+    return experts, neurons
 
 
 METHOD = Method(

@@ -53,10 +53,11 @@ Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 class Method:
     """One way to rank the experts of a layer, the neurons of an expert, or both; a higher score is kept.
 
+    name: as jobs say it.
     source: paper and equation, and what of it is ours.
     experts: statistics of one layer -> float64 [E].
     neurons: statistics of one layer -> float64 [E, F].
-    expert_statistics, neuron_statistics: the statistics that each of them reads.
+    expert_statistics, neuron_statistics, worth_statistics: the statistics that each of them reads.
     worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
         has it lets the scores decide every expert's width (`budget/kinds/by_price.py`); the widths of others are
         known before any score is read (`budget/kinds/narrow.py`). It stays when a budget exchanges the neuron ranking.
