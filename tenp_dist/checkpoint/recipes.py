@@ -69,7 +69,7 @@ class ExpertRecipe(Recipe):
     """A recipe for one matrix of a routed expert, by the neurons that the plan keeps of it.
 
     axis: of the matrix, that counts neurons.
-    layer, expert: whose neurons; the expert by its id in the source.
+    layer, expert: whose matrix it is; the expert by its id in the source.
     """
 
     axis: int
@@ -127,7 +127,12 @@ class Fill(Recipe):
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file's header says of a tensor: its name, safetensors dtype and shape."""
+    """What a file's header says of a tensor.
+
+    name: under which it is found.
+    dtype: of safetensors, e.g. BF16.
+    shape: its shape.
+    """
 
     name: str
     dtype: str

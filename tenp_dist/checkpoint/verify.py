@@ -23,7 +23,13 @@ from tenp_dist.errors import VerifyError
 
 @dataclass(frozen=True)
 class Verified:
-    """Counts of what was compared and found equal."""
+    """Counts of what was compared and found equal.
+
+    tensors: in all.
+    pruned_tensors: those that the plan changes.
+    untouched_tensors: those that are the source's as they are.
+    nbytes: of all, as written.
+    """
 
     tensors: int
     pruned_tensors: int
@@ -48,8 +54,10 @@ class Expected:
 class Readers(NamedTuple):
     """The checkpoints that are compared, open.
 
-    compensated holds the kept columns of those W_down that were compensated, None where none was
-    (`compensation/recheck_pass.py` checks these).
+    source: the source.
+    written: the checkpoint that is checked.
+    compensated: the kept columns of those W_down that were compensated, None where none was
+        (`compensation/recheck_pass.py` checks these).
     """
 
     source: TensorReader

@@ -96,7 +96,12 @@ class Uniform(Layout):
 
 @dataclass(frozen=True)
 class UniformSize:
-    """Numbers that the new config states: experts per layer, their width, and that of a shared expert in widths."""
+    """Numbers that the new config states.
+
+    experts: routed experts of every layer.
+    width: neurons of each.
+    shared: the shared expert's neurons, in widths of a routed one; None where the config does not say it so.
+    """
 
     experts: int
     width: int
