@@ -83,7 +83,9 @@ class Uniform(Layout):
         family, config = pruned.source.family, pruned.source.index.config
         size = uniform_size(pruned.source, pruned.kept)
         numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
-        numbers |= {family.width_key: size.width} | ({family.shared_key: size.shared} if size.shared else {})
+        numbers[family.width_key] = size.width
+        if family.shared_key and size.shared:
+            numbers[family.shared_key] = size.shared
         return family.with_numbers(config, numbers)
 
     def nbytes(self, source: Source, job: Job) -> int:
