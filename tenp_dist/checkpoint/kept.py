@@ -22,8 +22,10 @@ from tenp_dist.run_files import layer_name, layer_of_name
 
 @dataclass(frozen=True)
 class KeptNeurons:
-    """Kept neurons of one layer. offsets [E + 1] int64, indices [offsets[-1]] int32.
+    """Kept neurons of one layer.
 
+    offsets: where each expert's begin among `indices`, and where the last one's end, [E + 1] int64.
+    indices: of the kept neurons, expert after expert, ascending in each, [offsets[-1]] int32.
     experts: ids that the router still knows, ascending, int32 [K]; None where no expert is removed.
     """
 

@@ -22,9 +22,12 @@ _LEAST = 1e-12  # of the model's energy: a gain below it is rounding
 
 @dataclass(frozen=True)
 class _Steps:
-    """One step per entry: what moves, the place that it leads to, its neurons and its energy, none negative.
+    """One step per entry.
 
-    unit_S: an expert, or -1 - place for all experts that have this place.
+    layer_S: position of its layer among all.
+    unit_S: what moves: an expert, or -1 - place for all experts that have this place.
+    target_S: the place that it leads to.
+    neurons_S, energy_S: how many neurons and how much energy it adds or gives up, none negative.
     """
 
     layer_S: np.ndarray
