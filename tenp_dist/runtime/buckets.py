@@ -21,14 +21,9 @@ from torch import nn
 from transformers.integrations.moe import _grouped_linear
 
 ALIGNMENT = 8  # neurons: 16 bytes in bfloat16 and float16, 32 in float32
-
-
 MAX_BUCKETS = 32  # per layer; the names of the buckets have to be listed in the conversion
-
-
 # bucket parameter -> (the matrices that it holds, the axis of the neurons in one of them)
 PARAMETERS = {"gate_up_proj": (("gate_proj", "up_proj"), 0), "down_proj": (("down_proj",), 1)}
-
 
 # What the tensors being loaded contradict. transformers turns the errors of a conversion into a log
 # entry and one general exception; the model's `from_pretrained` reads the reasons here.
