@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
-from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
 from tenp_dist.config import COMPENSATE, Evaluation
@@ -116,7 +115,7 @@ def _plans_beside(run: Run, context: StageContext, given: Sequence[NamedPlan]) -
 
 def _control(run: Run, context: StageContext) -> NamedPlan:
     """The random control of the written checkpoint, called `random`."""
-    plan = run.make_plan(kind_of(run.budget).control())
+    plan = run.make_plan(run.kind.control())
     tensors, text = run.store_plan(run.files.random_control, plan, context.digests)
     control = NamedPlan("random", text, tensors, read_plan_pair(text, tensors))
     return control.compensate(run.job.output.compensate)

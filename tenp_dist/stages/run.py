@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from tenp_dist.artifacts import read_json
+from tenp_dist.budget.kinds.base import PlanKind
+from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan import Plan, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.sizes import MoeLayer, moe_layers
@@ -59,6 +61,11 @@ class Run:
         """The job's budget, its `auto` keys as they were chosen."""
         budget = self.job.budget
         return chosen_budget(budget, read_json(self.files.selection)) if budget.auto else budget
+
+    @property
+    def kind(self) -> PlanKind:
+        """The kind of the plans that this budget asks for."""
+        return kind_of(self.budget)
 
     @cached_property
     def domain_weights(self) -> dict[str, Fraction]:
