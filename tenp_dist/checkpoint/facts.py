@@ -45,6 +45,7 @@ class Bytes:
 class Facts:
     """What config and headers say of a source checkpoint; `facts.json` is its plain form.
 
+    schema_version: of the file.
     model: name of its folder.
     fingerprint: digest of config, index, headers and file sizes.
     family: model_type of its row in the table of families.

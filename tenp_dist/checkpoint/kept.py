@@ -22,8 +22,10 @@ from tenp_dist.run_files import layer_name, layer_of_name
 
 @dataclass(frozen=True)
 class KeptNeurons:
-    """Kept neurons of one layer. offsets [E + 1] int64, indices [offsets[-1]] int32.
+    """Kept neurons of one layer.
 
+    offsets: where each expert's ids begin and end in `indices`, int64 [E + 1].
+    indices: ids of the kept neurons of all experts, one after the other, ascending inside an expert, int32.
     experts: ids that the router still knows, ascending, int32 [K]; None where no expert is removed.
     """
 
