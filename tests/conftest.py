@@ -8,6 +8,6 @@ pytest_plugins = ["helpers.models", "helpers.jobs", "helpers.ray_nodes", "helper
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, whole clusters before all others, so that no worker is left alone with a long one at the end."""
+    """Slow files first, whole clusters before all others, so that no worker is left with a long one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "system"))
