@@ -93,7 +93,11 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
     pool, cluster, waves, layers = context.pool, context.cluster, task.count_waves(), len(context.nbytes)
     shards = cut_layers(cluster, context.nbytes, context.active)
     mode = choose_mode(pool, cluster, context.nbytes, shards, task.compute.device)
-    stored = lambda: [task.hidden_state_files.position(wave) for wave in range(waves)]  # noqa: E731
+    files = task.hidden_state_files
+
+    def stored() -> list[int]:
+        return [files.position(wave) for wave in range(waves)]
+
     resumed = 1.0 if finished else sum(stored()) / (waves * layers)
     if resumed == 1:
         return PassSummary(0, 0.0, mode, [], 1.0)
