@@ -4,7 +4,14 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 
-pytest_plugins = ["helpers.models", "helpers.jobs", "helpers.ray_nodes", "helpers.refusals", "helpers.spoiling"]
+pytest_plugins = [
+    "helpers.models",
+    "helpers.jobs",
+    "helpers.ray_nodes",
+    "helpers.refusals",
+    "helpers.spoiling",
+    "helpers.threads",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

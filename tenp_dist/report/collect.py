@@ -23,7 +23,6 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -35,15 +34,11 @@ from tenp_dist.errors import StaleError
 from tenp_dist.layouts.table import sorted_names
 from tenp_dist.pipeline.names import STAGE_NAMES
 from tenp_dist.report.described import described_job, domain_weights, is_auto, plain
-from tenp_dist.report.method import importance_of, map_ranking, method_facts
+from tenp_dist.report.layers import layer_figures, routing_total
+from tenp_dist.report.method import method_facts
 from tenp_dist.run_files import RunFiles
-from tenp_dist.scoring.methods.registry import Method
-from tenp_dist.scoring.statistics import read_statistics
 
 SCHEMA_VERSION = 1
-STARVED_SHARE = 0.1
-"""An expert with fewer tokens than this share of an even split is called starved."""
-
 LIBRARIES = ("tenp-dist", "torch", "transformers", "safetensors", "numpy", "matplotlib")
 MODEL_KEYS = (
     "family",
@@ -86,7 +81,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     compensation = _compensation(files, job, verify)
     evaluation = _evaluation(_optional(files.evaluation))
     checkpoints = _checkpoints(files)
-    layers = _layers(files, plan, domain_weights(job))
+    layers = layer_figures(files, plan, domain_weights(job))
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {"name": facts.model, **{key: facts.plain()[key] for key in MODEL_KEYS}},
@@ -97,7 +92,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "absent": _absent(layers, checkpoints, verify, evaluation),
         "plan": {key: plan.get(key) for key in PLAN_KEYS},
         "method": method_facts(plan),
-        "routing": _routing_total(layers),
+        "routing": routing_total(layers),
         "layers": layers,
         "checkpoints": checkpoints,
         "verify": verify and verify["layouts"],
@@ -106,68 +101,6 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "selection": _optional(files.selection) if is_auto(job) else None,
         "job": described_job(job),
         "provenance": _provenance(files, facts, plan),
-    }
-
-
-def routing_of(tokens: Sequence[float]) -> dict[str, Any]:
-    """Which experts of one layer the calibration text did not reach, from routed tokens per expert [E].
-
-    `uniform_share` is what every expert would get from an even split; `starved` lists the experts
-    above zero and under STARVED_SHARE of it, `unreached` those at zero.
-    """
-    uniform = sum(tokens) / len(tokens)
-    return {
-        "total": sum(tokens),
-        "uniform_share": uniform,
-        "minimum": min(tokens),
-        "median": statistics.median(tokens),
-        "maximum": max(tokens),
-        "unreached": [expert for expert, seen in enumerate(tokens) if seen == 0],
-        "starved": [expert for expert, seen in enumerate(tokens) if 0 < seen < STARVED_SHARE * uniform],
-    }
-
-
-def _layers(files: RunFiles, plan: Mapping[str, Any], weights: Mapping[str, float]) -> list[dict[str, Any]]:
-    ranking, layers = map_ranking(plan), sorted((int(layer), entry) for layer, entry in plan["layers"].items())
-    return [_layer(files, layer, entry, ranking, weights) for layer, entry in layers]
-
-
-def _layer(
-    files: RunFiles, layer: int, entry: Mapping[str, Any], ranking: Method, weights: Mapping[str, float]
-) -> dict[str, Any]:
-    neurons = entry["experts"] * entry["intermediate_size"]
-    kept = sum(int(width) * experts for width, experts in entry["widths"].items())
-    whole = len(entry["whole"]) * entry["intermediate_size"]
-    found: dict[str, Any] = {"domains": None, "importance": None, "tokens": None, "routing": None}
-    path = files.scores.layer(layer)
-    if path.exists():
-        names = dict.fromkeys((*ranking.expert_statistics, "token_count"))
-        scores = read_statistics(path, list(names), weight_norm=False)
-        tokens = scores["token_count"].sum(dim=0).tolist()
-        found = {
-            "domains": list(scores.domains),
-            "importance": importance_of(ranking, scores, weights, layer),
-            "tokens": tokens,
-            "routing": routing_of(tokens),
-        }
-    return {
-        "layer": layer,
-        **{key: entry[key] for key in ("experts", "intermediate_size", "whole", "widths", "retention", "activated")},
-        "share_whole": whole / neurons,
-        "share_narrow": (kept - whole) / neurons,
-        **found,
-    }
-
-
-def _routing_total(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    routed = [layer["routing"] for layer in layers if layer["routing"]]
-    if not routed:
-        return None
-    return {
-        "tokens": sum(layer["total"] for layer in routed),
-        "unreached": sum(len(layer["unreached"]) for layer in routed),
-        "starved": sum(len(layer["starved"]) for layer in routed),
-        "starved_share": STARVED_SHARE,
     }
 
 

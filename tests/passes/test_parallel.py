@@ -36,13 +36,7 @@ UNEVEN = {  # neither heads nor dense widths divide by two or three
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the ranks; more threads than free cores wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the ranks
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,13 @@
 """A case per family: source, masked model and ragged folder."""
 
 import pytest
-import torch
 
 from helpers.ragged import SETTINGS, make_case
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than these matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def threads(one_thread):
+    """One in all tests here."""
 
 
 @pytest.fixture(scope="module")
