@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from tenp_dist import artifacts
+from tenp_dist.pipeline.records import StageRecord
 
 point, name = sys.argv[1:3]
 
@@ -30,8 +30,8 @@ def die(path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if point == "record":
-    write = artifacts.StageRecord.write
-    artifacts.StageRecord.write = lambda record, run: os.kill(os.getpid(), signal.SIGKILL) if record.stage == name \\
+    write = StageRecord.write
+    StageRecord.write = lambda record, run: os.kill(os.getpid(), signal.SIGKILL) if record.stage == name \\
         else write(record, run)
 else:
     tree, remove = shutil.rmtree, Path.unlink
