@@ -78,6 +78,18 @@ class Nodes:
                 found[raylet] = [worker for worker in raylet.children(recursive=True) if does(worker, name)]
         return {raylet: workers for raylet, workers in found.items() if workers}
 
+    def held(self, name: str) -> dict[psutil.Process, list[psutil.Process]]:
+        """As `processes`, for one node whose processes are stopped while they still do it; empty where none is."""
+        for raylet, workers in self.processes(name).items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for worker in workers:
+                    worker.suspend()
+                if all(does(worker, name) for worker in workers):
+                    return {raylet: workers}
+                for worker in workers:
+                    worker.resume()
+        return {}
+
     def alive(self) -> int:
         """Nodes that the head believes in, itself included."""
         return len(self._cluster.global_state._live_node_ids())
