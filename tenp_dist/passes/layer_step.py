@@ -6,6 +6,7 @@ wave there, and what is to be stored of a layer. It is made once the shard is op
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,13 +69,13 @@ class LayerStep(Protocol):
         """Make ahead what `take` needs of a layer's weights alone; only called where layers are resident."""
         return
 
+    @abstractmethod
     def take(self, layer: int, wave: int, module: nn.Module, hidden: Hidden) -> None:
         """Replace the wave's hidden states, in place, by what leaves the layer.
 
         Raises:
             NumericalError: NaN or Inf, with the layer and what is known of its cause.
         """
-        raise NotImplementedError
 
     def result(self, layer: int) -> Callable[[], None] | None:
         """What stores all that `take` has made of a layer, to be called on another thread; None if that is nothing.

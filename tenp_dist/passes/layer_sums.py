@@ -7,6 +7,7 @@ it again from their hidden states (`GuardedHiddenStateFiles`). Layers that are s
 from __future__ import annotations
 
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -54,16 +55,16 @@ class LayerSumTask(PassTask):
     weights: Mapping[str, float] = field(default_factory=dict)
     hidden: str = HIDDEN
 
+    @abstractmethod
     def layer_sum(self, shard: OpenShard) -> LayerSum[Any]:
         """What one rank of a shard sums."""
-        raise NotImplementedError
 
     def step(self, shard: OpenShard) -> LayerStep:
         return LayerSumStep(self, shard, self.layer_sum(shard))
 
+    @abstractmethod
     def done_by(self, layer: int, rank: int) -> bool:
         """Whether a rank has stored its result of a layer."""
-        raise NotImplementedError
 
     def weights_of(self, domains: Iterable[str]) -> list[float]:
         """The weights of these domains, in their order."""

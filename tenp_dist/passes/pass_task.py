@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ DEFAULT_WAVES = 8
 
 
 @dataclass(frozen=True)
-class PassTask:
+class PassTask(ABC):
     """What the workers of a pass need. Every kind of pass has its own task, which makes its `LayerStep`.
 
     model: folder of the checkpoint.
@@ -58,9 +59,9 @@ class PassTask:
     def hidden_state_files(self) -> HiddenStateFiles:
         return HiddenStateFiles(self.folder / HIDDEN, self.file_key)
 
+    @abstractmethod
     def step(self, shard: OpenShard) -> LayerStep:
         """What happens in the layers of one rank of a shard."""
-        raise NotImplementedError
 
     def side_by_side(self) -> int:
         """How many of the model's forms go through a layer side by side, at most."""
