@@ -78,13 +78,16 @@ class Nodes:
                 found[raylet] = [worker for worker in raylet.children(recursive=True) if does(worker, name)]
         return {raylet: workers for raylet, workers in found.items() if workers}
 
-    def held(self, name: str) -> dict[psutil.Process, list[psutil.Process]]:
-        """As `processes`, for one node whose processes are stopped while they still do it; empty where none is."""
+    def writing(self, name: str, folder: Path) -> dict[psutil.Process, list[psutil.Process]]:
+        """As `processes`, for one node whose processes are stopped with files of `folder` open; empty where none is.
+
+        What has handed its result over may show its name a little longer: only an open file says that it is at work.
+        """
         for raylet, workers in self.processes(name).items():
             with contextlib.suppress(psutil.NoSuchProcess):
                 for worker in workers:
                     worker.suspend()
-                if all(does(worker, name) for worker in workers):
+                if all(any(Path(file.path).parent == folder for file in worker.open_files()) for worker in workers):
                     return {raylet: workers}
                 for worker in workers:
                     worker.resume()

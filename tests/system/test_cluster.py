@@ -40,7 +40,7 @@ def test_two_shards_on_two_nodes_survive_the_loss_of_one_in_scoring_and_in_writi
     folder = run / "checkpoint" / "ragged"
     busy = {}
     wait_for(process, lambda: any(folder.glob("*.safetensors")))
-    wait_for(process, lambda: busy.update(nodes.held("_write_one")) or busy)
+    wait_for(process, lambda: busy.update(nodes.writing("_write_one", folder)) or busy)
     written = len(list(folder.glob("*.safetensors")))
     raylet, workers = next(iter(busy.items()))
     kill(raylet, *workers)
