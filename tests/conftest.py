@@ -1,4 +1,4 @@
-"""Fixtures that all tests may ask for lie in these modules; files with slow tests come first."""
+"""Fixtures that all tests may ask for lie in these modules."""
 
 import pytest
 
@@ -12,9 +12,3 @@ pytest_plugins = [
     "helpers.spoiling",
     "helpers.threads",
 ]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, whole clusters before all others, so that no worker is left with a long one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "system"))

@@ -116,13 +116,14 @@ def test_a_stream_asks_for_less_when_the_largest_node_turns_out_to_be_gone(nodes
 
 def test_all_nodes_lost_in_writing_and_the_same_command_again(nodes, job, reference, tmp_path, start):
     nodes.start(1, 1)
-    run, soon = tmp_path / "run", ("--set", "cluster.start_timeout=5")
+    run, soon = tmp_path / "run", ("--set", "cluster.start_timeout=20")
     process = start(job, run, nodes.address, *soon)
     folder = run / "checkpoint" / "ragged"
     busy = {}
     wait_for(process, lambda: any(folder.glob("*.safetensors")))
-    wait_for(process, lambda: busy.update(nodes.processes("_write_one")) or busy)
+    wait_for(process, lambda: busy.update(nodes.writing("_write_one", folder)) or busy)
     nodes.start()
+    kill(*(worker for workers in busy.values() for worker in workers))
     stderr = finish(process, ClusterError.exit_code)
     assert "No node takes the work that is left" in stderr and "write_one waiting" in stderr
     assert not (run / "stages" / "write.json").exists()
