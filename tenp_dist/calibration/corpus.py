@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tenp_dist.artifacts import atomic_write
-from tenp_dist.calibration.documents import documents_of, label_of
+from tenp_dist.calibration.documents import documents_of
+from tenp_dist.calibration.round_trip import round_trip
+from tenp_dist.calibration.rows import label_of
+from tenp_dist.calibration.tally import SourceReport, Tally, report_of
 from tenp_dist.config import Source, Text
 from tenp_dist.errors import CalibrationError, first_line
 
@@ -57,17 +60,36 @@ class Corpus:
         return {name: int(per_sequence[self.domain_N == i].sum()) for i, name in enumerate(self.domains)}
 
 
+class Split(NamedTuple):
+    """The sequences of a text.
+
+    corpus: those to use.
+    aside: those set aside, None where none were asked for.
+    sources: what each source gave.
+    """
+
+    corpus: Corpus
+    aside: Corpus | None
+    sources: tuple[SourceReport, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the figures should know of the text."""
+        return [words for source in self.sources for words in source.warnings]
+
+
 def build_corpus(text: Text, model: Path, vocab_size: int) -> Corpus:
     """Tokenise every source.
 
     Raises:
-        CalibrationError: no tokenizer, tokens outside the vocabulary, unreadable, empty or too short text.
+        CalibrationError: no tokenizer, or one that loses the text; tokens outside the vocabulary; unreadable, empty or
+            too short text.
     """
-    return build_split(text, model, vocab_size, Fraction(0))[0]
+    return build_split(text, model, vocab_size, Fraction(0)).corpus
 
 
-def build_split(text: Text, model: Path, vocab_size: int, share: Fraction) -> tuple[Corpus, Corpus | None]:
-    """Tokenise every source and set aside the last `share` of its sequences, at least one; None for share 0.
+def build_split(text: Text, model: Path, vocab_size: int, share: Fraction) -> Split:
+    """Tokenise every source and set aside the last `share` of its sequences, at least one; none for share 0.
 
     The last ones, so that no more than one document of a source lies on both sides.
 
@@ -76,10 +98,13 @@ def build_split(text: Text, model: Path, vocab_size: int, share: Fraction) -> tu
     """
     tokenizer = _load_tokenizer(model)
     domains = tuple(dict.fromkeys(source.domain for source in text.sources))
-    kept, aside = [], []
+    kept, aside, reports = [], [], []
     for source in text.sources:
-        sequences = _sequences(source, text, tokenizer)
+        sequences, tally = _sequences(source, text, tokenizer)
         _check_vocabulary(sequences, vocab_size, source, model)
+        _check_kept(tally, model)
+        decoded = tokenizer.decode(sequences[0], clean_up_tokenization_spaces=False)
+        reports.append(report_of(tally, source.domain, list(map(len, sequences)), decoded))
         last = max(1, math.floor(share * len(sequences))) if share else 0
         domain, cut = domains.index(source.domain), len(sequences) - last
         kept += [(domain, row) for row in sequences[:cut]]
@@ -87,7 +112,7 @@ def build_split(text: Text, model: Path, vocab_size: int, share: Fraction) -> tu
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     pad = pad if pad < vocab_size else 0  # some tokenizers add a pad token that the model has no row for
     assembled = [_assemble(rows, text.sequence_length, pad, domains) for rows in (kept, aside)]
-    return assembled[0], assembled[1] if share else None
+    return Split(assembled[0], assembled[1] if share else None, tuple(reports))
 
 
 def _assemble(rows: Sequence[tuple[int, list[int]]], length: int, pad: int, domains: tuple[str, ...]) -> Corpus:
@@ -167,14 +192,15 @@ def _window_hashes(tokens: np.ndarray, step: int) -> np.ndarray:
     return (views * powers).sum(axis=1, dtype=np.uint64)
 
 
-def _sequences(source: Source, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = _encode(documents_of(source, text.seed, tokenizer), source, tokenizer)
+def _sequences(source: Source, text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], Tally]:
+    tally = Tally(label_of(source))
+    encoded = _encode(documents_of(source, text.seed, tokenizer, tally), source, tokenizer, tally)
     cut = _concatenated if text.packing == "concat" else _one_per_document
-    sequences = []
+    sequences: list[list[int]] = []
     for sequence in cut(encoded, text.sequence_length):
         sequences.append(sequence)
         if len(sequences) == source.samples:
-            return sequences
+            return sequences, tally
     raise CalibrationError(
         "Source has too little text" if sequences else "Source is empty or shorter than one sequence",
         where=f"{label_of(source)} (domain {source.domain})",
@@ -197,7 +223,9 @@ def _one_per_document(documents: Iterable[list[int]], length: int) -> Iterator[l
     yield from (tokens[:length] for tokens in documents if len(tokens) > 1)
 
 
-def _encode(documents: Iterable[str], source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def _encode(
+    documents: Iterable[str], source: Source, tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> Iterator[list[int]]:
     chat = source.messages_column is not None  # a chat template brings its own special tokens
     bos = [] if chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -205,32 +233,68 @@ def _encode(documents: Iterable[str], source: Source, tokenizer: PreTrainedToken
     for document in documents:
         batch.append(document)
         if len(batch) == _TOKENIZER_BATCH:
-            yield from _encode_batch(batch, tokenizer, bos, eos)
+            yield from _encode_batch(batch, tokenizer, bos, eos, tally)
             batch = []
     if batch:
-        yield from _encode_batch(batch, tokenizer, bos, eos)
+        yield from _encode_batch(batch, tokenizer, bos, eos, tally)
 
 
 def _encode_batch(
-    batch: list[str], tokenizer: PreTrainedTokenizerBase, bos: list[int], eos: list[int]
+    batch: list[str], tokenizer: PreTrainedTokenizerBase, bos: list[int], eos: list[int], tally: Tally
 ) -> Iterator[list[int]]:
     encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    for document, decoded in zip(
+        batch, tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False), strict=True
+    ):
+        tally.tokenizer = tally.tokenizer.plus(round_trip(document, decoded))
     yield from (bos + tokens + eos for tokens in encoded if tokens)
 
 
 def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """From files of data alone: code that comes with a model is never run."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        code, whole = _names_code(model), (model / "tokenizer.json").is_file()
         raise CalibrationError(
             "Tokenizer cannot be loaded",
             where=model,
-            found=first_line(error),
+            found="a class of its own by auto_map, which is never run" if code else first_line(error),
             wanted="tokenizer.json or what the model's tokenizer needs",
-            next_step="put the model's tokenizer files next to config.json",
+            next_step=_tokenizer_step(code, whole),
         ) from error
+
+
+def _names_code(model: Path) -> bool:
+    """Whether tokenizer_config.json asks for code of the model's own."""
+    try:
+        return "auto_map" in json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _tokenizer_step(code: bool, whole: bool) -> str:
+    """What to do. code: it asks for code of its own. whole: tokenizer.json is there."""
+    if not code:
+        return "put the model's tokenizer files next to config.json" + ", whole ones" * whole
+    if whole:
+        return "take auto_map and tokenizer_class out of tokenizer_config.json: tokenizer.json is enough"
+    return "put a tokenizer.json that says the same next to config.json, and take auto_map out of tokenizer_config.json"
+
+
+def _check_kept(tally: Tally, model: Path) -> None:
+    lost = tally.lost()
+    if lost is not None:
+        raise CalibrationError(
+            "The tokenizer loses the text",
+            where=f"{model}, text of {tally.label}",
+            found=f"its tokens give back {lost}",
+            wanted="tokens that decode to the text",
+            next_step="use the tokenizer.json and tokenizer_config.json that belong to the weights; where "
+            "tokenizer_config.json names a class by auto_map, that code is never run: take the entry out",
+        )
 
 
 def _check_vocabulary(sequences: list[list[int]], vocab_size: int, source: Source, model: Path) -> None:

@@ -139,12 +139,28 @@ def print_summary(job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
     console.print()
     if "plan" in stages:
         _print_plan(console, stages)
+    elif "calibrate" in stages:
+        _print_sources(console, stages["calibrate"].get("sources", ()))
     if "evaluate" in stages:
         if "pruned" in stages["evaluate"]["variants"]:
             _print_evaluation(console, stages["evaluate"])
         if stages["evaluate"]["plans"]:
             print_plans(console, stages["evaluate"])
     _print_places(console, job, stages)
+
+
+def _print_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> None:
+    """What each source of text gave; markup in a text is text."""
+    for source in sources:
+        rows = f"{source['documents']:,} documents of {source['rows']:,} rows read"
+        counts = f"{source['sequences']:,} sequences, {source['tokens']:,} tokens"
+        console.print(
+            f"{source['label']} ({source['domain']}): {rows}, {counts}; the first begins",
+            soft_wrap=True,
+            markup=False,
+        )
+        console.print(f"  {source['begins']!r}", soft_wrap=True, markup=False, style="dim")
+    console.print()
 
 
 def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
-from tenp_dist.calibration.documents import check_sources
+from tenp_dist.calibration.rows import check_sources
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError

@@ -30,10 +30,10 @@ CALIBRATION = {
     ),
     "numbers for text": ("a.jsonl", jsonl(*[{"text": 7}] * 3), ("Column holds no text", "a.jsonl: text", "int 7")),
     "nulls for text": ("a.jsonl", jsonl({"text": None}), ("Column holds no text", "NoneType")),
-    "unknown kind": ("a.csv", "text\nhello\n", ("Unknown kind", "a.csv", "found:  .csv", ".jsonl", "convert")),
+    "unknown kind": ("a.xml", "<text/>\n", ("Unknown kind", "a.xml", "found:  .xml", ".jsonl", "convert")),
     "not found": ("a.jsonl", None, ("not found", "a.jsonl", "correct `path`")),
     "parquet that is none": ("a.parquet", "PAR1 no", ("cannot be read", "a.parquet")),
-    "a folder without a dataset": ("a", "folder", ("cannot be read", "next:")),
+    "a folder without a dataset": ("a", "folder", ("no saved dataset", "save_to_disk", "one source for each")),
 }  # fmt: skip
 
 

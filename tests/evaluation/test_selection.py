@@ -26,7 +26,7 @@ def test_the_split_takes_the_last_sequences_of_every_source(share, job_file, tin
     sources.append({**sources[0], "domain": "two", "samples": 4})
     job = load_job(job_file(calibration={"sources": sources, "sequence_length": 16}))
     whole = build_corpus(job.calibration, tiny_model(), 320)
-    kept, aside = build_split(job.calibration, tiny_model(), 320, Fraction(share))
+    kept, aside, _ = build_split(job.calibration, tiny_model(), 320, Fraction(share))
     last = {"0.25": (1, 1, 1), "0.1": (1, 1, 1), "0.5": (3, 3, 2)}[share]
     bounds = [(0, 6), (6, 12), (12, 16)]
     held = [i for (_, stop), n in zip(bounds, last, strict=True) for i in range(stop - n, stop)]

@@ -41,6 +41,7 @@ class Family:
     group_scorers: experts of a group whose scores rank the group.
     shared_experts: module inside a layer whose width is that of a routed expert times a number in the config.
     shared_key: config key of that number, None where the config states the width of shared experts itself.
+    positions_key: config key of the longest sequence that the model was made for.
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
     tensor_parallel: verified with more than one rank per shard.
     """
@@ -67,6 +68,7 @@ class Family:
     group_scorers: int = 1
     shared_experts: str = "mlp.shared_experts"
     shared_key: str | None = None
+    positions_key: str = "max_position_embeddings"
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
     tensor_parallel: bool = False
 
@@ -89,6 +91,10 @@ class Family:
     def top_k(self, config: Mapping[str, Any]) -> int:
         """Routed experts that a token goes to."""
         return int(self.text(config)[self.top_k_key])
+
+    def positions(self, config: Mapping[str, Any]) -> int | None:
+        """Tokens of the longest sequence that the model was made for, None where the config does not say."""
+        return self.text(config).get(self.positions_key)
 
     def heads(self, config: Mapping[str, Any]) -> int | None:
         """Attention heads that ranks share: those of keys and values where they are counted; None where none are."""
