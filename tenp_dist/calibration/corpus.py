@@ -19,6 +19,8 @@ import numpy as np
 
 from tenp_dist.artifacts import atomic_write
 from tenp_dist.calibration.documents import documents_of, label_of
+from tenp_dist.checkpoint.index import read_config
+from tenp_dist.checkpoint.stock_config import transformers_config
 from tenp_dist.config import Source, Text
 from tenp_dist.errors import CalibrationError, first_line
 
@@ -222,7 +224,7 @@ def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, config=transformers_config(read_config(model)))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             "Tokenizer cannot be loaded",
