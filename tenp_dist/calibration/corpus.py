@@ -22,6 +22,8 @@ from tenp_dist.calibration.documents import documents_of
 from tenp_dist.calibration.round_trip import round_trip
 from tenp_dist.calibration.rows import label_of
 from tenp_dist.calibration.tally import SourceReport, Tally, report_of
+from tenp_dist.checkpoint.index import read_config
+from tenp_dist.checkpoint.stock_config import transformers_config
 from tenp_dist.config import Source, Text
 from tenp_dist.errors import CalibrationError, first_line
 
@@ -255,7 +257,8 @@ def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        config = transformers_config(read_config(model))
+        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         code, whole = _names_code(model), (model / "tokenizer.json").is_file()
         raise CalibrationError(

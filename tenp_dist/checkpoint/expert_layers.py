@@ -18,6 +18,9 @@ from tenp_dist.errors import SourceError, UnsupportedModelError
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+_PLAIN_INTEGERS = ("I64", "BOOL")  # ids and switches, as beside DeepSeek-V4's experts; packed numbers have other types
+
+
 @dataclass(frozen=True)
 class ExpertLayers:
     """Decoder layers with routed experts, as config and headers agree on them.
@@ -68,7 +71,8 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
     for layer in moe:
         _check_experts(index, slices, layer, num_experts, (width, hidden))
     for entry in index.tensors.values():
-        _check_quantised(index, entry, "A tensor is quantised or of no floating-point type")
+        if entry.dtype not in _PLAIN_INTEGERS:
+            _check_quantised(index, entry, "A tensor is quantised")
     mtp = tuple(layer for layer in present if layer >= num_layers)
     return ExpertLayers(moe, mtp, num_layers, num_experts, top_k, width, hidden)
 

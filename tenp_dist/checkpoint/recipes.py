@@ -106,12 +106,18 @@ class Zero(ExpertRecipe):
 
 @dataclass(frozen=True)
 class Rows(Recipe):
-    """The rows of the experts that a layer keeps, of a router's tensor with a row per expert. layer: which."""
+    """The rows of the experts that a layer keeps, of a router's tensor with one per expert.
+
+    layer: which.
+    axis: of the tensor, that counts experts.
+    """
 
     layer: int
+    axis: int = 0
 
     def read(self, inputs: Inputs) -> memoryview:
-        return _flat(_integers(inputs.source, self.source)[inputs.kept[self.layer].experts])
+        rows = (slice(None),) * self.axis + (inputs.kept[self.layer].experts,)
+        return _flat(_integers(inputs.source, self.source)[rows])
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Names:
         inside = found and self._expert.match(found[2])
         return (int(inside[1]), self._matrix[inside[2]]) if inside else None
 
+    def of_router(self, name: str) -> bool:
+        """Whether a layer's tensor holds rows, or entries, of experts."""
+        found = self._layer.match(name)
+        return found is not None and found[2].startswith(self.family.router_tensors)
+
     def inside(self, name: str, module: str) -> str | None:
         """What follows `module.` in the name of a layer's tensor, None for tensors of other modules."""
         found = self._layer.match(name)
@@ -51,7 +56,7 @@ def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[st
     names, slices, result = Names(source.family), ExpertSlices(source.family), {}
     for name in source.index.tensors:
         layer, expert = names.layer(name), names.expert(name)
-        if layer is not None and layer >= source.facts.num_layers:
+        if (layer is not None and layer >= source.facts.num_layers) or source.family.is_prediction(name):
             continue
         if layer is None or expert is None or layer not in kept:
             result[name] = name
@@ -120,8 +125,10 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
             if expert is not None:
                 ids, solved = torch.from_numpy(neurons.of(expert[0]).copy()).long(), readers.solved(origin)
                 wanted = wanted.index_select(NEURON_AXIS[expert[1]], ids) if solved is None else solved
-            elif reading.inside(name, family.router) and neurons.experts is not None:
-                wanted = torch.stack([wanted[expert_id] for expert_id in neurons.experts.tolist()])
+            elif neurons.experts is not None and reading.of_router(name):
+                axis = list(wanted.shape).index(neurons.num_experts)
+                stay = [wanted.select(axis, expert_id) for expert_id in neurons.experts.tolist()]
+                wanted = torch.stack(stay, dim=axis)
             elif family.shared_key and reading.inside(name, family.shared_experts):
                 wanted = _filled(wanted, found.shape)
         changed += expert is not None or wanted.shape != readers.source.index.entry(origin).shape

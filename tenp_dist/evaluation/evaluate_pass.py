@@ -86,7 +86,7 @@ class EvaluateStep(LayerStep):
         down_EDF = self._down_of(name, layer, kept, experts)
         chosen = None if kept is None or kept.experts is None else kept.experts.tolist()
         with (
-            restricted_router(shard.skeleton, module, chosen),
+            restricted_router(shard.skeleton, layer, module, chosen),
             _replaced(experts, down_EDF),
         ):
             run_layer(shard.frame, layer, module, shard.batches[wave], states, state)

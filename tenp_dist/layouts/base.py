@@ -49,6 +49,8 @@ class Layout(ABC):
     """Whether it is smaller than the source: reports name such layouts first, and people are told to load one."""
     holds_removal: ClassVar[bool] = False
     """Whether experts can leave the model, or only neurons."""
+    states_width: ClassVar[bool] = False
+    """Whether its config states the width of experts anew, as the one number that the source's config has for it."""
     leaves_out_mtp: ClassVar[bool] = False
     """Whether the multi-token prediction layers of the source stay out."""
 

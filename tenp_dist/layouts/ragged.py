@@ -46,6 +46,7 @@ class Ragged(Layout):
             widths_by_layer={layer: neurons.widths.tolist() for layer, neurons in pruned.kept.items()},
             retention=pruned.retention,
             fingerprint=pruned.source.fingerprint,
+            full_width=pruned.source.facts.intermediate_size,
         )
 
     def extra_files(self, source: Source) -> Mapping[str, str]:

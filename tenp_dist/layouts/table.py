@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from tenp_dist import config
 from tenp_dist.budget.kinds.table import form_of, kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.config import Job
 from tenp_dist.errors import JobError
 from tenp_dist.layouts.base import Layout
@@ -65,6 +66,24 @@ def check_layouts(job: Job, layers: Sequence[MoeLayer], shapes: Sequence[Shape])
             raise refusal
     for layout in layouts:
         layout.check_loadable(job.budget, layers)
+
+
+def check_width(job: Job, family: Family, layers: Sequence[MoeLayer], shapes: Sequence[Shape]) -> None:
+    """Refuse narrow experts where the config has one number for their width and for that of other modules.
+
+    Raises:
+        JobError: a layout would state another width for these too.
+    """
+    states = [layout.name for layout in layouts_of(job) if layout.states_width]
+    widths = {width for shape in shapes for width in form_of(job.budget, shape).widths or ()}
+    if states and family.width_of_others and widths - {facts.intermediate_size for facts in layers}:
+        raise JobError(
+            f"A {states[0]} checkpoint of {family.model_type} cannot have narrow experts",
+            where="output.layouts",
+            found=f"{family.width_key} is the width of {', '.join(family.width_of_others)} too",
+            wanted="layout ragged or padded",
+            next_step="use layout ragged, or a method that removes experts",
+        )
 
 
 def _check_removal(job: Job, layouts: Sequence[Layout]) -> None:

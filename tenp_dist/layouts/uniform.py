@@ -18,7 +18,7 @@ from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import Shape
 from tenp_dist.checkpoint.expert_layers import layers_of
 from tenp_dist.checkpoint.expert_slices import ExpertSlice, ExpertSlices
-from tenp_dist.checkpoint.families.base import NEURON_AXIS
+from tenp_dist.checkpoint.families.base import NEURON_AXIS, experts_axis
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, Rows
 from tenp_dist.checkpoint.source import Source
@@ -36,6 +36,7 @@ class Uniform(Layout):
         "the source's architecture runs."
     )
     holds_removal = True
+    states_width = True
     leaves_out_mtp = True
 
     def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
@@ -142,6 +143,7 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
     index, family, size = source.index, source.family, uniform_size(source, kept)
     slices, layers = ExpertSlices(family), layers_of(index, family)
     absent = {name for layer, names in layers.items() if layer >= source.facts.num_layers for name in names}
+    absent |= {name for name in index.tensors if family.is_prediction(name)}
     changed: dict[str, OutputTensor] = {}
     for layer, neurons in kept.items():
         absent.update(place.tensor for _, _, place in slices.of_layer(layer, range(neurons.num_experts)))
@@ -150,7 +152,7 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
                 place, name = slices.of(layer, expert, matrix), slices.of(layer, number, matrix).tensor
                 changed[place.tensor] = OutputTensor(name, _expert_matrix(source, place, layer, expert, size.width))
         prefix = family.layer.format(layer=layer)
-        for recipe in _router(source, layers[layer], prefix + family.router, layer, neurons):
+        for recipe in _router(source, layers[layer], layer, neurons):
             changed[recipe.source] = OutputTensor(recipe.source, recipe)
         if size.shared:
             for recipe in _shared(source, prefix + family.shared_experts, size.shared * size.width):
@@ -169,14 +171,16 @@ def _expert_matrix(source: Source, place: ExpertSlice, layer: int, expert: int, 
     return Cut(entry.name, entry.dtype, with_length(entry.shape, axis, width), axis, layer, expert)
 
 
-def _router(source: Source, names: Sequence[str], prefix: str, layer: int, neurons: KeptNeurons) -> Iterator[Recipe]:
+def _router(source: Source, names: Sequence[str], layer: int, neurons: KeptNeurons) -> Iterator[Recipe]:
+    """The router's tensors in a layer, with the rows of the experts that stay."""
     if neurons.experts is None:
         return
+    prefixes = tuple(source.family.layer.format(layer=layer) + inside for inside in source.family.router_tensors)
     for name in names:
-        if not name.startswith(f"{prefix}."):
+        if not name.startswith(prefixes):
             continue
         entry = source.index.entry(name)
-        if entry.shape[:1] != (neurons.num_experts,):
+        if neurons.num_experts not in entry.shape:
             raise SourceError(
                 "A router tensor has no row per expert",
                 where=f"{source.folder / entry.file}: {name}",
@@ -184,7 +188,8 @@ def _router(source: Source, names: Sequence[str], prefix: str, layer: int, neuro
                 wanted=f"{neurons.num_experts} rows",
                 next_step="check that config.json belongs to these weights",
             )
-        yield Rows(name, entry.dtype, with_length(entry.shape, 0, len(neurons.experts)), layer)
+        axis = experts_axis(entry.shape, neurons.num_experts)
+        yield Rows(name, entry.dtype, with_length(entry.shape, axis, len(neurons.experts)), layer, axis)
 
 
 def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:

@@ -11,17 +11,27 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-IMPLEMENTATION = "tenp_sdpa"
+IMPLEMENTATION = "sdpa"
+MARK = "tenp_even_attention"
 
 
 def register_attention() -> str:
-    """Make the attention known to transformers, with the masks of its `sdpa`; returns its name there."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    """Put the attention in the place of transformers' `sdpa`, in this process; returns its name there.
+
+    It goes by the same name because models ask for it: those with sparse attention apply their mask only where the
+    attention is called `eager` or `sdpa`, and would be dense under any other name. Models that are not marked
+    (`mark_model`) get transformers' own.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, even_sdpa)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     return IMPLEMENTATION
+
+
+def mark_model(model: torch.nn.Module) -> None:
+    """Have all attention in a model take the filled-up values; copies of its layers do as it does."""
+    for module in model.modules():
+        setattr(module, MARK, True)
 
 
 def even_sdpa(
@@ -36,7 +46,7 @@ def even_sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     width, wanted = value_BHSV.shape[-1], key_BHSK.shape[-1]
-    if value_BHSV.device.type != "cpu" or width >= wanted:
+    if not getattr(module, MARK, False) or value_BHSV.device.type != "cpu" or width >= wanted:
         return sdpa_attention_forward(module, query_BHSK, key_BHSK, value_BHSV, attention_mask, **options)
     filled_BHSK = functional.pad(value_BHSV, (0, wanted - width))
     output_BSHK, _ = sdpa_attention_forward(module, query_BHSK, key_BHSK, filled_BHSK, attention_mask, **options)

@@ -89,7 +89,8 @@ class FusedExperts(nn.Module):
     num_experts: of the whole layer, whatever this rank holds.
     gate_up_proj: [E, P, D].
     down_proj: [E, D, F].
-    has_bias, is_transposed, has_gate, has_post_expert_norm: of what form they are; `Skeleton` takes one form only.
+    has_bias, is_transposed, has_gate, is_concatenated, has_post_expert_norm: of what form they are; `Skeleton` takes
+        one form only.
     tenp_state: of the call at work.
     """
 
@@ -99,6 +100,7 @@ class FusedExperts(nn.Module):
     has_bias: bool
     is_transposed: bool
     has_gate: bool
+    is_concatenated: bool
     has_post_expert_norm: bool
     tenp_state: ExpertsState | None
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]

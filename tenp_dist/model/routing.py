@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tenp_dist.checkpoint.families.base import experts_axis
 from tenp_dist.checkpoint.kept import check_groups
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.skeleton import Skeleton
@@ -21,11 +22,15 @@ from tenp_dist.model.skeleton import Skeleton
 COUNT = "num_experts"
 
 
+Held = list[tuple[dict[str, Any], str, torch.Tensor]]
+
+
 @contextlib.contextmanager
-def restricted_router(skeleton: Skeleton, module: nn.Module, kept: Sequence[int] | None) -> Iterator[None]:
+def restricted_router(skeleton: Skeleton, layer: int, module: nn.Module, kept: Sequence[int] | None) -> Iterator[None]:
     """Inside the context `module` routes to the experts `kept` and to no other.
 
     Args:
+        layer: which decoder layer it is.
         module: a loaded decoder layer; a dense one is left alone.
         kept: ids of experts, ascending, equally many in each of the model's groups; None for all.
 
@@ -41,25 +46,31 @@ def restricted_router(skeleton: Skeleton, module: nn.Module, kept: Sequence[int]
     if count is None:
         raise _unknown(router, f"no attribute {COUNT}")
     check_groups(kept, count, skeleton.family.groups(skeleton.config_dict))
-    held: dict[str, tuple[dict[str, Any], torch.Tensor]] = {
-        name: (where, tensor)
-        for where in (router._parameters, router._buffers)
-        for name, tensor in where.items()
-        if tensor is not None and tensor.shape[:1] == (count,)
-    }
+    held = _held(module, skeleton.router_parameters(layer))
     ids_K = torch.as_tensor(list(kept), dtype=torch.int64, device=next(router.parameters()).device)
     handle = router.register_forward_hook(lambda _router, _inputs, output: _own_ids(router, output, ids_K))
     try:
         setattr(router, COUNT, len(ids_K))
-        for name, (where, tensor) in held.items():
-            rows = tensor.data[ids_K]
+        for where, name, tensor in held:
+            rows = tensor.data.index_select(experts_axis(tensor.shape, count), ids_K)
             where[name] = nn.Parameter(rows, requires_grad=False) if isinstance(tensor, nn.Parameter) else rows
         yield
     finally:
         handle.remove()
         setattr(router, COUNT, count)
-        for name, (where, tensor) in held.items():
+        for where, name, tensor in held:
             where[name] = tensor
+
+
+def _held(module: nn.Module, names: Sequence[str]) -> Held:
+    """Of every named parameter or buffer of a layer: where it is kept, under which name, and itself."""
+    found: Held = []
+    for path in names:
+        parent, _, name = path.rpartition(".")
+        owner = module.get_submodule(parent)
+        where: Any = owner._parameters if name in owner._parameters else owner._buffers
+        found.append((where, name, where[name]))
+    return found
 
 
 def _own_ids(router: nn.Module, output: Any, ids_K: torch.Tensor) -> tuple:

@@ -8,8 +8,7 @@ afterwards; routed experts arrive in the fused tensors that the modeling code us
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,14 @@ from tenp_dist.checkpoint.families.base import DOWN, GATE, UP
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
-from tenp_dist.errors import SourceError, UnsupportedModelError
-from tenp_dist.model.attention import register_attention
+from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.memory import own_zeros
+from tenp_dist.model.stock import build_model
+from tenp_dist.model.tensor_names import check_known, name_of, names_of_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_NOT_IN_MODEL = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store this constant
 
 
 class Skeleton:
@@ -51,11 +49,12 @@ class Skeleton:
         self.slices = ExpertSlices(self.family)
         self.dtype = dtype
         self.device = device
-        self.model: PreTrainedModel = _build(self.family.model_type, self.config_dict, dtype, experts_implementation)
+        self.model: PreTrainedModel = build_model(self.config_dict, dtype, experts_implementation)
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
         self.layers: nn.ModuleList = self.model.base_model.layers  # kept: Frame swaps the model's own
-        self._layers_path = _name_of(self.model, self.layers)
+        self._stored = names_of_parameters(self.model, self._outside_experts())
+        self._layers_path = name_of(self.model, self.layers)
         self._loaded: dict[int, nn.Module] = {}
         self._check_interface()
         _restore_rotary(self.model, device)
@@ -96,26 +95,19 @@ class Skeleton:
         Raises:
             SourceError: a tensor is missing, unknown to the model, or of another shape.
         """
-        module, prefix = self.layers[layer], self.family.layer.format(layer=layer)
+        module = self.layers[layer]
         state: dict[str, torch.Tensor] = {}
         used: set[str] = set()
         for key, parameter in module.state_dict().items():
             if key in (f"{self.family.experts}.gate_up_proj", f"{self.family.experts}.down_proj"):
                 continue
-            used.add(prefix + key)
-            state[key] = self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{key}")
+            path = f"{self._layers_path}.{layer}.{key}"
+            used.add(name := self._stored_name(path))
+            state[key] = self._read(name, parameter, path)
         fused = self.experts_of(module)
         if fused is not None:
             state |= self._read_experts(layer, fused, used, experts)
-        unknown = [name for name in self._names.get(layer, []) if name not in used and not _NOT_IN_MODEL.search(name)]
-        if unknown:
-            raise SourceError(
-                "Checkpoint holds a tensor that the model does not have",
-                where=self.index.folder,
-                found=unknown[0],
-                wanted=f"tensors of {type(self.model).__name__}",
-                next_step="check that config.json belongs to these weights",
-            )
+        check_known(self.index, self.model, [name for name in self._names.get(layer, []) if name not in used])
         return {key: tensor.to(self.device) for key, tensor in state.items()}
 
     def load_layer(self, layer: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -143,15 +135,34 @@ class Skeleton:
         tied = (
             module is self.model.get_output_embeddings()
             and self.family.ties_head(self.config_dict)
-            and f"{name}.weight" not in self.index.tensors
+            and f"{name}.weight" not in self._stored
         )
-        source = _name_of(self.model, self.model.get_input_embeddings()) if tied else name
+        source = name_of(self.model, self.model.get_input_embeddings()) if tied else name
         state = {
-            key: self._read(f"{source}.{key}", parameter, f"{name}.{key}").to(self.device)
+            key: self._read(self._stored_name(f"{source}.{key}"), parameter, f"{name}.{key}").to(self.device)
             for key, parameter in module.state_dict().items()
         }
         module.load_state_dict(state, assign=True, strict=True)
         return module.eval().requires_grad_(False)
+
+    def router_parameters(self, layer: int) -> list[str]:
+        """Parameters and buffers of a layer that hold one row, or entry, per routed expert; experts' own left out."""
+        inside = {path.removeprefix(f"{self._layers_path}.{layer}."): name for path, name in self._stored.items()}
+        prefixes = tuple(self.family.layer.format(layer=layer) + prefix for prefix in self.family.router_tensors)
+        return [key for key, name in inside.items() if name.startswith(prefixes)]
+
+    def _stored_name(self, parameter: str) -> str:
+        """Name of the tensor that fills a parameter; its own where the checkpoint has none, for the message."""
+        return self._stored.get(parameter, parameter)
+
+    def _outside_experts(self) -> Iterator[str]:
+        """Names of the checkpoint's tensors but those of routed experts."""
+        held = {
+            place.tensor
+            for layer in self.moe_layers()
+            for _, _, place in self.slices.of_layer(layer, range(self.num_experts))
+        }
+        return (name for name in self.index.tensors if name not in held)
 
     def _read(self, name: str, parameter: torch.Tensor, path: str) -> torch.Tensor:
         check_shape(self.index.entry(name), parameter.shape, self.index.folder)
@@ -193,24 +204,13 @@ class Skeleton:
         for layer, experts in enumerate(map(self.experts_of, self.layers)):
             if experts is None:
                 continue
-            if experts.has_bias or experts.is_transposed or not experts.has_gate or experts.has_post_expert_norm:
+            odd = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
+            if odd or not (experts.has_gate and experts.is_concatenated):
                 raise UnsupportedModelError(
                     "Experts of a form that is not scored yet",
                     where=f"{type(experts).__name__}, layer {layer}",
                     wanted="gated experts without biases, in [F, D] layout",
                 )
-
-
-def _build(model_type: str, config_dict: Mapping, dtype: torch.dtype, experts_implementation: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[model_type].from_dict(dict(config_dict))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=register_attention(), experts_implementation=experts_implementation
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _restore_rotary(model: nn.Module, device: torch.device) -> None:
@@ -220,7 +220,3 @@ def _restore_rotary(model: nn.Module, device: torch.device) -> None:
             parent = model.get_submodule(name.rpartition(".")[0])
             with torch.device(device):
                 setattr(parent, name.rpartition(".")[2], type(module)(module.config))
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tenp_dist.artifacts import read_json
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.rows import check_sources
@@ -12,7 +13,7 @@ from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_layouts
+from tenp_dist.layouts.table import check_layouts, check_width
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
@@ -23,12 +24,15 @@ def check_job(job: Job, source: Source) -> None:
     """Refuse what headers and the job alone show to be wrong.
 
     Raises:
-        UnsupportedModelError, BudgetError, JobError, CalibrationError, ClusterError.
+        SourceError, UnsupportedModelError, BudgetError, JobError, CalibrationError, ClusterError.
     """
     check_not_uploaded(job.run_dir)
+    _check_tensors(RunFiles(job.run_dir), source)
     layers = moe_layers(source)
     cut_layers(job.cluster, [1] * source.facts.num_layers)
-    check_layouts(job, layers, _shapes(job.budget, layers))
+    shapes = _shapes(job.budget, layers)
+    check_layouts(job, layers, shapes)
+    check_width(job, source.family, layers, shapes)
     _check_compensation(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
@@ -36,6 +40,14 @@ def check_job(job: Job, source: Source) -> None:
     if job.evaluation:
         check_apart(job.evaluation.plans, RunFiles(job.run_dir).evaluation_folder)
         given_plans(job.evaluation.plans, source.fingerprint)
+
+
+def _check_tensors(files: RunFiles, source: Source) -> None:
+    """Hold every tensor against the model, unless that was done when the run's facts of this source were written."""
+    if not (files.facts.is_file() and read_json(files.facts).get("fingerprint") == source.fingerprint):
+        from tenp_dist.model.tensor_names import check_tensors  # imports torch and transformers
+
+        check_tensors(source.index)
 
 
 def _check_compensation(job: Job) -> None:

@@ -13,6 +13,8 @@ when the model is saved. Buckets are stored as `experts.buckets.{i}.gate_up_proj
 Needs torch and transformers only: the modeling files next to the weights carry a copy of this text.
 """
 
+import copy
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NoReturn
 
@@ -24,6 +26,9 @@ ALIGNMENT = 8  # neurons: 16 bytes in bfloat16 and float16, 32 in float32
 MAX_BUCKETS = 32  # per layer; the names of the buckets have to be listed in the conversion
 # bucket parameter -> (the matrices that it holds, the axis of the neurons in one of them)
 PARAMETERS = {"gate_up_proj": (("gate_proj", "up_proj"), 0), "down_proj": (("down_proj",), 1)}
+
+Gate = Callable[[torch.Tensor], torch.Tensor]  # gate and up of rows, [R, 2 W] -> activations [R, W]
+
 
 # What the tensors being loaded contradict. transformers turns the errors of a conversion into a log
 # entry and one general exception; the model's `from_pretrained` reads the reasons here.
@@ -70,10 +75,9 @@ class ExpertBucket(nn.Module):
         width = self.widths[position]
         return [value[position].narrow(axis, index * self.width, width) for index in range(len(matrices))]
 
-    def forward(self, x_RD: torch.Tensor, end_N: torch.Tensor, act_fn: nn.Module) -> torch.Tensor:
+    def forward(self, x_RD: torch.Tensor, end_N: torch.Tensor, apply_gate: Gate) -> torch.Tensor:
         """Outputs of the experts, [R, D]; expert n owns the rows up to `end_N[n]`."""
-        gate_RW, up_RW = grouped_linear(x_RD, self.gate_up_proj, end_N).chunk(2, dim=-1)
-        return grouped_linear(act_fn(gate_RW) * up_RW, self.down_proj, end_N)
+        return grouped_linear(apply_gate(grouped_linear(x_RD, self.gate_up_proj, end_N)), self.down_proj, end_N)
 
 
 class BucketedExperts(nn.Module):
@@ -101,6 +105,7 @@ class BucketedExperts(nn.Module):
                 f"{stock.num_experts} experts of width {stock.intermediate_dim}"
             )
         self.num_experts, self.hidden_dim, self.act_fn = stock.num_experts, stock.hidden_dim, stock.act_fn
+        self._gate = (_without_weights(stock),)  # in a tuple: no module of this one's, nor of its state
         members: dict[int, list[int]] = {}
         for expert, width in enumerate(widths):
             members.setdefault(bucket_width(width), []).append(expert)
@@ -188,11 +193,11 @@ class BucketedExperts(nn.Module):
     def _run(self, bucket: ExpertBucket, x_RD: torch.Tensor, end_N: torch.Tensor) -> torch.Tensor:
         """Outputs of one bucket, [R, D], for R = 0 too."""
         if len(x_RD) > 0:
-            return bucket(x_RD, end_N, self.act_fn)
+            return bucket(x_RD, end_N, self._gate[0]._apply_gate)
         if not torch.is_grad_enabled():
             return x_RD
         # data-parallel training expects a gradient, if zero, for every parameter: a row of zeros, dropped after
-        return bucket(x_RD.new_zeros(1, self.hidden_dim), torch.ones_like(end_N), self.act_fn)[:0]
+        return bucket(x_RD.new_zeros(1, self.hidden_dim), torch.ones_like(end_N), self._gate[0]._apply_gate)[:0]
 
     def _check(self, matrix: str, tensors: list[torch.Tensor]) -> None:
         if len(tensors) != self.num_experts:
@@ -212,8 +217,21 @@ class BucketedExperts(nn.Module):
         raise ValueError(message)
 
 
+def _without_weights(stock: nn.Module) -> nn.Module:
+    """The stock experts without their parameters: what is left knows the family's own way to gate.
+
+    Raises:
+        NotImplementedError: neurons of zeros would not gate to zero, so that buckets could not be filled up.
+    """
+    bare = copy.copy(stock)
+    bare._parameters = {}
+    if bare._apply_gate(torch.zeros(1, 2 * ALIGNMENT, device="cpu")).any():
+        raise NotImplementedError(f"{type(stock).__name__} gates zeros to something else, so no expert can be narrow")
+    return bare
+
+
 def _check_layout(stock: nn.Module) -> None:
-    """Raises NotImplementedError unless the stock experts compute down(act(gate) * up)."""
+    """Raises NotImplementedError unless the stock experts compute down(gated(gate, up)), gate and up side by side."""
     wanted = {
         "has_gate": True,
         "has_bias": False,

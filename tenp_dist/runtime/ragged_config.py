@@ -47,7 +47,12 @@ def auto_map(family: str) -> dict[str, str]:
 
 
 def ragged_config(
-    source_config: dict, *, widths_by_layer: dict[int, list[int]], retention: str, fingerprint: str
+    source_config: dict,
+    *,
+    widths_by_layer: dict[int, list[int]],
+    retention: str,
+    fingerprint: str,
+    full_width: int | None = None,
 ) -> dict:
     """config.json of the ragged checkpoint made from a source with `source_config`.
 
@@ -56,10 +61,11 @@ def ragged_config(
         widths_by_layer: decoder layer -> width of each expert, in order of expert id.
         retention: kept share of the routed neurons as the job states it, a decimal string.
         fingerprint: fingerprint of the source checkpoint.
+        full_width: width of the source's experts; None if no one knows.
 
     Raises:
         ValueError: unknown family, a source that is already ragged, a retention that is not a
-            string, a width outside 0..moe_intermediate_size.
+            string, a width outside 0..full_width.
     """
     family = source_config.get("model_type")
     if "tenp" in source_config:
@@ -67,7 +73,7 @@ def ragged_config(
     if not isinstance(retention, str):
         raise ValueError(f"retention is {retention!r}, wanted the decimal string of the job")
     prefix = class_prefix(family)
-    table, layers = _encode(widths_by_layer, source_config.get("moe_intermediate_size"))
+    table, layers = _encode(widths_by_layer, full_width)
     config = copy.deepcopy(source_config)
     config["model_type"] = PREFIX + family
     config["architectures"] = [f"{prefix}ForCausalLM"]
@@ -107,7 +113,7 @@ def _encode(widths: dict[int, list[int]], limit: int | None) -> tuple[list[int],
     """Width table and one string of codes per layer."""
     table = sorted({int(width) for layer in widths.values() for width in layer})
     if table and (table[0] < 0 or (limit is not None and table[-1] > limit)):
-        raise ValueError(f"expert widths {table[0]}..{table[-1]}, wanted 0..{limit} (moe_intermediate_size)")
+        raise ValueError(f"expert widths {table[0]}..{table[-1]}, wanted 0..{limit}, the source's")
     code = {width: chr(FIRST_CODE + index) for index, width in enumerate(table)}
     return table, {str(layer): "".join(code[int(w)] for w in widths[layer]) for layer in sorted(widths)}
 

@@ -16,7 +16,8 @@ from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
-from tenp_dist.errors import VerifyError
+from tenp_dist.errors import TenpError, VerifyError
+from tenp_dist.model.tensor_names import check_tensors
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress
@@ -73,6 +74,8 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
     expected = Expected(claim.source, kept, check.names(claim.source, kept))
     check_names(expected.names, written)
     check.config(claim.source, written, kept)
+    if check.stock:
+        _check_stock(written)
     by_file: dict[str, list[str]] = {}
     for name, entry in written.tensors.items():
         by_file.setdefault(entry.file, []).append(name)
@@ -83,6 +86,20 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
         done = sum(part.nbytes for part in parts)
         progress(Progress(done, written.nbytes, 0, monotonic() - started, "bytes"))
     return Verified(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
+
+
+def _check_stock(written: CheckpointIndex) -> None:
+    """Raise VerifyError where transformers' own model of the written config would not take every tensor."""
+    try:
+        check_tensors(written)
+    except TenpError as error:
+        raise VerifyError(
+            "Stock engines would not load the written checkpoint",
+            where=error.where,
+            found=f"{error.what}: {error.found}",
+            wanted=error.wanted,
+            next_step="report it with this message",
+        ) from error
 
 
 Shared = tuple[LayoutCheck, Expected, CheckpointIndex, CheckpointIndex | None]

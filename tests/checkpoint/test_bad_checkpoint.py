@@ -29,7 +29,34 @@ from helpers.spoiling import (
 from tenp_dist import errors
 from tenp_dist.checkpoint.index import INDEX_NAME
 
+NORM = "model.layers.1.input_layernorm.weight"
+LAST_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 AT_INSPECT = {
+    "attention of another shape": (
+        change(ATTENTION, lambda tensor: tensor[:, :-1].clone()),
+        "SourceError", "shape contradicts the config", ATTENTION, "[32, 31]", "[32, 32]",
+    ),
+    "attention missing": (
+        lambda folder: edit_tensors(folder, ATTENTION, lambda tensors: tensors.pop(ATTENTION)),
+        "SourceError", "lacks a tensor", ATTENTION,
+    ),
+    "last norm missing": (
+        lambda folder: edit_tensors(folder, LAST_NORM, lambda tensors: tensors.pop(LAST_NORM)),
+        "SourceError", "lacks a tensor", LAST_NORM,
+    ),
+    "head of another shape": (
+        change(HEAD, lambda tensor: tensor[:-1].clone()),
+        "SourceError", "shape contradicts the config", HEAD, "[319, 32]", "[320, 32]",
+    ),
+    "a tensor that the model lacks": (
+        put(NORM, model__layers__1__mlp__extra__weight=lambda tensor: tensor.clone()),
+        "SourceError", "that the model does not have", "model.layers.1.mlp.extra.weight", "DeepseekV3ForCausalLM",
+    ),
+    "a tensor outside the layers that the model lacks": (
+        put(NORM, model__norm2__weight=lambda tensor: tensor.clone()),
+        "SourceError", "that the model does not have", "model.norm2.weight", "DeepseekV3ForCausalLM",
+    ),
     "missing shard": (
         lambda folder: (folder / FIRST).unlink(),
         "SourceError", "shard is missing", FIRST, "download the shard",
@@ -143,6 +170,10 @@ AT_INSPECT = {
         change(ATTENTION, lambda tensor: tensor.to(torch.int8)),
         "UnsupportedModelError", "quantised", ATTENTION, "found:  I8", "dequantise",
     ),
+    "a wrapper of an unknown MoE": (
+        configure(model_type="seeing_moe", n_routed_experts=None, text_config={"num_experts": 8, "model_type": "t"}),
+        "UnsupportedModelError", "Unknown Mixture-of-Experts family", "seeing_moe, its experts in text_config (t)",
+    ),
     "not a MoE": (
         configure(model_type="llama", n_routed_experts=None),
         "UnsupportedModelError", "Not a Mixture-of-Experts", "llama", "deepseek_v3",
@@ -170,20 +201,7 @@ def test_checkpoint_refused_before_anything_is_computed(case, tenp, job_file, mo
     assert not (tmp_path / "run").exists()
 
 
-NORM = "model.layers.1.input_layernorm.weight"
 AT_SCORE = {
-    "attention of another shape": (
-        change(ATTENTION, lambda tensor: tensor[:, :-1].clone()),
-        "SourceError", "shape contradicts the config", ATTENTION, "[32, 31]", "[32, 32]",
-    ),
-    "attention missing": (
-        lambda folder: edit_tensors(folder, ATTENTION, lambda tensors: tensors.pop(ATTENTION)),
-        "SourceError", "lacks a tensor", ATTENTION,
-    ),
-    "a tensor that the model lacks": (
-        put(NORM, model__layers__1__mlp__extra__weight=lambda tensor: tensor.clone()),
-        "SourceError", "that the model does not have", "model.layers.1.mlp.extra.weight", "DeepseekV3ForCausalLM",
-    ),
     "NaN in attention": (change(ATTENTION, fill(float("nan"))), "NumericalError", "NaN or Inf", "layer 1"),
     "NaN in attention of a dense layer": (
         change(ATTENTION.replace("1", "0"), fill(float("nan"))),

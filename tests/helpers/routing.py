@@ -74,7 +74,7 @@ def logits_by_layers(folder, kept_of_layer, tokens_BS, changes):
     for layer in range(skeleton.num_layers):
         module = skeleton.load_layer(layer, skeleton.read_layer(layer))
         before = copy.deepcopy(module.state_dict())
-        with restricted_router(skeleton, module, kept_of_layer.get(layer)):
+        with restricted_router(skeleton, layer, module, kept_of_layer.get(layer)):
             experts = skeleton.experts_of(module)
             if experts is not None:
                 experts.tenp_state = ExpertsState()

@@ -351,17 +351,27 @@ def test_status_from_a_journal(tenp, job_file, tmp_path):
 # job files and the rest of the folder
 
 
+YARN = {
+    "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
+    "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+"""As Kimi-K2-Instruct's config.json has it."""
+
+
 def test_kimi_is_deepseek_v3(tenp, job_file, tiny_model, tmp_path):
-    """Kimi-K2's config names its own model_type and remote code; everything else is DeepSeek-V3's."""
+    """Kimi-K2's config names its own model_type and remote code; everything else is DeepSeek-V3's, yarn included."""
     import shutil
 
     from safetensors.numpy import load_file
 
-    model = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "kimi")
+    plain, model = (shutil.copytree(tiny_model("deepseek_v3"), tmp_path / name) for name in ("deepseek", "kimi"))
     values = json.loads((model / "config.json").read_text())
+    values.pop("rope_parameters")  # published configs are older than this key
+    values |= {"rope_scaling": YARN, "rope_theta": 50000.0}
+    (plain / "config.json").write_text(json.dumps(values))
     values |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     (model / "config.json").write_text(json.dumps(values))
-    stock = tenp("run", job_file("stock.yaml", run_dir="stock", output={"layouts": ["ragged", "padded"]}))
+    stock = tenp("run", job_file("stock.yaml", model=plain, run_dir="stock", output={"layouts": ["ragged", "padded"]}))
     assert stock.exit_code == 0, stock.stderr
     found = tenp("run", job_file(model=model, output={"layouts": ["ragged", "padded"]}))
     assert found.exit_code == 0, found.stderr

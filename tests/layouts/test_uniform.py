@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,14 +18,19 @@ from helpers.checkpoints import all_tensors, change_config, corrupt, verify, wit
 from helpers.evaluation import evaluate, load, masked
 from helpers.routing import logits_by_layers, restrict_by_hand
 from helpers.scoring import FAMILIES, random_corpus
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.sizes import moe_layers
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.table import FAMILIES as FAMILY_ROWS
 from tenp_dist.checkpoint.families.table import family_of
-from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.index import INDEX_NAME, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
 from tenp_dist.checkpoint.source import open_source
-from tenp_dist.errors import BudgetError, SourceError, VerifyError
+from tenp_dist.errors import BudgetError, JobError, SourceError, VerifyError
 from tenp_dist.evaluation.measure import VariantsPass
 from tenp_dist.evaluation.variants import Variant
+from tenp_dist.job_file import load_job
+from tenp_dist.layouts.table import check_width
 from tenp_dist.layouts.uniform import uniform_size
 
 LOAD = """
@@ -212,6 +219,25 @@ def test_multi_token_prediction_layers_stay_out(source, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.num_mtp_layers == 0
 
 
+def test_prediction_layers_beside_the_decoder_stay_out(source, tmp_path, monkeypatch):
+    """As Qwen3-Next has them: `mtp.*`, named by the row."""
+    monkeypatch.setitem(FAMILY_ROWS, "qwen3_moe", replace(FAMILY_ROWS["qwen3_moe"], mtp_tensors=("mtp.",)))
+    model = tmp_path / "with-mtp"
+    shutil.copytree(source("qwen3_moe"), model)
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    file = model / open_index(model).tensors[name].file
+    tensors = load_file(file)
+    save_file(tensors | {f"mtp.{name}": tensors[name].clone()}, file, metadata={"format": "pt"})
+    index = json.loads((model / INDEX_NAME).read_text())
+    index["weight_map"][f"mtp.{name}"] = file.name
+    (model / INDEX_NAME).write_text(json.dumps(index))
+    kept = removing(model)
+    write_uniform(model, kept, tmp_path / "uniform")
+    assert f"mtp.{name}" in open_index(model).tensors
+    assert not any(found.startswith("mtp.") for found in all_tensors(tmp_path / "uniform"))
+    verify_it(model, kept, tmp_path / "uniform", tmp_path)
+
+
 # --- faults that verify must find ---------------------------------------------------------------
 
 
@@ -224,6 +250,18 @@ def rewrite(folder, name, change):
 
 
 GATE = "model.layers.2.mlp.gate"
+
+
+def test_verify_finds_a_router_that_was_not_cut(source, tmp_path, monkeypatch):
+    """A row that forgets the bias: writer and checker follow it, and stock would refuse to load what they agree on."""
+    row = replace(FAMILY_ROWS["deepseek_v3"], router_tensors=("mlp.gate.weight",))
+    monkeypatch.setitem(FAMILY_ROWS, "deepseek_v3", row)
+    model = source("deepseek_v3")
+    kept = removing(model)
+    write_uniform(model, kept, tmp_path / "uniform")
+    with pytest.raises(VerifyError, match="would not load") as caught:
+        verify_it(model, kept, tmp_path / "uniform", tmp_path)
+    assert "e_score_correction_bias" in str(caught.value) and "[8]" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +348,16 @@ def test_layers_or_experts_that_differ_are_refused(tiny_model):
     for kept in unlike.values():
         with pytest.raises(BudgetError, match="no uniform checkpoint"):
             uniform_size(source, kept)
+
+
+def test_width_that_is_that_of_other_modules_too_is_refused(source, job_file):
+    family = FAMILY_ROWS["qwen3_moe"]
+    layers = moe_layers(open_source(source("qwen3_moe")))
+    for method, shared, refused in [("enp", True, True), ("enp", False, False), ("reap", True, False)]:
+        job = load_job(job_file(budget={"method": method, "retention": 0.5}, output={"layouts": ["uniform"]}))
+        row = replace(family, width_of_others=("mlp.shared_mlp",) if shared else ())
+        with pytest.raises(JobError, match="narrow experts") if refused else contextlib.nullcontext():
+            check_width(job, row, layers, [kind_of(job.budget).shape(layers)])
 
 
 def test_a_router_of_another_shape_is_refused(source, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tenp_dist.model.attention import even_sdpa
+from tenp_dist.model.attention import even_sdpa, mark_model
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.skeleton import Skeleton
 
@@ -35,11 +35,22 @@ def test_equals_the_softmax_written_out(dtype, widths, masked):
     mask = allowed.expand(batch, 1, length, length) if masked else None
     module = torch.nn.Module()
     module.is_causal = True
+    mark_model(module)
     scaling = 1 / math.sqrt(key_width + 1)
     found, _ = even_sdpa(module, query, key, value, mask, scaling=scaling)
     wanted = by_hand(query, key, value, allowed, scaling)
     assert found.shape == (batch, length, heads, value_width)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_models_that_are_not_marked_keep_transformers_own_bits():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    query, key, value = (torch.randn(1, 2, 17, size) for size in (24, 24, 8))
+    module = torch.nn.Module()
+    module.is_causal = True
+    wanted = sdpa_attention_forward(module, query, key, value, None)[0]
+    assert torch.equal(even_sdpa(module, query, key, value, None)[0], wanted)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "qwen3_moe"])

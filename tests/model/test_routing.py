@@ -55,7 +55,7 @@ def test_ranks_that_hold_a_share_of_the_experts_add_up(tiny_model):
     for share in (None, range(3), range(3, 8)):
         module = skeleton.load_layer(1, skeleton.read_layer(1, share))
         module.mlp.experts.tenp_state = ExpertsState(experts=share)
-        with restricted_router(skeleton, module, KEPT):
+        with restricted_router(skeleton, 1, module, KEPT):
             _, weights, index = module.mlp.gate(x_TD)
             outputs.append(module.mlp.experts(x_TD, index, weights))
         assert set(index.flatten().tolist()) == set(KEPT)
@@ -72,7 +72,7 @@ def test_a_failure_inside_leaves_the_layer_as_it_was(tiny_model):
     skeleton = Skeleton(tiny_model("qwen3_moe"), dtype=torch.float32, device=torch.device("cpu"))
     module = skeleton.load_layer(1, skeleton.read_layer(1))
     weight = module.mlp.gate.weight
-    with pytest.raises(RuntimeError, match="inside"), restricted_router(skeleton, module, (1, 2, 3)):
+    with pytest.raises(RuntimeError, match="inside"), restricted_router(skeleton, 1, module, (1, 2, 3)):
         assert module.mlp.gate.weight.shape == (3, 32) and module.mlp.gate.num_experts == 3
         raise RuntimeError("inside")
     assert module.mlp.gate.weight is weight and module.mlp.gate.num_experts == 8
@@ -83,7 +83,10 @@ def test_routers_of_another_form_are_refused(tiny_model):
     skeleton = Skeleton(tiny_model("qwen3_moe"), dtype=torch.float32, device=torch.device("cpu"))
     module = skeleton.load_layer(1, skeleton.read_layer(1))
     module.mlp.gate = torch.nn.Linear(32, 8)
-    with pytest.raises(UnsupportedModelError, match="cannot be removed"), restricted_router(skeleton, module, (1, 2)):
+    with (
+        pytest.raises(UnsupportedModelError, match="cannot be removed"),
+        restricted_router(skeleton, 1, module, (1, 2)),
+    ):
         pass
 
 

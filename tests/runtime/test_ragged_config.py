@@ -54,12 +54,12 @@ def test_config_of_more_widths_than_there_are_printable_characters(tmp_path):
         ({"model_type": "llama"}, {}, "0.6", "no ragged runtime for model_type 'llama'; supported: deepseek_v2"),
         ({"model_type": "tenp_qwen2_moe", "tenp": {}}, {}, "0.6", "already a ragged checkpoint"),
         ({"model_type": "qwen2_moe"}, {}, 0.6, "wanted the decimal string"),
-        ({"model_type": "qwen2_moe", "moe_intermediate_size": 8}, {0: [9]}, "0.6", r"wanted 0\.\.8"),
+        ({"model_type": "qwen2_moe", "moe_intermediate_size": 16}, {0: [9]}, "0.6", r"wanted 0\.\.8"),
     ],
 )
 def test_config_refuses(source, widths, retention, message):
     with pytest.raises(ValueError, match=message):
-        ragged_config(source, widths_by_layer=widths, retention=retention, fingerprint="abc")
+        ragged_config(source, widths_by_layer=widths, retention=retention, fingerprint="abc", full_width=8)
 
 
 def test_config_without_entry():

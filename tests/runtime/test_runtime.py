@@ -118,6 +118,28 @@ def test_experts_for_every_routing(widths, chosen, grad):
         assert all(parameter.grad is not None for parameter in bucketed.parameters())
 
 
+@pytest.mark.parametrize("gate", [lambda g, u: torch.clamp(g, max=0.5) * u.clamp(-1, 1), lambda g, u: g * g * u])
+def test_the_familys_own_gate_is_asked(gate, monkeypatch):
+    """gpt-oss, DeepSeek-V4 and others clamp; a gate of act(g) * u would be silently wrong there."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, both: gate(*both.chunk(2, dim=-1)))
+    stock, bucketed = experts_pair([5, 24, 8, 9])
+    x_TD, index_TK, weights_TK = torch.randn(7, 32), torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    torch.testing.assert_close(
+        bucketed(x_TD, index_TK, weights_TK), stock(x_TD, index_TK, weights_TK), atol=2e-5, rtol=1e-4
+    )
+    assert not any("_gate" in name for name in bucketed.state_dict())
+
+
+def test_a_gate_that_makes_something_of_zeros_is_refused(monkeypatch):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", lambda self, both: both.chunk(2, dim=-1)[0] + 1)
+    with pytest.raises(NotImplementedError, match="gates zeros to something else"):
+        experts_pair([5, 24, 8, 9])
+
+
 def test_a_model_width_off_the_alignment_takes_the_fallback():
     from tenp_dist.runtime.buckets import grouped_linear
 

@@ -13,7 +13,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from helpers.source_files import SOURCES, name_of
 from tenp_dist.checkpoint import families, formats
@@ -25,7 +25,7 @@ from tenp_dist.checkpoint.formats import table as formats_table
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.checkpoint.source import open_source
-from tenp_dist.errors import SourceError
+from tenp_dist.errors import SourceError, UnsupportedModelError
 
 NAMES = re.compile(r"mlp\.experts|mlp\.gate|gate_proj|(?<!gate_)up_proj|model\.layers|layernorm|lm_head|embed_tokens")
 
@@ -169,6 +169,16 @@ def other(monkeypatch, tmp_path):
 def write_config(folder, language: dict) -> None:
     config = {"model_type": "other_moe", "dtype": "float32", "language": language}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_integers_that_are_no_packed_numbers_are_not_called_quantised(other):
+    """Ids of a table of tokens; what a family's model lacks is refused elsewhere, by its name."""
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"language.table": torch.arange(4)}, other / "model.safetensors")
+    assert open_source(other).facts.num_experts == 4
+    save_file(tensors | {"language.packed": torch.arange(4).int()}, other / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        open_source(other)
 
 
 def test_a_new_family_is_a_row(other):

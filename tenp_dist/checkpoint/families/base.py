@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,15 @@ GATE, UP, DOWN = "gate", "up", "down"
 
 NEURON_AXIS: Mapping[str, int] = {GATE: 0, UP: 0, DOWN: 1}
 """Axis of the torch-layout expert matrix that counts neurons: [F, D] for gate and up, [D, F] for down."""
+
+
+def experts_axis(shape: Sequence[int], num_experts: int) -> int:
+    """The axis of a router's tensor that counts experts: the first one of their number.
+
+    Raises:
+        ValueError: it has none.
+    """
+    return list(shape).index(num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +43,19 @@ class Family:
     expert_tensor: an expert's tensor inside a layer, as in the checkpoint.
     matrices: the checkpoint's names of gate, up and down.
     block_norm: module inside a layer whose input is the residual stream before the MoE block.
-    router: module inside a layer, and prefix of its tensors, whose parameters and buffers hold one row per
-        routed expert. It returns the chosen experts' ids as its only tensor of integers.
+    router: module inside a layer that returns the chosen experts' ids as its only tensor of integers, and knows
+        their number.
+    router_tensors: prefixes of a layer's tensors that hold one row, or one entry, per routed expert.
     groups_key, chosen_groups_key: config keys of the number of equal groups that experts are routed in and
         of how many of them a token may use, None for a family without groups.
     group_scorers: experts of a group whose scores rank the group.
     shared_experts: module inside a layer whose width is that of a routed expert times a number in the config.
     shared_key: config key of that number, None where the config states the width of shared experts itself.
     positions_key: config key of the longest sequence that the model was made for.
+    width_of_others: modules that are as wide as the config says of an expert, so that experts cannot get another
+        width alone.
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
+    mtp_tensors: prefixes of the tensors of prediction layers that are not numbered behind the decoder's.
     tensor_parallel: verified with more than one rank per shard.
     """
 
@@ -63,13 +76,16 @@ class Family:
     matrices: Mapping[str, str] = field(default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"})
     block_norm: str = "post_attention_layernorm"
     router: str = "mlp.gate"
+    router_tensors: tuple[str, ...] = ("mlp.gate.",)
     groups_key: str | None = None
     chosen_groups_key: str | None = None
     group_scorers: int = 1
     shared_experts: str = "mlp.shared_experts"
     shared_key: str | None = None
     positions_key: str = "max_position_embeddings"
-    mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
+    width_of_others: tuple[str, ...] = ()
+    mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+    mtp_tensors: tuple[str, ...] = ()
     tensor_parallel: bool = False
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,6 +147,10 @@ class Family:
     def shared_widths(self, config: Mapping[str, Any]) -> int:
         """Width of a layer's shared experts in widths of a routed one, 0 where the config does not state it so."""
         return int((self.shared_key and self.text(config).get(self.shared_key)) or 0)
+
+    def is_prediction(self, name: str) -> bool:
+        """Whether a tensor belongs to a prediction layer that is not numbered behind the decoder's."""
+        return name.startswith(self.mtp_tensors) if self.mtp_tensors else False
 
     def with_numbers(self, config: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
         """The config with other numbers under those keys that its language model has; no key comes or goes."""

@@ -51,6 +51,12 @@ def family_and_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]
     return family_of(stock), stock
 
 
+def _section_with_experts(config: Mapping[str, Any]) -> str | None:
+    """Key of the part of a config that counts experts, "" for the config itself, None where nothing does."""
+    parts = {"": config} | {key: part for key, part in config.items() if isinstance(part, Mapping)}
+    return next((key for key, part in parts.items() if any(part.get(name) for name in _EXPERT_KEYS)), None)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The row for a source config.
 
@@ -68,7 +74,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
             wanted=f"one of {', '.join(FAMILIES)}",
             next_step="set `model` to the checkpoint that it was made from",
         )
-    if not any(config.get(key) for key in _EXPERT_KEYS):
+    section = _section_with_experts(config)
+    if section is None:
         raise UnsupportedModelError(
             "Not a Mixture-of-Experts model",
             where="config.json",
@@ -77,10 +84,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
             next_step="set `model` to a Mixture-of-Experts checkpoint",
         )
     close = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    inside = f", its experts in {section} ({config[section].get('model_type')})" if section else ""
     raise UnsupportedModelError(
         "Unknown Mixture-of-Experts family",
         where="config.json",
-        found=f"model_type {model_type}",
+        found=f"model_type {model_type}{inside}",
         wanted=f"one of {', '.join(FAMILIES)}" + (f" (nearest: {close[0]})" if close else ""),
         next_step="add a row to a file in tenp_dist/checkpoint/families; CONTRIBUTING.md says how",
     )
