@@ -4,5 +4,6 @@ Everything here is a pure function of the job's budget, the sizes of the model a
 runs. `plan.py` makes a plan and `plan_files.py` stores it; `sizes.py` holds the sizes of a model and of a plan. What
 differs between methods that remove experts, narrow them, or let neurons compete is a kind of plan (`kinds/`).
 `trapezoid.py` computes sizes in exact rationals from the job's decimal strings, `selection.py` ranks by scores with
-ties to the lower id, and `widths/` solves for the widths that method `global` gives every expert.
+ties to the lower id, `expert_sets.py` finds the set of experts that loses least, and `widths/` solves for the widths
+that method `global` gives every expert.
 """

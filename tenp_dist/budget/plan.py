@@ -22,7 +22,7 @@ from tenp_dist.errors import StaleError
 from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
-from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.statistics import PAIR_STATISTICS, LayerStatistics
 
 NEVER_ROUTED_LIMIT = Fraction(1, 100)
 """The share of experts without a calibration token above which a plan warns."""
@@ -195,7 +195,8 @@ def _check_layer(facts: MoeLayer, statistics: LayerStatistics) -> None:
     if statistics.weight_norm is not None:
         shapes["neuron_weight_norm"] = tuple(statistics.weight_norm.shape)
     for name, found in shapes.items():
-        if found != shape_EF[: len(found)]:
+        wanted = (facts.experts, facts.experts) if name in PAIR_STATISTICS else shape_EF[: len(found)]
+        if found != wanted:
             raise StaleError(
                 "Scores of another model",
                 where=f"layer {facts.layer}, {name}",

@@ -39,6 +39,8 @@ class Dispatch:
     offsets_E: ends of the experts' runs of slots, int32.
     routed_TD: the block's output.
     down_EDF: the experts' W_down.
+    experts: global ids of the experts that this rank holds, None for all.
+    reduce: as `ExpertsState.reduce`; an observer that asks must do so in every call, as all ranks have to.
     """
 
     input_TD: torch.Tensor
@@ -51,6 +53,8 @@ class Dispatch:
     offsets_E: torch.Tensor
     routed_TD: torch.Tensor
     down_EDF: torch.Tensor
+    experts: range | None = None
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Observer(Protocol):
@@ -73,7 +77,7 @@ class ExpertsState:
     mask_EF: neurons that count, None for all; rows are the experts that this rank holds.
     observer: called once per experts call, with local expert ids and the whole `routed_TD`.
     experts: global ids of the experts that this rank holds, None for all.
-    reduce: adds float32 [T, D] over the ranks that share the layer; asked once per experts call.
+    reduce: adds float32 [T, X] over the ranks that share the layer; all ask equally often in an experts call.
     """
 
     valid_T: torch.Tensor | None = None
@@ -130,9 +134,8 @@ def experts_forward(
         routed_TD = state.reduce(routed_TD)
     routed_TD = routed_TD.to(hidden_states.dtype)
     if state.observer is not None:
-        state.observer(
-            Dispatch(hidden_states, x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj)
-        )
+        seen = (hidden_states, x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj)
+        state.observer(Dispatch(*seen, experts=state.experts, reduce=state.reduce))
     return routed_TD
 
 

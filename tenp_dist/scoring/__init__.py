@@ -7,6 +7,7 @@ Files in reading order:
 
 - `statistics`: what is summed for a layer, by domain, and its file.
 - `accumulate`: adds what the experts of a microbatch compute to these sums.
+- `pairs`: the part of it that is of two experts at a time.
 - `partial_sums`: what a rank has summed so far; how the ranks' sums become a layer's score file.
 - `score_pass`: the pass.
 - `domains`: scores of several domains made comparable and added.

@@ -19,7 +19,8 @@ from torch.nn.functional import embedding_bag
 
 from tenp_dist.model.experts import Dispatch, FusedExperts, grouped
 from tenp_dist.model.memory import own_zeros
-from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.pairs import pair_sums
+from tenp_dist.scoring.statistics import PAIR_STATISTICS, LayerStatistics
 
 BLOCK = 256
 EPSILON = 1e-8  # TENP Algorithm 1
@@ -50,6 +51,7 @@ class LayerAccumulator:
     def __call__(self, dispatch: Dispatch) -> None:
         slots = dispatch.expert_S.numel()
         if slots == 0:
+            self._add_pairs(dispatch, dispatch.g_S.double())
             return
         runs = Runs(dispatch.offsets_E, slots)
         q_SF = grouped(dispatch.y_SD, dispatch.down_EDF, dispatch.offsets_E)
@@ -63,6 +65,12 @@ class LayerAccumulator:
             self._add_pieces(pieces, runs, rows, part, dispatch, q_SF[rows], norm_S[rows])
         self._add_neurons(runs, pieces)
         self._add_experts(dispatch, runs, norm_S.double(), dot_S.double())
+        self._add_pairs(dispatch, dispatch.g_S.double() * norm_S.double())
+
+    def _add_pairs(self, dispatch: Dispatch, gated_S: torch.Tensor) -> None:
+        sums_RE = pair_sums(dispatch, gated_S, self.statistics["coselection_count"].shape[2])
+        for name, added_RE in zip(PAIR_STATISTICS, sums_RE, strict=True):
+            self.statistics[name][self.domain] += added_RE
 
     def _add_pieces(
         self,

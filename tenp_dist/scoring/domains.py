@@ -45,6 +45,19 @@ def mix_experts(
     return mixed_E
 
 
+def mix_pairs(statistics: LayerStatistics, losses_NEE: torch.Tensor, weights: DomainWeights) -> torch.Tensor:
+    """Each domain's [E, E] divided by the length (l2) of its diagonal, times its weight, added; float64 [E, E].
+
+    A diagonal matrix mixes as its diagonal does in `mix_experts`. A domain whose diagonal is zero adds nothing.
+    """
+    mixed_EE = torch.zeros(losses_NEE.shape[1:], dtype=torch.float64)
+    for row, weight in _rows(statistics, weights):
+        norm = _l2(losses_NEE[row].diagonal().tolist())
+        if norm > 0:
+            mixed_EE += losses_NEE[row] * (weight / norm)
+    return mixed_EE
+
+
 def routed_mean(statistics: LayerStatistics, name: str) -> torch.Tensor:
     """An expert statistic's mean over the tokens routed to the expert, [N, E]; 0 where no token was."""
     count_NE = statistics["token_count"]

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from tenp_dist.errors import StaleError
 from tenp_dist.run_files import ScoreFiles
-from tenp_dist.scoring.statistics import LayerStatistics, join_experts, read_metadata, read_statistics, write_statistics
+from tenp_dist.scoring.statistics import (
+    MERGE_RULES,
+    LayerStatistics,
+    join_experts,
+    read_metadata,
+    read_statistics,
+    write_statistics,
+)
 
 
 class PartialSums:
@@ -30,12 +37,18 @@ class PartialSums:
 
     def waves(self, layer: int) -> int:
         """Waves that are summed for a layer: in its score file, or else in this rank's partial sums."""
-        return _waves(self.score_file(layer), self.key) or _waves(self.part_file(layer, self.rank), self.key)
+        return _waves(self.score_file(layer), self.key) or self._part_waves(layer, self.rank)
+
+    def _part_waves(self, layer: int, rank: int) -> int:
+        """Waves in a rank's partial sums; none where an earlier version began them, without all that is summed now."""
+        file = self.part_file(layer, rank)
+        waves = _waves(file, self.key)
+        return waves if waves and set(MERGE_RULES) <= set(read_metadata(file)["merge"]) else 0
 
     def read(self, layer: int) -> tuple[int, LayerStatistics | None]:
         """Waves that are summed for a layer; their sums, or None where none go on: no wave, or all of them."""
         waves, path = self.waves(layer), self.part_file(layer, self.rank)
-        return waves, read_statistics(path) if waves and _waves(path, self.key) == waves else None
+        return waves, read_statistics(path) if waves and self._part_waves(layer, self.rank) == waves else None
 
     def check_next(self, layer: int, wave: int, waves: int) -> None:
         """Raise StaleError where a wave would be added to sums that lack the one before. waves: in the sums."""
@@ -64,12 +77,13 @@ class PartialSums:
 
     def _joined(self, layer: int, waves: int) -> LayerStatistics:
         files = [self.part_file(layer, rank) for rank in range(self.ranks)]
-        for file in files:
-            if _waves(file, self.key) != waves:
+        for rank, file in enumerate(files):
+            found = self._part_waves(layer, rank)
+            if found != waves:
                 raise StaleError(
                     "A score part is missing or incomplete",
                     where=file,
-                    found=f"{_waves(file, self.key)} waves",
+                    found=f"{found} waves",
                     wanted=f"{waves} waves",
                     next_step="remove scores/hidden and run `tenp-dist score` again",
                 )

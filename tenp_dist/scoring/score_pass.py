@@ -91,7 +91,9 @@ class ScoreStep(LayerStep):
                 self._sums.clear()
             num_experts, _, width = experts.down_proj.shape
             waves, stored = self.partial_sums.read(layer)
-            statistics = stored or LayerStatistics.zeros(self.shard.domains, num_experts, width)
+            statistics = stored or LayerStatistics.zeros(
+                self.shard.domains, num_experts, width, layer_experts=experts.num_experts
+            )
             self._sums[layer] = Sums(statistics.to(experts.down_proj.device), waves, stored=waves)
         return self._sums[layer]
 

@@ -1,7 +1,7 @@
 """The statistics of one scoring pass: what each is, how parts merge, how a layer is stored.
 
-Shapes: N domains, E routed experts, F neurons of an expert. All tensors are float64 [N, E] or
-[N, E, F]. Notation: for a token routed to an expert, x the tensor the expert
+Shapes: N domains, E routed experts, F neurons of an expert. All tensors are float64 [N, E], [N, E, F]
+or, of pairs of experts, [N, E, E]. Notation: for a token routed to an expert, x the tensor the expert
 receives, m = act(W_gate x) * W_up x, y = W_down m, g the dispatch weight that multiplies y, w_j
 column j of W_down, h the residual stream before the MoE block, r the block's routed output.
 
@@ -18,6 +18,8 @@ column j of W_down, h the residual stream before the MoE block, r the block's ro
 | neuron_l2_sum             | E, F  | |m_j| |w_j|                                       | TENP's ablation     |
 | neuron_energy_sum         | E, F  | g^2 m_j^2 |w_j|^2                                 | ours                |
 | neuron_contribution_max   | E, F  | max of g |m_j| |w_j|                              | CAMERA              |
+| coselection_count         | E, E  | 1, over the tokens routed to both                 | HOPE, 2609.18916    |
+| gated_norm_product_sum    | E, E  | a_i a_j over these tokens, a = g |y|              | HOPE                |
 
 A score file also holds `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
 neurons of experts that no token reached.
@@ -51,7 +53,14 @@ NEURON_STATISTICS = {
     "neuron_energy_sum": "sum",
     "neuron_contribution_max": "max",
 }
-MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS}
+PAIR_STATISTICS = {
+    "coselection_count": "sum",
+    "gated_norm_product_sum": "sum",
+}
+MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS, **PAIR_STATISTICS}
+FIRST_STATISTICS = (*EXPERT_STATISTICS, *NEURON_STATISTICS)
+"""What every score file holds. Those that hold nothing else are of earlier versions, and good for all methods but
+those that read more: they are asked to score again."""
 WEIGHT_NORM = "neuron_weight_norm"
 METADATA = "tenp"
 
@@ -60,7 +69,8 @@ METADATA = "tenp"
 class LayerStatistics:
     """Statistics of one MoE layer.
 
-    tensors: name -> float64 [N, E] or [N, E, F]; may hold only the names that were asked for.
+    tensors: name -> float64 [N, E], [N, E, F] or [N, E, E]; may hold only the names that were asked for. The last E of
+        pairs counts all experts of the layer, where the others count those of a rank.
     domains: the N domain names, in the order of the first axis.
     weight_norm: float64 [E, F], or None where it was not asked for.
     """
@@ -74,11 +84,19 @@ class LayerStatistics:
 
     @classmethod
     def zeros(
-        cls, domains: Sequence[str], num_experts: int, intermediate_size: int, device: str | torch.device = "cpu"
+        cls,
+        domains: Sequence[str],
+        num_experts: int,
+        intermediate_size: int,
+        device: str | torch.device = "cpu",
+        *,
+        layer_experts: int | None = None,
     ) -> LayerStatistics:
+        """Sums of nothing. num_experts: of a rank; layer_experts: of the layer, where a rank holds a part of them."""
         shape_NE = (len(domains), num_experts)
-        shape_NEF = (*shape_NE, intermediate_size)
-        shapes = dict.fromkeys(EXPERT_STATISTICS, shape_NE) | dict.fromkeys(NEURON_STATISTICS, shape_NEF)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(EXPERT_STATISTICS, shape_NE)
+        shapes |= dict.fromkeys(NEURON_STATISTICS, (*shape_NE, intermediate_size))
+        shapes |= dict.fromkeys(PAIR_STATISTICS, (*shape_NE, layer_experts or num_experts))
         tensors = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         return cls(domains=tuple(domains), tensors=tensors)
 
@@ -176,7 +194,7 @@ def read_statistics(path: Path, names: Sequence[str] | None = None, *, weight_no
                 where=path,
                 found=sorted(stored),
                 wanted=missing,
-                next_step="score again with this version",
+                next_step="remove the run's scores and run `tenp-dist score` again with this version",
             )
         return LayerStatistics(
             domains=domains,

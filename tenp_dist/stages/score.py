@@ -8,13 +8,13 @@ from typing import Any
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.scoring.score_pass import ScoreTask, score_model
-from tenp_dist.scoring.statistics import MERGE_RULES
+from tenp_dist.scoring.statistics import FIRST_STATISTICS
 from tenp_dist.stages.base import RunStage, bits_fields, reads
 from tenp_dist.stages.run import Run
 
 
 def score_fields(run: Run) -> dict[str, Any]:
-    return run.job.score.model_dump(mode="json") | bits_fields(run) | {"statistics": sorted(MERGE_RULES)}
+    return run.job.score.model_dump(mode="json") | bits_fields(run) | {"statistics": sorted(FIRST_STATISTICS)}
 
 
 def score(run: Run, context: StageContext) -> Output:

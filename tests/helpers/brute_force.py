@@ -116,8 +116,11 @@ def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[
     names_EF = ("neuron_projection_sum", "neuron_l2_sum", "neuron_energy_sum", "neuron_contribution_max")
     out = {name: torch.zeros(domains, num_experts, dtype=torch.float64) for name in names_E}
     out |= {name: torch.zeros(domains, num_experts, width, dtype=torch.float64) for name in names_EF}
+    pairs = ("coselection_count", "gated_norm_product_sum")
+    out |= {name: torch.zeros(domains, num_experts, num_experts, dtype=torch.float64) for name in pairs}
     for (_, mask, domain), call in zip(batches, tap.calls, strict=True):
         valid = None if mask is None else mask.reshape(-1).bool()
+        _add_pairs(out, domain, call, valid, gate_up, down)
         for expert in range(num_experts):
             routed = (call["index"] == expert).any(dim=1)
             if valid is not None:
@@ -126,6 +129,23 @@ def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[
             for chunk in rows.split(CHUNK) if len(rows) else ():
                 _add(out, domain, expert, chunk, call, gate_up[expert], down[expert])
     return out
+
+
+def _add_pairs(out: Mapping[str, torch.Tensor], domain: int, call, valid, gate_up, down) -> None:
+    """Token by token, every pair of the experts that it went to, an expert with itself included."""
+    width = down.shape[2]
+    for t in range(len(call["x"])):
+        if valid is not None and not valid[t]:
+            continue
+        norms = {}
+        for expert, g in zip(call["index"][t].tolist(), call["g"][t], strict=True):
+            m = torch.nn.functional.silu(gate_up[expert, :width] @ call["x"][t]) * (
+                gate_up[expert, width:] @ call["x"][t]
+            )
+            norms[expert] = g * (down[expert] @ m).norm()
+        for i, j in itertools.product(norms, norms):
+            out["coselection_count"][domain, i, j] += 1
+            out["gated_norm_product_sum"][domain, i, j] += norms[i] * norms[j]
 
 
 def _add(out: Mapping[str, torch.Tensor], domain: int, expert: int, rows, call, gate_up, down) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from tenp_dist.scoring.statistics import EXPERT_STATISTICS, MERGE_RULES, NEURON_STATISTICS, LayerStatistics
+from tenp_dist.scoring.statistics import (
+    EXPERT_STATISTICS,
+    MERGE_RULES,
+    NEURON_STATISTICS,
+    PAIR_STATISTICS,
+    LayerStatistics,
+)
 
 N, E, F = 3, 12, 9
 
@@ -19,11 +25,25 @@ def drawn(seed: int, domains: int = N, unseen: tuple[int, ...] = (5,)) -> LayerS
     counts_NE[:, list(unseen)] = 0
     tensors = {"token_count": counts_NE}
     for name in MERGE_RULES:
-        if name == "token_count":
+        if name == "token_count" or name in PAIR_STATISTICS:
             continue
         low = -64 if name == "neuron_projection_sum" else 1
         shape = (domains, E, F) if name in NEURON_STATISTICS else (domains, E)
         steps = torch.randint(low, 256, shape, generator=draw).double() / 64
         tensors[name] = steps * (counts_NE if name in EXPERT_STATISTICS else counts_NE.unsqueeze(2))
+    tensors |= _drawn_pairs(counts_NE, draw)
     norms = torch.randint(1, 256, (E, F), generator=torch.Generator().manual_seed(9)).double() / 64  # of the weights
     return LayerStatistics(tuple(f"d{i}" for i in range(domains)), tensors, norms)
+
+
+def _drawn_pairs(counts_NE: torch.Tensor, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """Pairs that no more tokens chose than either alone; an expert with itself has all of its tokens."""
+    fewer_NEE = torch.minimum(counts_NE[:, :, None], counts_NE[:, None, :])
+    drawn_NEE = torch.randint(0, 6, fewer_NEE.shape, generator=draw).double()
+    count_NEE = torch.minimum(drawn_NEE + drawn_NEE.transpose(1, 2), fewer_NEE)
+    count_NEE.diagonal(dim1=1, dim2=2).copy_(counts_NE)
+    steps_NEE = torch.randint(1, 256, fewer_NEE.shape, generator=draw).double() / 64
+    return {
+        "coselection_count": count_NEE,
+        "gated_norm_product_sum": (steps_NEE + steps_NEE.transpose(1, 2)) * count_NEE,
+    }

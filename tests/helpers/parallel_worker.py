@@ -69,7 +69,8 @@ def run_layer(frame, layer, module, inputs, hidden, ranks) -> LayerStatistics | 
     """Advance all microbatches through a layer; the statistics of this rank's experts, None if it is dense."""
     experts, accumulator = frame.skeleton.experts_of(module), None
     if experts is not None:
-        statistics = LayerStatistics.zeros(DOMAINS, experts.down_proj.shape[0], experts.down_proj.shape[2])
+        sizes = experts.down_proj.shape[0], experts.down_proj.shape[2]
+        statistics = LayerStatistics.zeros(DOMAINS, *sizes, layer_experts=experts.num_experts)
         accumulator = LayerAccumulator(statistics, column_norms(experts))
         module.get_submodule(frame.skeleton.family.block_norm).register_forward_pre_hook(accumulator.see_residual)
     for i, batch in enumerate(inputs):

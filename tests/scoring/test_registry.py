@@ -23,7 +23,14 @@ from tenp_dist.errors import NumericalError
 from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
-from tenp_dist.scoring.statistics import MERGE_RULES, NEURON_STATISTICS, LayerStatistics, join_experts, merge
+from tenp_dist.scoring.statistics import (
+    MERGE_RULES,
+    NEURON_STATISTICS,
+    PAIR_STATISTICS,
+    LayerStatistics,
+    join_experts,
+    merge,
+)
 
 METHODS = registry.names()
 RANKINGS = [(name, unit) for name in METHODS for unit in ("experts", "neurons") if getattr(registry.get(name), unit)]
@@ -38,7 +45,10 @@ def changed(stats: LayerStatistics, **axes) -> LayerStatistics:
     for name, tensor in tensors.items():
         tensor = tensor[axes["domains"]] if "domains" in axes else tensor
         tensor = tensor[:, axes["experts"]] if "experts" in axes else tensor
-        tensors[name] = tensor[:, :, axes["neurons"]] if "neurons" in axes and tensor.dim() == 3 else tensor
+        pairs = name in PAIR_STATISTICS
+        if pairs and len(axes.get("experts", ())) == tensor.shape[2]:  # fewer are a rank's: pairs of them with all
+            tensor = tensor[:, :, axes["experts"]]
+        tensors[name] = tensor[:, :, axes["neurons"]] if "neurons" in axes and name in NEURON_STATISTICS else tensor
     norm = norm[axes["experts"]] if "experts" in axes else norm
     norm = norm[:, axes["neurons"]] if "neurons" in axes else norm
     return LayerStatistics(tuple(domains), tensors, norm)
@@ -57,7 +67,7 @@ def test_a_method_says_what_it_is(name):
     method = registry.get(name)
     module = importlib.import_module(f"tenp_dist.scoring.methods.{name.replace('-', '_')}")
     assert method.name == name and method.source and module.__doc__
-    assert method.experts or method.neurons
+    assert method.experts or method.neurons or method.pair_losses
     assert set(method.statistics) <= set(MERGE_RULES)
     assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")

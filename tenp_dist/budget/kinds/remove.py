@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from tenp_dist.budget.expert_sets import least_loss_set
 from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
@@ -25,7 +26,10 @@ from tenp_dist.scoring.statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class Remove(PlanKind):
-    """Plans of methods that rank experts alone: the best stay as they are, the others leave with their router rows."""
+    """Plans of methods that rank experts alone, or weigh sets of them: those that stay do so as they are.
+
+    The others leave with their router rows: the lowest ranked, or the set that loses least.
+    """
 
     experts_leave = True
     leaves_narrow = False
@@ -35,7 +39,7 @@ class Remove(PlanKind):
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
-        return method.experts is not None and method.neurons is None
+        return method.pair_losses is not None or (method.experts is not None and method.neurons is None)
 
     def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         rho = self.budget.retention_exact
@@ -46,8 +50,13 @@ class Remove(PlanKind):
         return PlanForm(experts_leave=True, widths=frozenset(layer.intermediate_size for layer in shape.layers))
 
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
-        facts = sizes.facts
-        whole = best_experts(self.method.expert_scores(statistics, context).numpy(), sizes.whole, facts.groups)
+        facts, method, kept = sizes.facts, self.method, sizes.whole
+        if method.pair_losses is None:
+            whole = best_experts(method.expert_scores(statistics, context).numpy(), kept, facts.groups)
+        else:
+            losses_EE = method.losses_of_pairs(statistics, context).numpy()
+            removed = least_loss_set(losses_EE, facts.experts - kept, facts.groups).experts
+            whole = tuple(np.setdiff1d(np.arange(facts.experts), removed).tolist())
         return LayerChoice(whole, KeptNeurons.without_others(whole, facts.experts, facts.intermediate_size))
 
     def neurons_met(self, tokens_E: np.ndarray, kept: KeptNeurons) -> int:

@@ -9,12 +9,14 @@ to be told of it; tests/scoring/test_registry.py takes every method that is ther
 | neurons only       | every expert keeps its best neurons, all of one width                       |
 | experts and neurons| it keeps its best neurons, the best experts stay whole                      |
 | neurons, by worth  | every expert keeps as many neurons as are worth their price in the model    |
+| sets of experts    | it is removed; what is lost with two of them together counts too            |
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -51,16 +53,18 @@ Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to rank the experts of a layer, the neurons of an expert, or both; a higher score is kept.
+    """One way to rank the experts of a layer, the neurons of an expert, or both, or to weigh sets of experts.
 
     name: as jobs say it.
     source: paper and equation, and what of it is ours.
-    experts: statistics of one layer -> float64 [E].
-    neurons: statistics of one layer -> float64 [E, F].
-    expert_statistics, neuron_statistics, worth_statistics: the statistics that each of them reads.
+    experts: statistics of one layer -> float64 [E], a higher score is kept.
+    neurons: statistics of one layer -> float64 [E, F], a higher score is kept.
+    expert_statistics, neuron_statistics, worth_statistics, pair_statistics: the statistics that each of them reads.
     worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
         has it lets the scores decide every expert's width (`budget/kinds/by_price.py`); the widths of others are
         known before any score is read (`budget/kinds/narrow.py`). It stays when a budget exchanges the neuron ranking.
+    pair_losses: what removing experts loses, float64 [E, E], symmetric: on the diagonal one alone, elsewhere half of
+        what two add to each other. A method that has it removes experts as a set (`budget/kinds/remove.py`).
     """
 
     name: str
@@ -71,11 +75,14 @@ class Method:
     neuron_statistics: tuple[str, ...] = ()
     worth: Ranking | None = None
     worth_statistics: tuple[str, ...] = ()
+    pair_losses: Ranking | None = None
+    pair_statistics: tuple[str, ...] = ()
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of all statistics that the method reads, each once."""
-        return tuple(dict.fromkeys((*self.expert_statistics, *self.neuron_statistics, *self.worth_statistics)))
+        parts = (self.expert_statistics, self.neuron_statistics, self.worth_statistics, self.pair_statistics)
+        return tuple(dict.fromkeys(itertools.chain(*parts)))
 
     def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """What keeping each neuron is worth, float64 [E, F].
@@ -108,6 +115,17 @@ class Method:
         """
         ranking = self._has(self.neurons, "neurons", "budget.neurons")
         require_finite(statistics, self.neuron_statistics, context.layer)
+        return ranking(statistics, context)
+
+    def losses_of_pairs(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
+        """What removing two experts loses, float64 [E, E].
+
+        Raises:
+            NumericalError: NaN or Inf in a statistic that is read.
+            JobError: the method does not weigh sets of experts.
+        """
+        ranking = self._has(self.pair_losses, "pair_losses", "budget.method")
+        require_finite(statistics, self.pair_statistics, context.layer)
         return ranking(statistics, context)
 
     def with_experts_of(self, other: Method) -> Method:
