@@ -1,7 +1,7 @@
 """FP8 experts where no kernel for them runs: vLLM's method loads them, torch computes what they stand for.
 
-vLLM imports this in every worker as its `worker_extension_cls`. The buckets are called as on a GPU, each with all tokens
-and its map of expert ids, which this kernel honours. Everything but the experts stays as it is stored.
+vLLM imports this in every worker as its `worker_extension_cls`. The buckets are called as on a GPU, each with all
+tokens and its map of expert ids, which this kernel honours. Everything but the experts stays as it is stored.
 """
 
 from __future__ import annotations

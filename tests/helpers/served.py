@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoints import change_config, write
+from helpers.checkpoints import all_tensors, change_config, write
 from tenp_dist.checkpoint.kept import KeptNeurons
 
-NEURONS, VOCABULARY, HIDDEN = 160, 512, 128
+NEURONS, VOCABULARY, HIDDEN, BLOCK = 256, 512, 128, 128
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -39,7 +39,7 @@ SETTINGS = {
     | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "topk_method": "group_limited_greedy"},
 }
 # of twelve experts: not multiples of 32 or of two ranks, dropped ones, the full width; a layer without any neuron
-WIDTHS = [[160, 50, 50, 64, 0, 33, 160, 96, 50, 64, 0, 1], [50] * 12, [0] * 12]
+WIDTHS = [[256, 50, 50, 64, 0, 33, 256, 96, 160, 64, 0, 1], [50] * 12, [0] * 12]
 
 
 def make_served(family: str, folder: Path) -> dict[str, Path]:
@@ -52,6 +52,45 @@ def make_served(family: str, folder: Path) -> dict[str, Path]:
     for layout in ("ragged", "padded"):
         write(source, kept, folder / layout, layout, shard_size=10**7)
     return {name: folder / name for name in ("source", "ragged", "padded")}
+
+
+def make_fp8(ragged: Path, folder: Path) -> dict[str, Path]:
+    """`fp8`: the ragged checkpoint with experts in FP8 of 128 x 128 blocks; `values`: what these stand for."""
+    plain, quantised = all_tensors(ragged), {}
+    for name in [name for name in plain if ".experts." in name]:
+        values, scale = encoded(plain[name])
+        quantised |= {name: values, f"{name}_scale_inv": scale}
+        spread = scale.repeat_interleave(BLOCK, 0)[: len(values)].repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
+        plain[name] = values.float() * spread
+    config = json.loads((ragged / "config.json").read_text())
+    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    for kind, tensors, more in (("values", plain, {}), ("fp8", plain | quantised, {"quantization_config": stored})):
+        (folder / kind).mkdir(parents=True)
+        (folder / kind / "config.json").write_text(json.dumps(config | more))
+        save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
+    return {kind: folder / kind for kind in ("values", "fp8")}
+
+
+def encoded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3 values of a matrix and the scale of each of its blocks."""
+    rows, columns = (-(-size // BLOCK) for size in weight.shape)
+    grid = torch.zeros(rows * BLOCK, columns * BLOCK)
+    grid[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = grid.view(rows, BLOCK, columns, BLOCK)
+    scale = blocks.abs().amax((1, 3)).clamp(min=1e-4) / 448
+    values = (blocks / scale[:, None, :, None]).view_as(grid)[: weight.shape[0], : weight.shape[1]]
+    return values.contiguous().to(torch.float8_e4m3fn), scale
+
+
+def damage(ragged: Path, folder: Path, change=lambda tensors: None, **config) -> Path:
+    """A copy of a checkpoint with other tensors and other keys in config.json."""
+    tensors = all_tensors(ragged)
+    change(tensors)
+    folder.mkdir()
+    (folder / "config.json").write_text((ragged / "config.json").read_text())
+    change_config(folder, **config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def drawn(widths: list[int], seed: int) -> KeptNeurons:
