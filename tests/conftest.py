@@ -6,6 +6,7 @@ pytest.register_assert_rewrite("helpers")
 
 pytest_plugins = [
     "helpers.models",
+    "helpers.engines",
     "helpers.jobs",
     "helpers.ray_nodes",
     "helpers.refusals",

@@ -1,0 +1,154 @@
+"""Experts of different widths in the place of vLLM's `RoutedExperts`.
+
+vLLM keeps its router, its shared experts and its reductions over ranks. It routes once; the outputs of the buckets are
+added. Parameters of no elements carry the names that vLLM's loaders look for: what is loaded into them goes to the
+bucket of its expert.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from tenp_dist_vllm.buckets import Bucket
+from tenp_dist_vllm.matrices import CHECKPOINT_NAMES, matrix_shape
+from tenp_dist_vllm.ragged_config import widths_by_layer
+from tenp_dist_vllm.rows import Slots
+from tenp_dist_vllm.settings import is_block_fp8, refuse_layer
+from tenp_dist_vllm.sizes import group_by_width, width_step
+
+
+class RaggedExperts(RoutedExperts):
+    """The routed experts of one layer: ragged if config.json lists it, else as vLLM makes them.
+
+    Attributes of a ragged layer:
+        widths: neurons of every expert; None in a layer that is not ragged.
+        buckets: `Bucket`s of this rank's experts, ascending in width.
+        missing: (expert, w1 | w2 | w3, parameter) that have not been loaded yet.
+    """
+
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: FusedMoEConfig) -> FusedMoEMethodBase:
+        vllm_config = get_current_vllm_config()
+        self.layer = extract_layer_index(self.layer_name)
+        config = vllm_config.model_config.hf_text_config
+        self.widths = widths_by_layer({"tenp": config.tenp}).get(self.layer)
+        if self.widths is None:
+            return super()._get_quant_method(prefix, quant_config, moe_config)
+        refuse_layer(moe_config, len(self.widths), self.expert_map_manager.num_fused_shared_experts, self.layer_name)
+        self.random_weights = vllm_config.load_config.load_format == "dummy"
+        self.block = quant_config.weight_block_size if is_block_fp8(quant_config) else None
+        self._make_buckets(quant_config, moe_config)
+        names = ["w13_weight", "w2_weight"] + (["w13_weight_scale_inv", "w2_weight_scale_inv"] if self.block else [])
+        self.missing = {
+            (expert, shard, name)
+            for expert in self.bucket_of
+            for shard in CHECKPOINT_NAMES
+            for name in names
+            if name.startswith("w2") == (shard == "w2")
+        }
+        return RaggedMethod(moe_config, names)
+
+    def _make_buckets(self, quant_config: Any, moe_config: FusedMoEConfig) -> None:
+        local = {e: width for e, width in enumerate(self.widths) if self.expert_map_manager.is_local_expert(e)}
+        step = width_step(moe_config.tp_size, cpu=current_platform.is_cpu(), block_fp8=self.block is not None)
+        groups = group_by_width(local, step)
+        self.buckets = nn.ModuleList(Bucket(self, quant_config, ids, width) for width, ids in groups.items())
+        self.slots = Slots(list(groups.values()), moe_config.num_experts)
+        self.bucket_of = {expert: bucket for bucket in self.buckets for expert in bucket.ids}
+
+    def weight_loader(
+        self,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Check one matrix of one expert against config.json and hand it to its bucket.
+
+        Raises:
+            ValueError: its shape is another than config.json says.
+            NotImplementedError: weights are replaced in a model that serves.
+        """
+        if self.widths is None:
+            return super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+        name = weight_name.rpartition(".")[2]
+        block = self.block if name.endswith("_scale_inv") else None
+        wanted = matrix_shape(shard_id, self.widths[expert_id], self.hidden_size, block)
+        if list(loaded_weight.shape) != wanted:
+            raise ValueError(
+                f"{self.layer_name}.{expert_id}.{CHECKPOINT_NAMES[shard_id]} has {name} of shape "
+                f"{list(loaded_weight.shape)}, config.json wants {wanted}; write or download the checkpoint again"
+            )
+        bucket = self.bucket_of.get(expert_id)
+        loaded = bucket is not None and self._load(bucket, loaded_weight, name, weight_name, shard_id, expert_id)
+        return loaded if return_success else None
+
+    weight_loader.supports_moe_loading = True
+
+    def _load(self, bucket: Bucket, matrix: torch.Tensor, name: str, weight_name: str, shard: str, expert: int) -> bool:
+        if (expert, shard, name) not in self.missing:
+            raise NotImplementedError(
+                f"{self.layer_name}.{expert}.{CHECKPOINT_NAMES[shard]} arrives a second time; the weights of a ragged "
+                "model cannot be replaced while it serves: start the engine again"
+            )
+        self.missing.remove((expert, shard, name))
+        return bucket.load(matrix, name, weight_name, shard, expert)
+
+    def check_all_arrived(self) -> None:
+        """Raises RuntimeError that names what was not loaded. vLLM itself does not notice missing expert tensors."""
+        if self.missing and not self.random_weights:
+            expert, shard, name = min(self.missing)
+            raise RuntimeError(
+                f"{self.layer_name}: {len(self.missing)} matrices of experts are not in the checkpoint, first "
+                f"{expert}.{CHECKPOINT_NAMES[shard]} ({name}); write or download it again"
+            )
+
+
+class RaggedMethod(FusedMoEMethodBase):
+    """What vLLM asks of a layer's method, answered by its buckets.
+
+    Args:
+        moe: config of the layer.
+        names: parameters that vLLM's loaders look for.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, names: list[str]):
+        super().__init__(moe)
+        self.names = names
+
+    def create_weights(self, layer: RaggedExperts, *arguments: Any, weight_loader: Any, **keywords: Any) -> None:
+        for name in self.names:
+            nothing = nn.Parameter(torch.empty(0, dtype=layer.params_dtype), requires_grad=False)
+            layer.register_parameter(name, nothing)
+            set_weight_attrs(nothing, {"weight_loader": weight_loader})
+
+    def process_weights_after_loading(self, layer: RaggedExperts) -> None:
+        """vLLM goes on to the buckets by itself."""
+        layer.check_all_arrived()
+
+    def get_fused_moe_quant_config(self, layer: RaggedExperts) -> Any:
+        return FUSED_MOE_UNQUANTIZED_CONFIG  # nobody computes with it
+
+    def apply(
+        self,
+        layer: RaggedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *shared: Any,
+        **more: Any,
+    ) -> torch.Tensor:
+        if current_platform.is_cpu():
+            return torch.ops.vllm.tenp_ragged_experts(x, topk_weights, topk_ids, layer.layer_name)
+        outputs = [bucket.forward_modular(x, topk_weights, topk_ids) for bucket in layer.buckets]
+        return functools.reduce(torch.add, outputs) if outputs else torch.zeros_like(x)

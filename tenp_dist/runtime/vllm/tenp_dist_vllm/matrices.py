@@ -1,0 +1,31 @@
+"""The matrices of one expert as a checkpoint holds them: their shapes, and how they fill a bucket's wider parameter."""
+
+import torch
+
+NEURON_AXIS = {"w1": 0, "w2": 1, "w3": 0}  # vLLM's names of gate, down and up
+CHECKPOINT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def matrix_shape(shard: str, width: int, hidden: int, block: list[int] | None = None) -> list[int]:
+    """Shape of an expert's matrix, or with `block` of its scales: [width, hidden], for down_proj [hidden, width]."""
+    shape = [width, hidden] if NEURON_AXIS[shard] == 0 else [hidden, width]
+    return shape if block is None else [-(-size // step) for size, step in zip(shape, block, strict=True)]
+
+
+def fill_up(matrix: torch.Tensor, shape: list[int], value: float) -> torch.Tensor:
+    """`matrix` in a larger tensor of `value`; what lies beyond a smaller shape is left out.
+
+    Exact: rows of zeros in gate and up give act(0) * 0 = 0, and columns of zeros in down take nothing. The scales of
+    what is filled up are one.
+    """
+    if list(matrix.shape) == shape:
+        return matrix
+    filled = torch.full(shape, value, dtype=torch.float32, device=matrix.device).to(matrix.dtype)
+    shared = tuple(slice(min(have, want)) for have, want in zip(matrix.shape, shape, strict=True))
+    filled[shared] = matrix[shared]
+    return filled
+
+
+def refine(scale: torch.Tensor, factors: tuple[int, int]) -> torch.Tensor:
+    """Block scales on a finer grid: every block's scale is repeated, so nothing is lost."""
+    return scale.repeat_interleave(factors[0], dim=0).repeat_interleave(factors[1], dim=1)

@@ -1,0 +1,1 @@
+../../ragged_config.py

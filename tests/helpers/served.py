@@ -1,0 +1,129 @@
+"""Small random models that vLLM accepts, and their checkpoints as our writer makes them, ragged and padded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoints import all_tensors, change_config, write
+from tenp_dist.checkpoint.kept import KeptNeurons
+
+NEURONS, VOCABULARY, HIDDEN, BLOCK = 256, 512, 128, 128
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 192,
+    "moe_intermediate_size": NEURONS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+# latent attention in vLLM wants these two sizes
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "q_lora_rank": None, "qk_nope_head_dim": 64, "v_head_dim": 64}
+SETTINGS = {
+    "deepseek_v3": LATENT
+    | {"num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 12, "n_shared_experts": 1}
+    | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    "qwen3_moe": {"num_hidden_layers": 4, "num_experts": 12, "norm_topk_prob": True, "head_dim": 64},
+    "qwen2_moe": {"num_hidden_layers": 3, "num_experts": 12, "shared_expert_intermediate_size": 96},
+    "deepseek_v2": LATENT
+    | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 12, "n_shared_experts": 2}
+    | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "topk_method": "group_limited_greedy"},
+}
+# of twelve experts: not multiples of 32 or of two ranks, dropped ones, the full width; a layer without any neuron
+WIDTHS = [[256, 50, 50, 64, 0, 33, 256, 96, 160, 64, 0, 1], [50] * 12, [0] * 12]
+
+
+def make_served(family: str, folder: Path) -> dict[str, Path]:
+    """Layout or `source` -> checkpoint folder. The first MoE layer stays whole, the next ones take `WIDTHS` in turn."""
+    source = save_source(family, folder / "source")
+    config = json.loads((source / "config.json").read_text())
+    first = config.get("first_k_dense_replace", 0) + 1
+    layers = range(first, config["num_hidden_layers"])
+    kept = {layer: drawn(WIDTHS[index], layer) for index, layer in enumerate(layers)}
+    for layout in ("ragged", "padded"):
+        write(source, kept, folder / layout, layout, shard_size=10**7)
+    return {name: folder / name for name in ("source", "ragged", "padded")}
+
+
+def make_fp8(ragged: Path, folder: Path) -> dict[str, Path]:
+    """`fp8`: the ragged checkpoint with experts in FP8 of 128 x 128 blocks; `values`: what these stand for."""
+    plain, quantised = all_tensors(ragged), {}
+    for name in [name for name in plain if ".experts." in name]:
+        values, scale = encoded(plain[name])
+        quantised |= {name: values, f"{name}_scale_inv": scale}
+        spread = scale.repeat_interleave(BLOCK, 0)[: len(values)].repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
+        plain[name] = values.float() * spread
+    config = json.loads((ragged / "config.json").read_text())
+    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    for kind, tensors, more in (("values", plain, {}), ("fp8", plain | quantised, {"quantization_config": stored})):
+        (folder / kind).mkdir(parents=True)
+        (folder / kind / "config.json").write_text(json.dumps(config | more))
+        save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
+    return {kind: folder / kind for kind in ("values", "fp8")}
+
+
+def encoded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3 values of a matrix and the scale of each of its blocks."""
+    rows, columns = (-(-size // BLOCK) for size in weight.shape)
+    grid = torch.zeros(rows * BLOCK, columns * BLOCK)
+    grid[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = grid.view(rows, BLOCK, columns, BLOCK)
+    scale = blocks.abs().amax((1, 3)).clamp(min=1e-4) / 448
+    values = (blocks / scale[:, None, :, None]).view_as(grid)[: weight.shape[0], : weight.shape[1]]
+    return values.contiguous().to(torch.float8_e4m3fn), scale
+
+
+def damage(ragged: Path, folder: Path, change=lambda tensors: None, **config) -> Path:
+    """A copy of a checkpoint with other tensors and other keys in config.json."""
+    tensors = all_tensors(ragged)
+    change(tensors)
+    folder.mkdir()
+    (folder / "config.json").write_text((ragged / "config.json").read_text())
+    change_config(folder, **config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def drawn(widths: list[int], seed: int) -> KeptNeurons:
+    """Neurons drawn at random for every expert of a layer."""
+    generator, mask = np.random.default_rng(seed), np.zeros((len(widths), NEURONS), dtype=bool)
+    for expert, width in enumerate(widths):
+        mask[expert, generator.permutation(NEURONS)[:width]] = True
+    return KeptNeurons.from_mask(mask)
+
+
+def save_source(family: str, folder: Path) -> Path:
+    """A random model in float32; DeepSeek-V3 with a layer for multi-token prediction."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(len(family))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **SETTINGS[family]))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    model.save_pretrained(folder)
+    if family == "deepseek_v3":
+        change_config(folder, topk_method="noaux_tc", num_nextn_predict_layers=1)
+        _add_mtp_layer(folder, model.config.num_hidden_layers)
+    return folder
+
+
+def _add_mtp_layer(folder: Path, layer: int) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    last, new = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
+    tensors |= {name.replace(last, new): torch.randn_like(t) * 0.1 for name, t in tensors.items() if last in name}
+    ones = torch.ones(HIDDEN)
+    tensors |= {f"{new}{name}.weight": ones.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    tensors[f"{new}eh_proj.weight"] = torch.randn(HIDDEN, 2 * HIDDEN) * 0.1
+    tensors[f"{new}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{new}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,135 @@
+"""The vLLM plugin without vLLM: bucket sizes, filling up, config.json, and that it is a distribution of its own."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from setuptools import find_namespace_packages
+
+from helpers.paths import ROOT
+from tenp_dist.runtime import ragged_config
+from tenp_dist_vllm.configs import config_class
+from tenp_dist_vllm.families import FAMILIES, architecture
+from tenp_dist_vllm.matrices import NEURON_AXIS, fill_up, matrix_shape, refine
+from tenp_dist_vllm.sizes import group_by_width, width_step
+
+PLUGIN = ROOT / "tenp_dist" / "runtime" / "vllm"
+
+
+def test_buckets_by_hand():
+    widths = {0: 64, 1: 33, 2: 0, 3: 48, 4: 16, 5: 64}
+    # up to the next multiple of 32: 33 and 48 share 64 with 0 and 5, 16 becomes 32, width 0 is in no bucket
+    assert group_by_width(widths, 32) == {32: [4], 64: [0, 1, 3, 5]}
+    assert list(group_by_width(widths, 16)) == [16, 48, 64]
+    assert group_by_width({3: 0, 4: 0}, 32) == {}
+
+
+@given(
+    widths=st.dictionaries(st.integers(0, 300), st.integers(0, 2048)),
+    ranks=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    cpu=st.booleans(),
+    block=st.booleans(),
+)
+def test_every_rank_gets_an_equal_share_that_kernels_take(widths, ranks, cpu, block):
+    step = width_step(ranks, cpu=cpu, block_fp8=block)
+    buckets = group_by_width(widths, step)
+    assert sorted(e for ids in buckets.values() for e in ids) == sorted(e for e, width in widths.items() if width)
+    for width, ids in buckets.items():
+        assert width % ranks == 0 and all(0 <= width - widths[expert] < step for expert in ids)
+        share = width // ranks
+        assert share % (32 if cpu or block else 16) == 0
+        # whole blocks of 128 are cut into equal ones of the refined grid: their scales repeat without loss
+        assert not block or torch.gcd(torch.tensor(128), torch.tensor(share)) >= 32
+
+
+@pytest.mark.parametrize("width", [1, 33, 64])
+def test_filled_up_experts_compute_the_same(width):
+    torch.manual_seed(width)
+    x, act = torch.randn(5, 8, dtype=torch.float64), torch.nn.functional.silu
+    true = {shard: torch.randn(matrix_shape(shard, width, 8), dtype=torch.float64) for shard in NEURON_AXIS}
+    wide = {shard: fill_up(matrix, matrix_shape(shard, 64, 8), 0.0) for shard, matrix in true.items()}
+    assert {shard: list(matrix.shape) for shard, matrix in wide.items()} == {
+        "w1": [64, 8],
+        "w2": [8, 64],
+        "w3": [64, 8],
+    }
+    found, wanted = ((act(x @ m["w1"].T) * (x @ m["w3"].T)) @ m["w2"].T for m in (wide, true))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shard", sorted(NEURON_AXIS))
+@pytest.mark.parametrize(("width", "bucket", "grid"), [(50, 64, 64), (160, 192, 64), (256, 256, 128), (33, 64, 32)])
+def test_refined_scales_stand_for_the_same_values(shard, width, bucket, grid):
+    torch.manual_seed(0)
+    hidden = 256
+    scale = torch.rand(matrix_shape(shard, width, hidden, [128, 128]))
+    filled = fill_up(refine(scale, (128 // grid,) * 2), matrix_shape(shard, bucket, hidden, [grid, grid]), 1.0)
+
+    def spread(scales, size):
+        return scales.repeat_interleave(size, 0).repeat_interleave(size, 1)
+
+    rows, columns = matrix_shape(shard, width, hidden)
+    assert torch.equal(spread(filled, grid)[:rows, :columns], spread(scale, 128)[:rows, :columns])
+
+
+def test_filling_up_keeps_fp8_bits():
+    matrix = torch.randn(3, 5).to(torch.float8_e4m3fn)
+    filled = fill_up(matrix, [4, 8], 0.0)
+    assert filled.dtype == matrix.dtype and torch.equal(filled[:3, :5].view(torch.uint8), matrix.view(torch.uint8))
+    assert not filled[3:].float().any() and not filled[:, 5:].float().any()
+
+
+def source(family):
+    return {"model_type": family, "architectures": ["Stock"], "moe_intermediate_size": 64, "num_hidden_layers": 5}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_config_is_a_stock_one_that_keeps_the_widths(family):
+    import transformers
+
+    made = ragged_config.ragged_config(
+        source(family), widths_by_layer={3: [16, 64]}, retention="0.6", fingerprint="f" * 64
+    )
+    config = config_class(family).from_dict(json.loads(json.dumps(made)))
+    assert type(config) is getattr(transformers, FAMILIES[family].config)
+    assert config.model_type == family and config.architectures == [architecture(family)] == made["architectures"]
+    assert config.tenp == made["tenp"] and config.num_hidden_layers == 5 and not hasattr(config, "auto_map")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2, this runtime reads 1"),
+        ({"source": {"model_type": "qwen2_moe"}}, "was made from 'qwen2_moe'"),
+        ({"layers": {"3": "09"}}, "outside its table"),
+    ],
+)
+def test_contradicting_configs_are_refused(change, message):
+    made = ragged_config.ragged_config(
+        source("qwen3_moe"), widths_by_layer={3: [16, 64]}, retention="0.6", fingerprint="f" * 64
+    )
+    made["tenp"] |= change
+    with pytest.raises(ValueError, match=message):
+        config_class("qwen3_moe").from_dict(made)
+
+
+def test_its_families_are_ours():
+    assert set(FAMILIES) <= set(ragged_config.FAMILIES)
+
+
+def test_it_is_a_distribution_of_its_own():
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = find_namespace_packages(str(ROOT), include=ours["include"], exclude=ours["exclude"])
+    assert "tenp_dist.runtime" in packages and not any("vllm" in name for name in packages)
+    plugin = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    assert plugin["entry-points"]["vllm.general_plugins"] == {"tenp_dist": "tenp_dist_vllm:register"}
+    assert "dependencies" not in plugin, "it must bring neither our pins nor another vLLM"
+    ragged = PLUGIN / "tenp_dist_vllm" / "ragged_config.py"
+    assert ragged.read_bytes() == (ROOT / "tenp_dist" / "runtime" / "ragged_config.py").read_bytes()
+    texts = [path.read_text() for path in (PLUGIN / "tenp_dist_vllm").glob("*.py")]
+    assert not any("from tenp_dist." in text or "import tenp_dist\n" in text for text in texts)

@@ -1,0 +1,197 @@
+"""Ragged checkpoints in real vLLM engines, against the padded ones of the same plans in vLLM's own experts.
+
+float32 throughout, so that equal means equal. Engines are dear: those that can follow one another in one process do,
+and every configuration is tried where it proves most. `scripts/bench/serving_matrix.py` has all combinations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from helpers.commands import free_port
+from helpers.served import VOCABULARY, damage, make_fp8, make_served
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+PROMPTS = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(3)).tolist()
+MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}}
+CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True}
+MATRIX = "model.layers.1.mlp.experts.0.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """family -> its checkpoints; DeepSeek-V3 with latent attention and a layer for multi-token prediction."""
+    return {family: make_served(family, tmp_path_factory.mktemp(family)) for family in ("qwen3_moe", "deepseek_v3")}
+
+
+@pytest.fixture(scope="module")
+def refused(served, tmp_path_factory):
+    """What vLLM refuses to start -> its run, and what the error says."""
+    ragged, folder = served["qwen3_moe"]["ragged"], tmp_path_factory.mktemp("damaged")
+    tenp = json.loads((ragged / "config.json").read_text())["tenp"]
+    changes = {MATRIX: torch.zeros(128, 255)}
+    cases = {
+        "missing": (
+            damage(ragged, folder / "missing", lambda t: t.pop(MATRIX)),
+            {},
+            "1 matrices of experts are not in",
+        ),
+        "wider": (damage(ragged, folder / "wider", lambda t: t.update(changes)), {}, "config.json wants [128, 256]"),
+        "version": (damage(ragged, folder / "version", tenp=tenp | {"format_version": 2}), {}, "format_version 2"),
+        "experts": (damage(ragged, folder / "experts", num_experts=11), {}, "12 experts in `tenp` and 11 experts"),
+        "lora": (ragged, {"enable_lora": True}, "LoRA adapters (--enable-lora)"),
+        "format": (ragged, {"load_format": "sharded_state"}, "--load-format sharded_state: use one of"),
+        "backend": (ragged, {"model_impl": "transformers"}, "not a registered model in the Transformers library"),
+    }
+    return {name: ({"folder": str(f), "settings": settings}, says) for name, (f, settings, says) in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def fp8(served, tmp_path_factory):
+    return make_fp8(served["qwen3_moe"]["ragged"], tmp_path_factory.mktemp("fp8"))
+
+
+@pytest.fixture(scope="module")
+def one_process(served, refused, fp8, ask) -> dict[str, dict]:
+    """Everything that runs on one rank, engine after engine; the emulated kernel of FP8 changes the process: last."""
+    qwen, deepseek = served["qwen3_moe"], served["deepseek_v3"]
+    emulated = {"worker_extension_cls": "fp8_emulation.Emulated"}
+    runs = {
+        "qwen padded": (qwen["padded"], {}),
+        "qwen chunked": (qwen["ragged"], CHUNKED),
+        "deepseek padded": (deepseek["padded"], {}),
+        "deepseek drafts": (deepseek["ragged"], MTP),
+        "deepseek compiled": (deepseek["ragged"], {"enforce_eager": False}),
+        "dummy": (qwen["ragged"], {"load_format": "dummy"}),
+        **{name: (run["folder"], run["settings"]) for name, (run, _) in refused.items()},
+        "fp8 values": (fp8["values"], {}),
+        "fp8": (fp8["fp8"], emulated),
+    }
+    return dict(zip(runs, ask([_run(*run) for run in runs.values()], PROMPTS), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(served, ask) -> dict[str, dict]:
+    runs = {
+        "qwen tensor": (served["qwen3_moe"]["ragged"], {"tensor_parallel_size": 2}),
+        "deepseek expert": (
+            served["deepseek_v3"]["ragged"],
+            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        ),
+    }
+    return dict(zip(runs, ask([_run(*run) for run in runs.values()], PROMPTS), strict=True))
+
+
+def _run(folder, settings) -> dict:
+    return {"folder": str(folder), "settings": settings}
+
+
+def agrees(found: dict, wanted: dict) -> None:
+    assert "error" not in found, found["error"]
+    off = (torch.tensor(found["logprobs"]) - torch.tensor(wanted["logprobs"])).abs().max().item()
+    assert off < TOLERANCE and found["tokens"] == wanted["tokens"], off
+
+
+def test_chunked_prefill_and_prefix_caching(one_process):
+    found = one_process["qwen chunked"]
+    agrees(found, one_process["qwen padded"])
+    assert found["metrics"]["vllm:prefix_cache_hits"] > 0
+
+
+def test_prompts_tell_a_wrong_expert(one_process):
+    """The figures compared differ by far more than the tolerance where weights are others."""
+    off = torch.tensor(one_process["fp8 values"]["logprobs"]) - torch.tensor(one_process["qwen padded"]["logprobs"])
+    assert off.abs().max() > 100 * TOLERANCE
+
+
+def test_speculative_decoding_with_the_layer_that_predicts_two_tokens(one_process):
+    """Its experts are whole; drafts change no token."""
+    found = one_process["deepseek drafts"]
+    agrees(found, one_process["deepseek padded"])
+    assert found["metrics"]["vllm:spec_decode_num_drafts"] > 0
+
+
+def test_compiled(one_process):
+    agrees(one_process["deepseek compiled"], one_process["deepseek padded"])
+
+
+def test_two_tensor_parallel_ranks(one_process, two_ranks):
+    """Widths of 33 and 50 neurons are not divisible by two."""
+    agrees(two_ranks["qwen tensor"], one_process["qwen padded"])
+
+
+def test_expert_parallel(one_process, two_ranks):
+    agrees(two_ranks["deepseek expert"], one_process["deepseek padded"])
+
+
+def test_memory_is_that_of_the_kept_neurons(one_process):
+    """float32, hidden size 128; widths rounded to 32 as by vLLM on CPUs; one layer whole, one without neurons."""
+    rounded = [256, 64, 64, 64, 0, 64, 256, 96, 160, 64, 0, 32]
+    kept = 256 * 12 + sum(rounded) + 64 * 12
+    assert one_process["qwen chunked"]["bytes"] == kept * 3 * 128 * 4
+    assert one_process["qwen padded"]["bytes"] == 4 * 12 * 256 * 3 * 128 * 4
+
+
+def test_fp8_experts_compute_what_they_stand_for(one_process):
+    agrees(one_process["fp8"], one_process["fp8 values"])
+
+
+def test_random_weights_need_no_checkpoint(one_process):
+    assert "error" not in one_process["dummy"] and one_process["dummy"]["tokens"]
+
+
+@pytest.mark.parametrize("name", ["missing", "wider", "version", "experts", "lora", "format", "backend"])
+def test_refused(one_process, refused, name):
+    assert refused[name][1] in one_process[name]["error"]
+
+
+def test_the_server(served, one_process, vllm_python, engine_environment, tmp_path):
+    """As `vllm serve RUN_DIR/checkpoint/ragged` starts it: compiled, with chunks and a prefix cache."""
+    port, folder = free_port(), str(served["qwen3_moe"]["ragged"])
+    options = ["--dtype", "float32", "--max-model-len", "128", "--skip-tokenizer-init", "--port", str(port)]
+    environment = os.environ | engine_environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *options]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server,
+    ):
+        try:
+            found = [completion(port, folder, prompt, server) for prompt in PROMPTS]
+        finally:
+            server.terminate()
+    logprobs = [p[str(t)]["logprob"] for one, prompt in zip(found, PROMPTS, strict=True)
+                for t, p in zip(prompt[1:], one["prompt_logprobs"][1:], strict=True)]  # fmt: skip
+    wanted = one_process["qwen padded"]
+    assert (torch.tensor(logprobs) - torch.tensor(wanted["logprobs"])).abs().max() < TOLERANCE
+    assert [one["token_ids"] for one in found] == [tokens for tokens, _ in wanted["tokens"]]
+
+
+def completion(port: int, model: str, prompt: list[int], server: subprocess.Popen) -> dict:
+    """The first choice; waits until the server answers."""
+    asked = {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    asked |= {"prompt_logprobs": 0, "return_token_ids": True, "detokenize": False}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    limit = time.monotonic() + 240
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=240) as answer:
+                return json.load(answer)["choices"][0]
+        except urllib.error.URLError:
+            assert server.poll() is None and time.monotonic() < limit, "the server does not start"
+            time.sleep(0.5)
+
+
+def test_without_the_plugin_it_is_refused(served, ask):
+    (found,) = ask([_run(served["qwen3_moe"]["ragged"], {})], PROMPTS, VLLM_PLUGINS="")
+    assert "trust_remote_code" in found["error"]
