@@ -97,12 +97,20 @@ def check_names(expected: Collection[str], written: CheckpointIndex) -> None:
 
 
 def check_widths(source: Source, written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> None:
-    """A ragged config's widths are those of the plan, in the checkpoint's own coding of them.
+    """A ragged config's widths are those of the plan, in its own coding of them; what it seals is the source's.
 
     Raises:
-        VerifyError: names the first layer that differs.
+        VerifyError: names the first layer or key that differs.
     """
     tenp = written.config.get("tenp") or {}
+    for key, value in (tenp.get("sealed") or {}).items():
+        if value != source.index.config.get(key) or isinstance(written.config.get(key), int):
+            raise VerifyError(
+                "Config does not seal the width of the source's experts",
+                where=f"{written.folder / 'config.json'}: tenp.sealed.{key}",
+                found=f"{value}, and {str(written.config.get(key))[:20]} in its place",
+                wanted=f"{source.index.config.get(key)}, and a sentence in its place",
+            )
     table, codes = tenp.get("widths") or [], tenp.get("layers") or {}
     for layer, neurons in kept.items():
         stated = [table[ord(code) - ord("0")] for code in codes.get(str(layer), "")]

@@ -1,14 +1,23 @@
 """The `transformers` config classes of ragged checkpoints; imports no modeling code."""
 
+import json
 import os
 
 import transformers
 
-from tenp_dist.runtime.ragged_config import FAMILIES, PREFIX, class_prefix, modeling_module, widths_by_layer
+from tenp_dist.runtime.ragged_config import (
+    FAMILIES,
+    PREFIX,
+    class_prefix,
+    modeling_module,
+    sealed,
+    unsealed,
+    widths_by_layer,
+)
 
 
 class RaggedConfig:
-    """Goes in front of a stock config class: reads, checks and saves the `tenp` entry."""
+    """Goes in front of a stock config class: reads, checks and saves the `tenp` entry. Only files are sealed."""
 
     # text of the modeling file, for classes that do not live in one (see `save_pretrained`)
     modeling_source: str | None = None
@@ -19,9 +28,25 @@ class RaggedConfig:
         if self.tenp is not None:
             self.expert_widths()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        return super().from_dict(unsealed(config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike):
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
     def expert_widths(self) -> dict[int, list[int]]:
         """Pruned decoder layer -> width of each expert. Raises ValueError on a malformed entry."""
         return widths_by_layer({"tenp": self.tenp})
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True):
+        """Like stock, sealed. A config without a `tenp` entry describes no checkpoint and stays open."""
+        text = self.to_json_string(use_diff=use_diff)
+        if self.tenp is not None:
+            text = json.dumps(sealed(json.loads(text)), indent=2, sort_keys=True) + "\n"
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(text)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Like stock, plus the modeling file that `auto_map` points to.

@@ -1,12 +1,19 @@
 """The config.json of a ragged checkpoint: which expert of which layer has which width.
 
     "model_type": "tenp_deepseek_v3",
+    "moe_intermediate_size": "of a ragged checkpoint: ...",
     "tenp": {"format_version": 1, "source": {...}, "retention": "0.6",
-             "widths": [48, 128], "layers": {"1": "0110...", ...}}
+             "widths": [48, 128], "layers": {"1": "0110...", ...},
+             "sealed": {"moe_intermediate_size": 128}}
 
 `layers` has one string per pruned decoder layer and one character per expert: `chr(48 + i)` stands
 for `widths[i]`, so '0' is the narrowest; past 79 widths the characters are no longer printable ASCII.
 A layer that is not listed keeps its full width.
+
+The stock width of an expert is *sealed*: a sentence stands in its place and the number in `tenp.sealed`. A stock class
+named by hand, and any engine that is told a stock `model_type`, refuses such a width; with the number it would fill
+the experts with random or cut weights and say nothing. Files without a seal, as they were written before, load too.
+
 Pure Python: the writer needs no torch for it, and the modeling files carry a copy of this text.
 """
 
@@ -22,6 +29,11 @@ FAMILIES = {
     "qwen3_moe": "Qwen3Moe",
 }
 FIRST_CODE = ord("0")
+WIDTH_KEY = "moe_intermediate_size"
+SEAL = (
+    "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
+    "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"
+)
 
 
 def class_prefix(family: str) -> str:
@@ -89,7 +101,23 @@ def ragged_config(
         "widths": table,
         "layers": layers,
     }
-    return config
+    return sealed(config)
+
+
+def sealed(config: dict) -> dict:
+    """A ragged config as it goes into a file: no stock class accepts it. Its argument is not modified."""
+    kept = {WIDTH_KEY: config.get(WIDTH_KEY)}  # None: the source does not state it
+    return {**config, WIDTH_KEY: SEAL, "tenp": {**config["tenp"], "sealed": kept}}
+
+
+def unsealed(config: dict) -> dict:
+    """Inverse of `sealed`: the stock keys with their numbers again; any other config as it is."""
+    tenp = config.get("tenp") or {}
+    if "sealed" not in tenp:
+        return dict(config)
+    plain = {key: value for key, value in config.items() if key not in tenp["sealed"]}
+    stated = {key: value for key, value in tenp["sealed"].items() if value is not None}
+    return {**plain, **stated, "tenp": {key: value for key, value in tenp.items() if key != "sealed"}}
 
 
 def widths_by_layer(config: dict) -> dict[int, list[int]]:

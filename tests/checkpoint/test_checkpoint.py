@@ -165,14 +165,22 @@ def test_verify_finds_other_neurons_missing_tensors_and_stray_files(tiny_model, 
         check_names(open_index(model).tensors, open_index(tmp_path / "out"))
 
 
-def test_verify_finds_a_config_that_disagrees(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["tenp"]["layers"].update({"1": config["tenp"]["layers"]["1"][::-1]}), "expert widths"),
+        (lambda config: config["tenp"]["sealed"].update(moe_intermediate_size=25), "does not seal"),
+        (lambda config: config.update(moe_intermediate_size=24), "does not seal"),
+    ],
+)
+def test_verify_finds_a_config_that_disagrees(tiny_model, tmp_path, change, message):
     model = tiny_model("deepseek_v3")
     kept = random_kept(model)
     write(model, kept, tmp_path / "out", "ragged")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["tenp"]["layers"]["1"] = config["tenp"]["layers"]["1"][::-1]
+    change(config)
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(VerifyError, match="other expert widths"):
+    with pytest.raises(VerifyError, match=message):
         verify(model, kept, tmp_path / "out", "ragged", tmp_path)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenp_dist.artifacts import write_json
-from tenp_dist.runtime.ragged_config import FAMILIES, ragged_config, widths_by_layer
+from tenp_dist.runtime.ragged_config import FAMILIES, SEAL, ragged_config, sealed, unsealed, widths_by_layer
 
 LAYERS = st.dictionaries(
     st.integers(0, 200), st.lists(st.integers(0, 64), min_size=1, max_size=20), min_size=0, max_size=6
@@ -28,6 +28,8 @@ def test_config_round_trip(widths, family):
     assert widths_by_layer(json.loads(json.dumps(config))) == widths
     assert config["tenp"]["source"] == {"model_type": family, "architectures": ["X"], "fingerprint": "abc"}
     assert config["auto_map"]["AutoConfig"] == f"modeling_tenp_{family}.Tenp{FAMILIES[family]}Config"
+    assert config["moe_intermediate_size"] == SEAL and unsealed(config)["moe_intermediate_size"] == 64
+    assert "sealed" not in unsealed(config)["tenp"] and sealed(unsealed(config)) == config
 
 
 def test_config_by_hand():
@@ -37,6 +39,17 @@ def test_config_by_hand():
     assert config["model_type"] == "tenp_deepseek_v3" and config["architectures"] == ["TenpDeepseekV3ForCausalLM"]
     assert config["tenp"]["widths"] == [48, 128]
     assert list(config["tenp"]["layers"].items()) == [("2", "01"), ("10", "00")]
+
+
+def test_a_width_that_the_source_does_not_state_is_sealed_too():
+    config = ragged_config({"model_type": "qwen2_moe"}, widths_by_layer={0: [4]}, retention="0.6", fingerprint="abc")
+    assert config["moe_intermediate_size"] == SEAL and "moe_intermediate_size" not in unsealed(config)
+
+
+def test_other_configs_have_no_seal():
+    old = {"model_type": "tenp_qwen2_moe", "moe_intermediate_size": 8, "tenp": {"format_version": 1}}
+    stock = {"model_type": "qwen2_moe", "moe_intermediate_size": 8}
+    assert unsealed(old) == old and unsealed(stock) == stock
 
 
 def test_config_of_more_widths_than_there_are_printable_characters(tmp_path):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 
-from helpers.ragged import EXPERTS, auto_load, break_folder, drop_expert
+from helpers.ragged import EXPERTS, auto_load, break_folder, drop_expert, logits
+from tenp_dist.runtime.ragged_config import FAMILIES, SEAL, unsealed
 
 
 def narrow_one(tensors):
@@ -61,11 +63,47 @@ def test_contradicting_config_is_refused(cases, tmp_path, change, message):
         auto_load(folder)
 
 
-def test_stock_class_by_name_reports_every_expert_missing(cases):
-    """Only the Auto classes look at model_type: a stock class named by hand loads, and says what it lacks."""
-    from transformers import Qwen3MoeForCausalLM
+STOCK_LOADERS = {
+    "causal model": lambda name, folder: getattr(transformers, f"{name}ForCausalLM").from_pretrained(folder),
+    "base model": lambda name, folder: getattr(transformers, f"{name}Model").from_pretrained(folder),
+    "config": lambda name, folder: getattr(transformers, f"{name}Config").from_pretrained(folder),
+    "config from its json": lambda name, folder: getattr(transformers, f"{name}Config").from_json_file(
+        folder / "config.json"
+    ),
+}
 
-    _, info = Qwen3MoeForCausalLM.from_pretrained(cases["qwen3_moe"].folder, output_loading_info=True)
+
+@pytest.mark.parametrize("load", STOCK_LOADERS.values(), ids=STOCK_LOADERS)
+@pytest.mark.parametrize("saved", [False, True], ids=["written", "saved again"])
+def test_stock_classes_named_by_hand_refuse(case, tmp_path, load, saved):
+    """Only the Auto classes look at model_type; the others have to trip over the sealed width, and say why."""
+    folder = case.folder
+    if saved:
+        folder = tmp_path / "saved"
+        auto_load(case.folder).save_pretrained(folder)
+    with pytest.raises(Exception, match="a stock model class would fill them with random numbers") as refusal:
+        load(FAMILIES[case.family], folder)
+    assert "moe_intermediate_size" in str(refusal.value) and "import tenp_dist" in str(refusal.value)
+
+
+def test_without_the_seal_a_stock_class_would_load(cases, tmp_path):
+    """What the seal is for; and old folders, which have none, still load where they should."""
+    case = cases["qwen3_moe"]
+    folder = break_folder(case, tmp_path / "old", lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(unsealed(config)))
+    _, info = transformers.Qwen3MoeForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert info["missing_keys"] == {
         f"model.layers.{layer}.mlp.experts.{name}" for layer in range(3) for name in ("gate_up_proj", "down_proj")
     }
+    assert torch.equal(logits(auto_load(folder)), logits(auto_load(case.folder)))
+
+
+def test_the_ragged_config_reads_and_writes_sealed_files(case, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(case.folder)
+    assert config.moe_intermediate_size == 24 and "sealed" not in config.tenp
+    config.to_json_file(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["moe_intermediate_size"] == SEAL
+    again = type(config).from_json_file(tmp_path / "config.json")
+    assert again.moe_intermediate_size == 24 and again.tenp == config.tenp
+    assert type(config).from_dict(config.to_dict()).moe_intermediate_size == 24

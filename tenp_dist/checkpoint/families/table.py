@@ -13,6 +13,7 @@ from typing import Any
 from tenp_dist.checkpoint.families import deepseek, qwen
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.errors import UnsupportedModelError
+from tenp_dist.runtime.ragged_config import unsealed
 
 FILES = (deepseek, qwen)
 
@@ -38,7 +39,7 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stock config of a checkpoint: itself, or what a ragged checkpoint was made from."""
-    plain = {key: value for key, value in config.items() if key not in ("tenp", "auto_map")}
+    plain = {key: value for key, value in unsealed(dict(config)).items() if key not in ("tenp", "auto_map")}
     if "tenp" in config:
         plain["model_type"] = config["tenp"]["source"]["model_type"]
         plain["architectures"] = config["tenp"]["source"]["architectures"]
