@@ -207,7 +207,11 @@ class Output(_Part):
         LAYOUTS[:1], description="checkpoint layouts to write; where experts are removed uniform, and only that"
     )
     shard_size: Size = Field(5 * 10**9, description="largest output shard (one tensor may exceed it)")
-    dtype: Literal["source"] = Field("source", description="dtype of pruned tensors")
+    dtype: Literal["source", "bfloat16", "fp8"] = Field(
+        "source",
+        description="how tensors are stored. source: as the source has them, FP8 again where it is in FP8; bfloat16: "
+        "plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
+    )
     compensate: bool = Field(
         False, description="solve W_down of narrow experts for what their dropped neurons contributed"
     )

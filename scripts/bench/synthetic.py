@@ -18,8 +18,8 @@ import click
 import torch
 
 from tenp_dist.artifacts import atomic_write, read_json, write_json
+from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.index import INDEX_NAME
-from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.checkpoint.writer import OutputShard, assign_shards, shard_header
 
 BUNDLED = Path(__file__).resolve().parents[2] / "jobs/quickstart/moe-4m"

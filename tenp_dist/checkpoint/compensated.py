@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
+from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN, Family
 from tenp_dist.checkpoint.index import CheckpointIndex, index_files
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.checkpoint.writer import OutputShard, shard_header
 from tenp_dist.errors import NumericalError
 from tenp_dist.run_files import LAYER_FILES, layer_name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,12 +11,31 @@ from typing import TYPE_CHECKING, Protocol
 from tenp_dist.errors import SourceError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 ITEM_SIZE: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file's header says of a tensor.
+
+    name: under which it is found.
+    dtype: of safetensors, e.g. BF16.
+    shape: its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -43,11 +62,27 @@ class TensorEntry:
     @property
     def stored_bytes(self) -> int:
         """What it takes in the files, in all tensors that it is made of."""
-        return self.nbytes if self.stored is None else self.stored.nbytes
+        return self.nbytes if self.stored is None else sum(part.nbytes for part in self.stored.parts)
 
 
-class Stored(Protocol):
-    """How a tensor is stored that a format made of others (`formats/`), and how to read it."""
+Change = Callable[["np.ndarray"], "np.ndarray"]
+"""Drops, adds or clears lines along one axis of a matrix, whatever its dtype, its other axis as long as it may be."""
+
+
+class Encoder(Protocol):
+    """How a plain matrix is written in a format (`formats/`)."""
+
+    def headers(self, name: str, shape: tuple[int, ...]) -> tuple[TensorHeader, ...]:
+        """The tensors that stand for a matrix of this name and shape, in the order in which they are written."""
+        ...
+
+    def encode(self, source: StoredTensors, plain: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Those tensors for a plain matrix, each number rounded once. Raises NumericalError for NaN and Inf."""
+        ...
+
+
+class Stored(Encoder, Protocol):
+    """How a tensor is stored that a format made of others (`formats/`), how to read it, and to write it so again."""
 
     @property
     def format(self) -> str:
@@ -55,12 +90,16 @@ class Stored(Protocol):
         ...
 
     @property
-    def nbytes(self) -> int:
-        """What it takes in the files."""
+    def parts(self) -> tuple[TensorEntry, ...]:
+        """The tensors that it is made of, as they lie in the files; `headers` has them in this order."""
         ...
 
     def decode(self, source: StoredTensors, target: torch.Tensor) -> None:
-        """Read it into a target of its shape, of any dtype and layout, piece by piece."""
+        """Read it into a target of its shape, of any dtype and layout, piece by piece. Raises SourceError."""
+        ...
+
+    def regroup(self, source: StoredTensors, change: Change, axis: int) -> tuple[torch.Tensor, ...]:
+        """Its parts once `change` has been made along `axis`: stored numbers as they are, wherever they can stay so."""
         ...
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +33,7 @@ class CheckpointIndex:
     tensors: name -> entry, in the order in which they lie in the files.
     files: file name -> size in bytes.
     fingerprint: digest of config, index, headers and file sizes.
+    stored_as: what config.json says of its stored format, which `config` leaves out.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class CheckpointIndex:
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, int]
     fingerprint: str
+    stored_as: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +84,9 @@ def open_index(folder: Path) -> CheckpointIndex:
     form = format_of(config)
     tensors = form.fold(folder, config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
-    return CheckpointIndex(folder, form.plain_config(config), ordered, files, digest.hexdigest())
+    plain = form.plain_config(config)
+    stored_as = {key: value for key, value in config.items() if key not in plain}
+    return CheckpointIndex(folder, plain, ordered, files, digest.hexdigest(), stored_as)
 
 
 def index_files(folder: Path, files: Sequence[str], skip: Collection[str] = ()) -> CheckpointIndex:

@@ -78,6 +78,8 @@ class TensorReader:
 
     def whole(self, entry: TensorEntry) -> torch.Tensor:
         """A tensor that lies in a file, in the dtype that it lies there in."""
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         return torch.frombuffer(self._bytes(entry), dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
     def pieces(self, entry: TensorEntry, rows: int) -> Iterator[torch.Tensor]:

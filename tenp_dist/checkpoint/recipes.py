@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from tenp_dist.checkpoint.entries import ITEM_SIZE
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -25,11 +26,13 @@ class Inputs:
     source: the source checkpoint.
     kept: MoE layer -> its kept neurons.
     compensated: kept columns of those W_down that take other values than the source's; None where none does.
+    last: what is asked for again at once: the other parts of the last matrix that was encoded.
     """
 
     source: TensorReader
     kept: Mapping[int, KeptNeurons]
     compensated: TensorReader | None = None
+    last: dict[Recipe, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def solved(self, name: str) -> np.ndarray | None:
         """The compensated columns [D, width] of a W_down as integers, None where it keeps the source's."""
@@ -65,88 +68,85 @@ class Copy(Recipe):
 
 
 @dataclass(frozen=True)
-class ExpertRecipe(Recipe):
-    """A recipe for one matrix of a routed expert, by the neurons that the plan keeps of it.
+class Moved(Recipe):
+    """A recipe that drops, adds or clears neurons and changes no number: one description, whatever the dtype.
 
-    axis: of the matrix, that counts neurons.
-    layer, expert: whose matrix it is; the expert by its id in the source.
+    axis: of the matrix, that it works along.
     """
 
     axis: int
+
+    @abstractmethod
+    def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """Do it to an array that is as long as the source's tensor along `axis`; it may be changed in place."""
+
+    def read(self, inputs: Inputs) -> memoryview:
+        return _flat(self.change(_integers(inputs.source, self.source), inputs))
+
+
+@dataclass(frozen=True)
+class ExpertRecipe(Moved):
+    """A recipe for one matrix of a routed expert, by the neurons that the plan keeps of it.
+
+    layer, expert: whose matrix it is; the expert by its id in the source.
+    """
+
     layer: int
     expert: int
+
+    def read(self, inputs: Inputs) -> memoryview:
+        solved = inputs.solved(self.source)
+        return super().read(inputs) if solved is None else _flat(self.with_solved(solved, inputs))
+
+    @abstractmethod
+    def with_solved(self, solved: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """The same with compensated columns [D, width] in place of the source's."""
 
 
 @dataclass(frozen=True)
 class Cut(ExpertRecipe):
-    """Only the kept neurons; compensated columns in place of the source's where there are some."""
+    """Only the kept neurons."""
 
-    def read(self, inputs: Inputs) -> memoryview:
-        solved = inputs.solved(self.source)
-        if solved is not None:
-            return _flat(solved)
-        neurons = inputs.kept[self.layer].of(self.expert)
-        return _flat(np.take(_integers(inputs.source, self.source), neurons, axis=self.axis))
+    def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
+        return np.take(array, inputs.kept[self.layer].of(self.expert), axis=self.axis)
+
+    def with_solved(self, solved: np.ndarray, inputs: Inputs) -> np.ndarray:
+        return solved
 
 
 @dataclass(frozen=True)
 class Zero(ExpertRecipe):
-    """All neurons, the others set to zero; compensated columns in place of the source's where there are some."""
+    """All neurons, the others set to zero."""
 
-    def read(self, inputs: Inputs) -> memoryview:
-        neurons, solved = inputs.kept[self.layer].of(self.expert), inputs.solved(self.source)
-        whole = _integers(inputs.source, self.source)  # changed in place: one buffer, however large the matrix
-        stays = np.zeros(whole.shape[self.axis], dtype=whole.dtype)
-        stays[neurons] = 1
-        if solved is not None:
-            whole[(slice(None),) * self.axis + (neurons,)] = solved
-        whole *= stays if self.axis == 1 else stays[:, None]  # bits as they were, or none
-        return _flat(whole)
+    def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
+        stays = np.zeros(array.shape[self.axis], dtype=array.dtype)
+        stays[inputs.kept[self.layer].of(self.expert)] = 1
+        array *= stays if self.axis == 1 else stays[:, None]  # bits as they were, or none; no second buffer
+        return array
+
+    def with_solved(self, solved: np.ndarray, inputs: Inputs) -> np.ndarray:
+        whole = np.zeros(self.shape, dtype=solved.dtype)
+        whole[(slice(None),) * self.axis + (inputs.kept[self.layer].of(self.expert),)] = solved
+        return whole
 
 
 @dataclass(frozen=True)
-class Rows(Recipe):
-    """The rows of the experts that a layer keeps, of a router's tensor with one per expert.
-
-    layer: which.
-    axis: of the tensor, that counts experts.
-    """
+class Rows(Moved):
+    """The experts that a layer keeps, of a router's tensor with an entry per expert along `axis`. layer: which."""
 
     layer: int
-    axis: int = 0
 
-    def read(self, inputs: Inputs) -> memoryview:
-        rows = (slice(None),) * self.axis + (inputs.kept[self.layer].experts,)
-        return _flat(_integers(inputs.source, self.source)[rows])
+    def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
+        return array[(slice(None),) * self.axis + (inputs.kept[self.layer].experts,)]
 
 
 @dataclass(frozen=True)
-class Fill(Recipe):
-    """The source's tensor at the front of a larger shape, zeros behind it."""
+class Fill(Moved):
+    """The source's tensor at the front of one that is longer along an axis, zeros behind it."""
 
-    def read(self, inputs: Inputs) -> memoryview:
-        source = _integers(inputs.source, self.source)
-        filled = np.zeros(self.shape, dtype=source.dtype)
-        filled[tuple(map(slice, source.shape))] = source
-        return _flat(filled)
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a file's header says of a tensor.
-
-    name: under which it is found.
-    dtype: of safetensors, e.g. BF16.
-    shape: its shape.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+    def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
+        more = [(0, self.shape[axis] - size if axis == self.axis else 0) for axis, size in enumerate(array.shape)]
+        return np.pad(array, more)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,19 @@ selection per tensor with torch instead of numpy, so that a fault in either show
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
-from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.checkpoint.source import Source
+from tenp_dist.checkpoint.verify_stored import Lines, check_encoded, check_regrouped, read_blocks
 from tenp_dist.errors import VerifyError
 
 
@@ -29,12 +32,34 @@ class Verified:
     pruned_tensors: those that the plan changes.
     untouched_tensors: those that are the source's as they are.
     nbytes: of all, as written.
+    errors: relative errors of those that were encoded anew, by name; none where their bytes could stay.
+    encoded: tensors in a stored format.
     """
 
-    tensors: int
-    pruned_tensors: int
-    untouched_tensors: int
-    nbytes: int
+    tensors: int = 0
+    pruned_tensors: int = 0
+    untouched_tensors: int = 0
+    nbytes: int = 0
+    errors: Mapping[str, float] = field(default_factory=dict)
+    encoded: int = 0
+
+    def __add__(self, other: Verified) -> Verified:
+        counts = ("tensors", "pruned_tensors", "untouched_tensors", "nbytes", "encoded")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        return Verified(**sums, errors={**self.errors, **other.errors})
+
+    def rounding(self) -> dict[str, Any] | None:
+        """What was lost by encoding, in the order of names; None where nothing is encoded."""
+        if not self.encoded:
+            return None
+        worst = max(sorted(self.errors), key=lambda name: self.errors[name], default=None)
+        return {
+            "tensors": self.encoded,
+            "exact": self.encoded - len(self.errors),
+            "largest_error": self.errors[worst] if worst else 0.0,
+            "largest_error_in": worst,
+            "median_error": median(self.errors.values()) if self.errors else 0.0,
+        }
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,26 @@ class Readers(NamedTuple):
         if self.compensated is None or name not in self.compensated.index.tensors:
             return None
         return bits(self.compensated.tensor(name))
+
+
+class Wanted(NamedTuple):
+    """What a written tensor has to be.
+
+    origin: the source's tensor that it is made from.
+    change: lines of it that go, or become zero; None where it stays as it is.
+    solved: bits of the compensated columns that are the result instead; None where the source's are.
+    """
+
+    origin: str
+    change: Lines | None = None
+    solved: torch.Tensor | None = None
+
+    def bits(self, readers: Readers) -> torch.Tensor:
+        """It as plain numbers."""
+        if self.solved is not None:
+            return self.solved
+        source = bits(readers.source.tensor(self.origin))
+        return source if self.change is None else self.change(source)
 
 
 def same_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
@@ -137,20 +182,56 @@ def verify_tensors(names: Sequence[str], readers: Readers, expected: Expected, *
         for layer, neurons in kept.items()
         for expert, _, place in slices.of_layer(layer, range(neurons.num_experts))
     }
-    pruned = nbytes = 0
+    found = Verified()
     for name in names:
-        wanted, found = bits(readers.source.tensor(name)), bits(readers.written.tensor(name))
         if name in selections:
             axis, layer, expert = selections[name]
             neurons = torch.from_numpy(kept[layer].of(expert).copy()).long()
             solved = readers.solved(name)
-            if solved is not None:
-                wanted = wanted.index_copy(axis, neurons, solved)
-            wanted = _pruned(wanted, axis, neurons, narrow)
-            pruned += 1
-        compare(name, readers, wanted, found)
-        nbytes += found.numel() * found.element_size()
-    return Verified(len(names), pruned, len(names) - pruned, nbytes)
+            if solved is not None and not narrow:
+                shape = readers.source.index.entry(name).shape
+                solved = torch.zeros(shape, dtype=solved.dtype).index_copy(axis, neurons, solved)
+            wanted = Wanted(name, partial(_pruned, axis=axis, neurons=neurons, narrow=narrow), solved)
+        else:
+            wanted = Wanted(name)
+        found += check_tensor(name, readers, wanted)
+    return found
+
+
+def check_tensor(name: str, readers: Readers, wanted: Wanted) -> Verified:
+    """Compare one tensor.
+
+    Raises:
+        VerifyError: dtype, shape, bytes, or numbers that were encoded anew are not what they have to be.
+    """
+    entry, origin = readers.written.index.entry(name), readers.source.index.entry(wanted.origin)
+    changed = wanted.change is not None
+    if entry.stored is None:
+        found = bits(readers.written.tensor(name))
+        compare(name, readers, wanted.bits(readers), found, wanted.origin)
+        return Verified(1, int(changed), int(not changed), entry.nbytes)
+    where, written = f"{readers.written.index.folder / entry.file}: {name}", read_blocks(readers.written, entry.stored)
+    if origin.stored is None or wanted.solved is not None:
+        plain = wanted.bits(readers).view(TORCH_DTYPES[origin.dtype])
+        _check_shape(where, plain.shape, entry.shape)
+        error = check_encoded(plain, written, where)
+    else:
+        blocks = read_blocks(readers.source, origin.stored).changed(wanted.change or (lambda tensor: tensor))
+        _check_shape(where, blocks.numbers.shape, entry.shape)
+        error = check_regrouped(blocks, written, where)
+    errors = {name: error} if error else {}
+    return Verified(1, int(changed), int(not changed), entry.stored_bytes, errors, 1)
+
+
+def _check_shape(where: str, wanted: Sequence[int], found: Sequence[int]) -> None:
+    if list(wanted) != list(found):
+        raise VerifyError(
+            "Written tensor has another shape than source and plan say",
+            where=where,
+            found=list(found),
+            wanted=list(wanted),
+            next_step="write again with --overwrite; if it stays, report it with this message",
+        )
 
 
 def _pruned(tensor: torch.Tensor, axis: int, neurons: torch.Tensor, narrow: bool) -> torch.Tensor:

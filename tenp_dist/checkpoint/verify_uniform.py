@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.checkpoint.verify import Expected, Readers, Verified, bits, compare
+from tenp_dist.checkpoint.verify import Expected, Readers, Verified, Wanted, check_tensor
 from tenp_dist.errors import VerifyError
 
 
@@ -115,26 +116,28 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.
     """
-    family, reading, changed, nbytes = expected.source.family, Names(expected.source.family), 0, 0
+    family, reading, found = expected.source.family, Names(expected.source.family), Verified()
     for name in names:
-        origin = expected.names[name]
-        wanted, found = bits(readers.source.tensor(origin)), bits(readers.written.tensor(name))
-        layer, expert = reading.layer(name), reading.expert(origin)
+        origin, shape = expected.names[name], readers.written.index.entry(name).shape
+        wanted, layer, expert = Wanted(origin), reading.layer(name), reading.expert(origin)
         if layer is not None and layer in expected.kept:
-            neurons = expected.kept[layer]
+            neurons, same = expected.kept[layer], shape == readers.source.index.entry(origin).shape
             if expert is not None:
-                ids, solved = torch.from_numpy(neurons.of(expert[0]).copy()).long(), readers.solved(origin)
-                wanted = wanted.index_select(NEURON_AXIS[expert[1]], ids) if solved is None else solved
+                ids = torch.from_numpy(neurons.of(expert[0]).copy()).long()
+                cut = partial(torch.index_select, dim=NEURON_AXIS[expert[1]], index=ids)
+                wanted = Wanted(origin, cut, readers.solved(origin))
             elif neurons.experts is not None and reading.of_router(name):
-                axis = list(wanted.shape).index(neurons.num_experts)
-                stay = [wanted.select(axis, expert_id) for expert_id in neurons.experts.tolist()]
-                wanted = torch.stack(stay, dim=axis)
-            elif family.shared_key and reading.inside(name, family.shared_experts):
-                wanted = _filled(wanted, found.shape)
-        changed += expert is not None or wanted.shape != readers.source.index.entry(origin).shape
-        compare(name, readers, wanted, found, origin)
-        nbytes += found.numel() * found.element_size()
-    return Verified(len(names), changed, len(names) - changed, nbytes)
+                wanted = Wanted(origin, partial(_chosen, num_experts=neurons.num_experts, kept=neurons.experts.tolist()))
+            elif family.shared_key and reading.inside(name, family.shared_experts) and not same:
+                wanted = Wanted(origin, partial(_filled, shape=shape))
+        found += check_tensor(name, readers, wanted)
+    return found
+
+
+def _chosen(tensor: torch.Tensor, num_experts: int, kept: Sequence[int]) -> torch.Tensor:
+    """The entries of kept experts, along the one axis that has an entry for each."""
+    axis = list(tensor.shape).index(num_experts)
+    return torch.stack([tensor.select(axis, expert) for expert in kept], dim=axis)
 
 
 def _filled(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.entries import TensorEntry
+from tenp_dist.checkpoint.expert_layers import layers_of
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.output_form import OutputForm, routed_matrices
 from tenp_dist.checkpoint.recipes import Copy, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
@@ -28,12 +30,14 @@ class Pruned:
     kept: MoE layer -> its kept neurons.
     retention: share of the routed neurons that the job asked for, a decimal string.
     compensated: where W_down of compensated experts is, None where none is.
+    form: how tensors are stored.
     """
 
     source: Source
     kept: Mapping[int, KeptNeurons]
     retention: str
     compensated: CheckpointIndex | None = None
+    form: OutputForm = field(default_factory=OutputForm)
 
 
 class Layout(ABC):
@@ -95,7 +99,7 @@ class Layout(ABC):
         return True
 
     @abstractmethod
-    def nbytes(self, source: Source, job: Job) -> int:
+    def nbytes(self, sizes: OutputSizes, job: Job) -> int:
         """Bytes that its tensors will take on the disk, about, before there is a plan."""
 
 
@@ -124,6 +128,32 @@ def with_length(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ..
     return (*shape[:axis], length, *shape[axis + 1 :])
 
 
-def dropped_bytes(source: Source, job: Job) -> int:
-    """Bytes of routed experts that a plan of the job takes out, at least."""
-    return int(source.facts.bytes.routed * (1 - job.budget.retention_exact))
+@dataclass(frozen=True)
+class OutputSizes:
+    """Sizes of a source's tensors in the form that results are written in, before anything is pruned.
+
+    source: the checkpoint.
+    total: bytes of all its tensors.
+    routed: bytes of routed experts.
+    mtp: bytes of multi-token prediction layers.
+    """
+
+    source: Source
+    total: int
+    routed: int
+    mtp: int
+
+    def dropped(self, job: Job) -> int:
+        """Bytes of routed experts that a plan of the job takes out, at least."""
+        return int(self.routed * (1 - job.budget.retention_exact))
+
+
+def output_sizes(source: Source, form: OutputForm) -> OutputSizes:
+    """What the source would take in this form."""
+    tensors, layers = source.index.tensors, layers_of(source.index, source.family)
+
+    def of(names: Iterable[str]) -> int:
+        return sum(form.nbytes(tensors[name]) for name in names)
+
+    mtp = [name for layer in source.facts.mtp_layers for name in layers[layer]]
+    return OutputSizes(source, of(tensors), of(routed_matrices(source)), of(mtp))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.recipes import OutputTensor, Zero
-from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Job
-from tenp_dist.layouts.base import Layout, Pruned, under_same_names
+from tenp_dist.layouts.base import Layout, OutputSizes, Pruned, under_same_names
 
 
 class Padded(Layout):
@@ -20,8 +19,8 @@ class Padded(Layout):
     def tensors(self, pruned: Pruned) -> list[OutputTensor]:
         return under_same_names(pruned, _zero)
 
-    def nbytes(self, source: Source, job: Job) -> int:
-        return source.facts.bytes.total
+    def nbytes(self, sizes: OutputSizes, job: Job) -> int:
+        return sizes.total
 
 
 def _zero(entry: TensorEntry, axis: int, layer: int, expert: int) -> Zero:

@@ -16,7 +16,7 @@ from tenp_dist.checkpoint.recipes import Cut, OutputTensor
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError
-from tenp_dist.layouts.base import Layout, Pruned, dropped_bytes, under_same_names, with_length
+from tenp_dist.layouts.base import Layout, OutputSizes, Pruned, under_same_names, with_length
 from tenp_dist.runtime.auto_classes import modeling_source
 from tenp_dist.runtime.ragged_config import modeling_module, ragged_config
 
@@ -57,8 +57,8 @@ class Ragged(Layout):
         """The source's modeling code stays behind: it would load these tensors wrongly."""
         return not (side_file.suffix == ".py" and side_file.name.startswith(("modeling", "configuration")))
 
-    def nbytes(self, source: Source, job: Job) -> int:
-        return source.facts.bytes.total - dropped_bytes(source, job)
+    def nbytes(self, sizes: OutputSizes, job: Job) -> int:
+        return sizes.total - sizes.dropped(job)
 
 
 def check_buckets(budget: Budget, layers: Sequence[MoeLayer], bucket: Callable[[int], int], limit: int) -> None:

@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, 
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError, SourceError
-from tenp_dist.layouts.base import Layout, Pruned, dropped_bytes, with_length
+from tenp_dist.layouts.base import Layout, OutputSizes, Pruned, with_length
 
 ENGINE_ALIGN = 8  # 16 bytes: torch's grouped matrix multiplication refuses other strides
 
@@ -89,12 +89,11 @@ class Uniform(Layout):
             numbers[family.shared_key] = size.shared
         return family.with_numbers(config, numbers)
 
-    def nbytes(self, source: Source, job: Job) -> int:
+    def nbytes(self, sizes: OutputSizes, job: Job) -> int:
         """Without prediction layers. A shared expert is filled up by less than the width of a routed one."""
-        facts, dropped = source.facts, dropped_bytes(source, job)
-        filled = (facts.bytes.routed - dropped) // facts.num_experts if source.family.shared_key else 0
-        absent = sum(facts.bytes.per_layer[layer] for layer in facts.mtp_layers)
-        return facts.bytes.total - dropped - absent + filled
+        source, dropped = sizes.source, sizes.dropped(job)
+        filled = (sizes.routed - dropped) // source.facts.num_experts if source.family.shared_key else 0
+        return sizes.total - dropped - sizes.mtp + filled
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _router(source: Source, names: Sequence[str], layer: int, neurons: KeptNeuro
                 next_step="check that config.json belongs to these weights",
             )
         axis = experts_axis(entry.shape, neurons.num_experts)
-        yield Rows(name, entry.dtype, with_length(entry.shape, axis, len(neurons.experts)), layer, axis)
+        yield Rows(name, entry.dtype, with_length(entry.shape, axis, len(neurons.experts)), axis, layer)
 
 
 def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:
@@ -197,7 +196,8 @@ def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:
     for matrix, axis in NEURON_AXIS.items():
         entry = source.index.entry(f"{prefix}.{source.family.matrices[matrix]}.weight")
         shape = with_length(entry.shape, axis, width)
-        yield (Copy if shape == entry.shape else Fill)(entry.name, entry.dtype, shape)
+        same = shape == entry.shape
+        yield Copy(entry.name, entry.dtype, shape) if same else Fill(entry.name, entry.dtype, shape, axis)
 
 
 LAYOUT = Uniform()

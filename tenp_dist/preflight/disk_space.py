@@ -7,10 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 
 from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import COMPENSATE, Budget, Evaluation, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
+from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
 
@@ -73,7 +75,8 @@ def _share(budgets: Sequence[Budget]) -> Fraction:
 def bytes_left(job: Job, source: Source) -> int:
     """Scores with the hidden states on their way, and every layout."""
     facts, text = source.facts, job.calibration
-    checkpoints = sum(layout.nbytes(source, job) for layout in layouts_of(job))
+    sizes = output_sizes(source, output_form(source, job.output.dtype))
+    checkpoints = sum(layout.nbytes(sizes, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)

@@ -17,6 +17,7 @@ from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.sizes import MoeLayer, moe_layers
 from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
 from tenp_dist.evaluation.selection import chosen_budget
@@ -55,6 +56,11 @@ class Run:
     def layouts(self) -> tuple[Layout, ...]:
         """The layouts that are written."""
         return layouts_of(self.job)
+
+    @cached_property
+    def form(self) -> OutputForm:
+        """How the tensors of checkpoints are stored."""
+        return output_form(self.source, self.job.output.dtype)
 
     @property
     def budget(self) -> Budget:

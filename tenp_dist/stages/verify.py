@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -14,6 +14,7 @@ from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
+from tenp_dist.checkpoint.verify_form import check_stored_as
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.errors import TenpError, VerifyError
@@ -35,26 +36,30 @@ class Claim:
     source: the checkpoint that was pruned.
     plan: `plan.safetensors`.
     compensated: where W_down of compensated experts is, None where none is.
+    dtype: how the job says that tensors are stored.
     """
 
     folder: Path
     source: Source
     plan: Path
     compensated: CheckpointIndex | None = None
+    dtype: str = "bfloat16"
 
 
 def verify(run: Run, context: StageContext) -> Output:
     layouts = {}
     for layout in run.layouts:
-        claim = Claim(run.files.checkpoint(layout.name), run.source, run.files.plan_tensors, run.compensated)
+        folder, dtype = run.files.checkpoint(layout.name), run.job.output.dtype
+        claim = Claim(folder, run.source, run.files.plan_tensors, run.compensated, dtype)
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
+        rounding = verified.rounding()
         layouts[layout.name] = {
             "ok": True,
             "tensors": verified.tensors,
             "bytes": verified.nbytes,
             "pruned_tensors": verified.pruned_tensors,
             "untouched_tensors": verified.untouched_tensors,
-        }
+        } | ({"rounding": rounding} if rounding else {})
     found: dict[str, Any] = {"layouts": layouts}
     if run.job.output.compensate:
         found["compensation"] = _recheck(run, context)
@@ -73,19 +78,20 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
     written, kept = open_index(claim.folder), read_kept(claim.plan)
     expected = Expected(claim.source, kept, check.names(claim.source, kept))
     check_names(expected.names, written)
+    check_stored_as(claim.source, written, expected.names, claim.dtype)
     check.config(claim.source, written, kept)
     if check.stock:
         _check_stock(written)
     by_file: dict[str, list[str]] = {}
     for name, entry in written.tensors.items():
         by_file.setdefault(entry.file, []).append(name)
+    stored_bytes = sum(entry.stored_bytes for entry in written.tensors.values())
     shared = pool.share((check, expected, written, claim.compensated))
-    started, parts = monotonic(), []
+    started, found = monotonic(), Verified()
     for part in pool.map(_verify_one, [(shared, in_file) for in_file in by_file.values()]):
-        parts.append(part)
-        done = sum(part.nbytes for part in parts)
-        progress(Progress(done, written.nbytes, 0, monotonic() - started, "bytes"))
-    return Verified(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
+        found += part
+        progress(Progress(found.nbytes, stored_bytes, 0, monotonic() - started, "bytes"))
+    return found
 
 
 def _check_stock(written: CheckpointIndex) -> None:

@@ -17,8 +17,10 @@ from tenp_dist.artifacts import atomic_write, digest_of, drop_leftovers, free_by
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
+from tenp_dist.checkpoint.output_form import routed_matrices
 from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.recipes import Inputs, OutputTensor
+from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.writer import (
     OutputShard,
     assign_shards,
@@ -75,24 +77,27 @@ class Written:
     nbytes: of its tensors.
     shards: weight files.
     reused: how many of them were there already.
+    effective_bits: of a kept weight of a routed expert, times the share that is kept.
     """
 
     files: Sequence[Path]
     nbytes: int
     shards: int
     reused: int
+    effective_bits: float
 
 
 def write_fields(run: Run) -> dict[str, Any]:
-    layouts = [layout.name for layout in run.layouts]
-    return run.job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts}
+    layouts, form = [layout.name for layout in run.layouts], run.form.name
+    fields = run.job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts}
+    return fields | ({"form": form} if form else {})
 
 
 def write(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
     kept, retention = read_kept(files.plan_tensors), str(run.job.budget.retention)
-    pruned = Pruned(run.source, kept, retention, run.compensated)
+    pruned = Pruned(run.source, kept, retention, run.compensated, run.form)
     made: list[Path] = []
     summary: dict[str, dict[str, Any]] = {}
     for layout in run.layouts:
@@ -103,6 +108,7 @@ def write(run: Run, context: StageContext) -> Output:
             "folder": files.relative(attempt.folder),
             "bytes": written.nbytes,
             "bytes_before": run.source.facts.bytes.stored,
+            "effective_bits": written.effective_bits,
             "shards": written.shards,
             "reused_shards": written.reused,
         }
@@ -132,8 +138,9 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
         BudgetError, SourceError: as `Layout.tensors`.
     """
     folder, source = attempt.folder, pruned.source
-    shards = assign_shards(layout.tensors(pruned), attempt.shard_size)
-    config, extra = layout.config(pruned), layout.extra_files(source)
+    tensors = pruned.form.tensors(source, layout.tensors(pruned))
+    shards = assign_shards(tensors, attempt.shard_size)
+    config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
     ours = attempt.goes_on
     if not ours and not attempt.overwrite:
         _check_empty(folder)
@@ -150,7 +157,15 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     finish_checkpoint(folder, shards, config, carried)
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *(path.name for path in carried)]
     nbytes = sum(shard.nbytes for shard in shards)
-    return Written([folder / name for name in names], nbytes, len(shards), len(shards) - len(due))
+    files, bits = [folder / name for name in names], _effective_bits(source, tensors)
+    return Written(files, nbytes, len(shards), len(shards) - len(due), bits)
+
+
+def _effective_bits(source: Source, tensors: Sequence[OutputTensor]) -> float:
+    """Bits that the checkpoint spends on a parameter of the source's routed experts, those that went included."""
+    routed = set(routed_matrices(source))
+    nbytes = sum(tensor.nbytes for tensor in tensors if tensor.recipe.source in routed)
+    return 8 * nbytes / source.facts.parameters.routed
 
 
 Shared = tuple[CheckpointIndex, Mapping[int, KeptNeurons], CheckpointIndex | None]

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from helpers.checkpoints import SHARD_SIZE, all_tensors, corrupt, random_kept, verify, write
+from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.checkpoint.verify import Expected, Readers, check_names, same_names, verify_tensors
 from tenp_dist.checkpoint.writer import assign_shards, shard_bytes

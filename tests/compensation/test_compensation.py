@@ -19,13 +19,13 @@ from tenp_dist.checkpoint.compensated import (
     read_table,
     write_layer,
 )
+from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.compensation.compensate_pass import CompensateTask, outcome
 from tenp_dist.compensation.moments import _factorise
 from tenp_dist.errors import NumericalError

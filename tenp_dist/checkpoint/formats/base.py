@@ -1,15 +1,12 @@
-"""What a format of stored tensors does.
-
-To encode, so that results can be written in a format too, is not part of it yet.
-"""
+"""What a format of stored tensors does: it is recognised, read as plain tensors, and written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tenp_dist.checkpoint.entries import TensorEntry
+from tenp_dist.checkpoint.entries import Encoder, TensorEntry
 
 
 class StoredFormat(Protocol):
@@ -39,4 +36,16 @@ class StoredFormat(Protocol):
 
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config of the plain checkpoint that one with this config stands for."""
+        ...
+
+
+class WrittenFormat(StoredFormat, Protocol):
+    """A format that plain tensors can be written in. Those in a format are written so again by their `stored`."""
+
+    def encoder(self, name: str) -> Encoder:
+        """How a plain matrix of this name is written."""
+        ...
+
+    def config_entry(self, plain_modules: Sequence[str]) -> dict[str, Any]:
+        """What config.json says of such a checkpoint. plain_modules: those whose weights stay plain numbers."""
         ...

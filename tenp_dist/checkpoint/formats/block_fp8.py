@@ -3,22 +3,27 @@
 DeepSeek-V3 stores a matrix as float8 `X.weight` with `X.weight_scale_inv`, one factor per block of
 `quantization_config.weight_block_size`. One bfloat16 entry stands for both; reading it multiplies.
 Float8 times factor in float32, rounded to bfloat16, is what DeepSeek's own conversion does
-(https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/fp8_cast_bf16.py).
+(https://github.com/deepseek-ai/DeepSeek-V3/blob/main/inference/fp8_cast_bf16.py). `float8.py` has the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tenp_dist.checkpoint.entries import ITEM_SIZE, StoredTensors, TensorEntry
+from tenp_dist.checkpoint.entries import ITEM_SIZE, Change, StoredTensors, TensorEntry, TensorHeader
 from tenp_dist.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
+
+    from tenp_dist.checkpoint.float8 import Kind
+
+
+_KEY = "quantization_config"
 
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -28,6 +33,29 @@ _FACTORS = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 _SUFFIX = "_scale_inv"
+
+
+_PUBLISHED = (128, 128)  # rows and columns of a block, as DeepSeek has them
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A plain matrix, to be written in blocks.
+
+    name: of the matrix.
+    block: rows and columns of a block.
+    """
+
+    name: str
+    block: tuple[int, int] = _PUBLISHED
+
+    def headers(self, name: str, shape: tuple[int, ...]) -> tuple[TensorHeader, ...]:
+        return _headers(name, shape, self.block, ("F8_E4M3", "F32"))
+
+    def encode(self, source: StoredTensors, plain: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from tenp_dist.checkpoint import float8
+
+        return float8.encode(plain, self.block, float8.Kind(self.name))
 
 
 @dataclass(frozen=True)
@@ -45,15 +73,63 @@ class BlockScaled:
     format: ClassVar[str] = "FP8"
 
     @property
-    def nbytes(self) -> int:
-        return self.matrix.nbytes + self.factors.nbytes
+    def parts(self) -> tuple[TensorEntry, ...]:
+        return self.matrix, self.factors
+
+    def headers(self, name: str, shape: tuple[int, ...]) -> tuple[TensorHeader, ...]:
+        return _headers(name, shape, self.block, (self.matrix.dtype, self.factors.dtype))
 
     def decode(self, source: StoredTensors, target: torch.Tensor) -> None:
         """Read it into a target [R, C] of any dtype and layout, a row of blocks at a time."""
+        from tenp_dist.checkpoint import float8
+
         rows, columns = self.block
-        pieces = zip(source.whole(self.factors), target.split(rows), source.pieces(self.matrix, rows), strict=False)
-        for factors_B, part_RC, stored_RC in pieces:
-            part_RC.copy_(unscale(stored_RC, factors_B.float(), columns))
+        factors = self.checked_factors(source)
+        for factors_B, part_RC, stored_RC in zip(
+            factors.float(), target.split(rows), source.pieces(self.matrix, rows), strict=False
+        ):
+            part_RC.copy_(float8.unscale(stored_RC, factors_B, columns))
+
+    def encode(self, source: StoredTensors, plain: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from tenp_dist.checkpoint import float8
+
+        return float8.encode(plain, self.block, self._kind(self.checked_factors(source)))
+
+    def regroup(self, source: StoredTensors, change: Change, axis: int) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        from tenp_dist.checkpoint import float8
+
+        numbers, factors = source.whole(self.matrix), self.checked_factors(source)
+        lines, columns = self.block if axis == 0 else self.block[::-1]
+        had = factors.float().repeat_interleave(lines, axis).narrow(axis, 0, numbers.shape[axis])
+        kept = torch.from_numpy(change(numbers.view(torch.uint8).numpy())).view(numbers.dtype)
+        kept_had = torch.from_numpy(change(had.numpy()))
+        if axis == 0:
+            return float8.group(kept, kept_had, (lines, columns), self._kind(factors))
+        made, grouped = float8.group(kept.T, kept_had.T, (lines, columns), self._kind(factors))
+        return made.T, grouped.T
+
+    def checked_factors(self, source: StoredTensors) -> torch.Tensor:
+        """The factors. Raises SourceError where one is no number above zero."""
+        factors = source.whole(self.factors)
+        values = factors.float()
+        wrong = (~((values > 0) & (values < float("inf")))).nonzero()
+        if len(wrong):
+            raise SourceError(
+                "A factor of an FP8 tensor is no number above zero",
+                where=f"{self.factors.file}: {self.factors.name}",
+                found=f"{float(values[tuple(wrong[0])])} at {wrong[0].tolist()}, {len(wrong)} of {values.numel()}",
+                wanted="finite numbers above zero",
+                next_step="download the shard again",
+            )
+        return factors
+
+    def _kind(self, factors: torch.Tensor) -> Kind:
+        from tenp_dist.checkpoint import float8
+
+        dtype = float8.FLOAT8[self.matrix.dtype]
+        return float8.Kind(self.matrix.name, dtype, factors.dtype, float8.are_powers(factors))
 
 
 class BlockFp8:
@@ -79,35 +155,38 @@ class BlockFp8:
         return folded
 
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+        return {key: value for key, value in config.items() if key != _KEY}
+
+    def encoder(self, name: str) -> Blocks:
+        return Blocks(name)
+
+    def config_entry(self, plain_modules: Sequence[str]) -> dict[str, Any]:
+        return {
+            _KEY: {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": list(_PUBLISHED),
+                "modules_to_not_convert": list(plain_modules),
+            }
+        }
 
 
-def unscale(stored_RC: torch.Tensor, factors_B: torch.Tensor, columns: int) -> torch.Tensor:
-    """Rows of one row of blocks, in bfloat16. stored_RC: float8; factors_B: float32, one per `columns` columns."""
-    factors_C = factors_B.repeat_interleave(columns)[: stored_RC.shape[1]]
-    half_RC = _e4m3_as_half(stored_RC)
-    if half_RC is None:
-        return stored_RC.float().mul_(factors_C).bfloat16()
-    return half_RC.float().mul_(factors_C * 256).bfloat16()
+def _headers(
+    name: str, shape: tuple[int, ...], block: tuple[int, int], dtypes: tuple[str, str]
+) -> tuple[TensorHeader, ...]:
+    """Those of a matrix and its factors. dtypes: of the two."""
+    return TensorHeader(name, dtypes[0], shape), TensorHeader(name + _SUFFIX, dtypes[1], _grid(shape, block))
 
 
-def _e4m3_as_half(stored_RC: torch.Tensor) -> torch.Tensor | None:
-    """float8_e4m3fn / 256 in float16, exactly: its bits at their places there. None for other dtypes and for NaN.
-
-    The exponent's bias is 15 instead of 7. Six times as fast as torch's own conversion on the CPU.
-    """
-    import torch
-
-    bits_RC = stored_RC.view(torch.int8)
-    if stored_RC.dtype != torch.float8_e4m3fn or int(bits_RC.bitwise_and(0x7F).max()) == 0x7F:
-        return None
-    shifted_RC = bits_RC.to(torch.int16).bitwise_left_shift_(7)  # widening has filled bits 14 and 15 with the sign
-    return shifted_RC.bitwise_and_(~0x4000).view(torch.float16)
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """Blocks along each axis."""
+    return tuple(math.ceil(size / of) for size, of in zip(shape, block, strict=False))
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of a block, None where the config says nothing of FP8 in blocks."""
-    stated = config.get("quantization_config")
+    stated = config.get(_KEY)
     if not isinstance(stated, dict) or stated.get("quant_method") != "fp8":
         return None
     block = stated.get("weight_block_size")
@@ -117,7 +196,7 @@ def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _check_factors(folder: Path, entry: TensorEntry, factors: TensorEntry, block: tuple[int, int]) -> None:
-    wanted = [math.ceil(size / of) for size, of in zip(entry.shape, block, strict=False)]
+    wanted = list(_grid(entry.shape, block))
     if len(entry.shape) != 2 or list(factors.shape) != wanted or factors.dtype not in _FACTORS:
         raise SourceError(
             "The factors of an FP8 tensor do not fit it",

@@ -1,0 +1,54 @@
+"""Check that a written checkpoint is stored in the form that the job asks for, every tensor, and its config says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.checkpoint.verify_uniform import Names
+from tenp_dist.errors import VerifyError
+
+
+def check_stored_as(source: Source, written: CheckpointIndex, names: Mapping[str, str], dtype: str) -> None:
+    """Every tensor is stored as the job says, and config.json says how that is.
+
+    Args:
+        names: written name -> source name.
+        dtype: `source`, `bfloat16`, or the name of a format that experts of a plain source are encoded in.
+
+    Raises:
+        VerifyError: names the first tensor that is not.
+    """
+    stored = {name for name, entry in source.index.tensors.items() if entry.stored}
+    encode = dtype not in ("source", "bfloat16") and not stored
+    experts = Names(source.family)
+    for name, origin in names.items():
+        wanted = (experts.expert(origin) is not None) if encode else origin in stored and dtype != "bfloat16"
+        if wanted != (written.entry(name).stored is not None):
+            raise _unequal(f"{written.folder}: {name}", written.entry(name).dtype, f"output.dtype {dtype}")
+    stated = dict(written.stored_as)
+    if not encode and stated != (dict(source.index.stored_as) if dtype != "bfloat16" else {}):
+        raise _unequal(f"{written.folder / 'config.json'}", stated, "the source's quantization_config, or none")
+    if encode:
+        _check_plain_modules(written)
+
+
+def _check_plain_modules(written: CheckpointIndex) -> None:
+    """config.json names those matrices that stayed plain, and no other."""
+    told = set(written.stored_as["quantization_config"]["modules_to_not_convert"])
+    for name, entry in written.tensors.items():
+        matrix, plain = name.endswith(".weight") and len(entry.shape) == 2, entry.stored is None
+        if matrix and (name.removesuffix(".weight") in told) != plain:
+            where = f"{written.folder / 'config.json'}: modules_to_not_convert"
+            raise _unequal(where, name, "the matrices that are plain")
+
+
+def _unequal(where: str, found: object, wanted: object) -> VerifyError:
+    return VerifyError(
+        "A tensor is stored in another form than the job says",
+        where=where,
+        found=found,
+        wanted=wanted,
+        next_step="write again with --overwrite; if it stays, report it with this message",
+    )
