@@ -136,3 +136,9 @@ class VerifyError(TenpError):
 
 class Interrupted(TenpError):
     exit_code = 130
+
+
+def one_line(error: BaseException, most: int = 500) -> str:
+    """Another library's whole message on one line, its type where it has none; cut after `most` characters."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= most else f"{words[:most]} ..."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from tenp_dist.checkpoint.content_sample import content_sample
 from tenp_dist.checkpoint.facts import Facts, checkpoint_facts
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.families.table import family_of
@@ -30,7 +32,13 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
+        """Digest of config, index, headers and file sizes."""
         return self.index.fingerprint
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of pieces of the weights themselves."""
+        return content_sample(self.folder / file for file in self.index.files)
 
 
 def open_source(folder: Path) -> Source:

@@ -62,18 +62,24 @@ def _slurm(
     nodes: int, gpus: int, **options: Any,
 ) -> None:  # fmt: skip
     from tenp_dist.job_file import load_job
-    from tenp_dist.launch.slurm import SlurmScript, cluster_options, here, submit_script, write_script
+    from tenp_dist.launch.slurm import SlurmScript, cluster_options, here, split_over, submit_script, write_script
 
     loaded = load_job(job, overrides, run_dir)
     words = [word for override in overrides for word in ("--set", override)]
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    settings = [*cluster_options(given, nodes, gpus), *words]
+    split = split_over(given, nodes, gpus, _source_seen_here(loaded.model))
+    settings = [*cluster_options(given, split), *words]
     script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=settings, **values)
     path = out or Path(f"{job.stem}.sbatch")
     write_script(path, script, overwrite=overwrite)
     click.echo(f"Script:  {path}")
+    if idle := nodes * gpus - split.shards * split.ranks if gpus else 0:
+        click.echo(
+            f"Note:    {idle} of {nodes * gpus} accelerators stay idle, beside {split.shards} shards of {split.ranks} "
+            "ranks: set cluster.shards or cluster.tensor_parallel, or ask for fewer"
+        )
     if not submit:
         click.echo(f"Submit:  sbatch {path}")
         return
@@ -83,6 +89,18 @@ def _slurm(
     click.echo(f"Status:  tenp-dist status {loaded.run_dir}")
     click.echo(f"Stop:    scancel {number}")
     click.echo(f"Resume:  sbatch {path}")
+
+
+def _source_seen_here(model: Path) -> Any:
+    """The model, None where this machine does not see it: a login node may not."""
+    from tenp_dist.checkpoint.source import open_source
+    from tenp_dist.errors import SourceError
+
+    try:
+        return open_source(model)
+    except SourceError as error:
+        click.echo(f"Note:    how many ranks the model can be cut into is not known here ({error.what}: {model})")
+        return None
 
 
 @_command("submit", "Hand a job to a Ray cluster's job server and follow it; exits with the job's code.")
@@ -102,13 +120,13 @@ def _submit(
 ) -> None:
     from tenp_dist.cli.view import quieten
     from tenp_dist.job_file import load_job
-    from tenp_dist.launch.submit import default_address, follow, submit
+    from tenp_dist.launch.submit import follow, submit
 
     quieten()
     logging.disable(logging.INFO)  # Ray tells every package that it uploads, from loggers with levels of their own
     loaded = load_job(job, overrides, run_dir)
     options = ["--overwrite"] if overwrite else []
-    submission = submit(loaded, address or default_address(), options, partial(click.echo, err=True))
+    submission = submit(loaded, address, options, partial(click.echo, err=True))
     click.echo(f"Job:     {submission.number}", err=True)
     for what, command in submission.commands.items():
         click.echo(f"{what + ':':<8} {command}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -11,12 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tenp_dist.artifacts import atomic_write
-from tenp_dist.errors import ClusterError, OutputError, first_line
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.errors import ClusterError, OutputError, UnsupportedModelError, first_line
+from tenp_dist.passes.ranks import check_parallel
 
 _TEMPLATE = Path(__file__).with_name("prune.sbatch.in")
+_SHORT = {"-J": "--job-name", "-N": "--nodes", "-A": "--account", "-p": "--partition", "-t": "--time", "-o": "--output"}
 _NOTICE_SECONDS = 180  # before the time limit: to commit what is done and to requeue
 
 
@@ -59,7 +63,7 @@ class SlurmScript:
     def render(self) -> str:
         """The script's text."""
         text = {name: shlex.quote(getattr(self, name)) for name in ("job", "venv", "container", "srun_options")}
-        text |= {"options": shlex.quote(shlex.join(self.options)), "scratch": f'"{self.scratch}"'}
+        text |= {"options": shlex.join(self.options), "scratch": f'"{self.scratch}"'}
         text |= {"models": self.models, "runs": self.runs, "text": self.text}
         text |= {"cpus": str(self.cpus or ""), "gpus": str(self.gpus)}
         text["directives"] = "\n".join(f"#SBATCH {line}" for line in self._directives())
@@ -70,22 +74,42 @@ class SlurmScript:
         lines += [f"--gpus-per-node={self.gpus}"] * bool(self.gpus)
         lines += [f"--{name}={value}" for name in ("account", "partition") if (value := getattr(self, name))]
         lines += [f"--time={self.time}", f"--signal=B:USR1@{_NOTICE_SECONDS}", "--requeue", "--open-mode=append"]
-        return [*lines, "--output=%x-%j.log", *self.directives]
+        own = [line for line in (*lines, "--output=%x-%j.log") if _option(line) not in map(_option, self.directives)]
+        return [*own, *self.directives]
 
 
-def cluster_options(cluster: Mapping[str, Any], nodes: int, gpus: int) -> list[str]:
-    """`--set` options that fit a job to the nodes: one shard a node, one rank an accelerator, where it does not say.
+def _option(directive: str) -> str:
+    """The option that a directive gives, by its long name."""
+    word = re.split(r"[=\s]", directive.strip(), maxsplit=1)[0]
+    return word if word.startswith("--") else _SHORT.get(word[:2], word)
+
+
+class Split(NamedTuple):
+    """How a job is spread over nodes. ranks: of each shard."""
+
+    shards: int
+    ranks: int
+
+
+def split_over(cluster: Mapping[str, Any], nodes: int, gpus: int, source: Source | None) -> Split:
+    """All accelerators at work, one rank each, in shards of the most ranks that fill a node and suit the model.
 
     Args:
-        cluster: the `cluster` part of the job file, as written there.
+        cluster: the `cluster` part of the job file, as written there; what it says stays.
+        gpus: accelerators of each node.
+        source: the model; None where it cannot be read here, and then a shard takes a node.
 
     Raises:
         ClusterError: the job asks for more shards or ranks than there is room for.
+        UnsupportedModelError: the job asks for more ranks than the model can be cut into.
     """
-    ranks = int(cluster.get("tensor_parallel", max(1, gpus)))
-    shards = int(cluster.get("shards", nodes))
-    room = nodes * (gpus // ranks) if gpus else nodes * shards
-    if shards > room:
+    ranks = cluster.get("tensor_parallel") or _most_ranks(gpus, source)
+    if source is not None:
+        check_parallel(source.family, source.index.config, ranks)
+    room = nodes * (gpus // ranks) if gpus else nodes
+    most = room if source is None else min(room, source.facts.num_layers)
+    shards = cluster.get("shards") or max(1, most)
+    if gpus and shards > room:
         raise ClusterError(
             "The job does not fit on so many nodes",
             where="cluster",
@@ -93,7 +117,24 @@ def cluster_options(cluster: Mapping[str, Any], nodes: int, gpus: int) -> list[s
             wanted=f"room for {shards} shards of {ranks} ranks, each shard on one node",
             next_step="ask for more nodes, or lower cluster.shards or cluster.tensor_parallel",
         )
-    values = {"shards": shards, "tensor_parallel": ranks}
+    return Split(shards, ranks)
+
+
+def _most_ranks(gpus: int, source: Source | None) -> int:
+    """The largest number that divides a node's accelerators and that the model can be cut into."""
+    divisors = [ranks for ranks in range(max(1, gpus), 1, -1) if gpus % ranks == 0]
+    if source is None:
+        return max(1, gpus)
+    for ranks in divisors:
+        with contextlib.suppress(UnsupportedModelError):
+            check_parallel(source.family, source.index.config, ranks)
+            return ranks
+    return 1
+
+
+def cluster_options(cluster: Mapping[str, Any], split: Split) -> list[str]:
+    """`--set` options that say what the job's `cluster` part, as written in its file, does not say of the split."""
+    values = {"shards": split.shards, "tensor_parallel": split.ranks}
     return [word for key, value in values.items() if key not in cluster for word in ("--set", f"cluster.{key}={value}")]
 
 

@@ -22,7 +22,8 @@ import yaml
 
 import tenp_dist
 from tenp_dist.config import Job
-from tenp_dist.errors import ClusterError, Interrupted, first_line
+from tenp_dist.errors import ClusterError, Interrupted, first_line, one_line
+from tenp_dist.pool.ray_environment import address_given, job_server_address, overruling, set_ray_environment
 
 _MAX_TEXT_BYTES = 100 * 10**6  # of text files in an upload; beyond it they stay paths
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -41,21 +42,22 @@ class Submission:
     @property
     def commands(self) -> dict[str, str]:
         words = {"Follow": "logs --follow", "Status": "status", "Stop": "stop"}
-        return {what: f"ray job {verb} {self.number} --address {self.address}" for what, verb in words.items()}
+        without = "".join(f" -u {name}" for name in overruling())  # Ray's commands let these win over --address
+        ray = f"env{without} ray" if without else "ray"
+        return {what: f"{ray} job {verb} {self.number} --address {self.address}" for what, verb in words.items()}
 
 
-def default_address() -> str:
-    return os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-
-
-def submit(job: Job, address: str, options: Sequence[str], tell: Callable[[str], None]) -> Submission:
+def submit(job: Job, address: str | None, options: Sequence[str], tell: Callable[[str], None]) -> Submission:
     """Upload and start a job, tried again where no node is ready to start it. options: more words for `tenp-dist run`.
 
+    address: of the job server, None for what the environment names; `HOST:PORT` is taken as http.
     tell: is told what is waited for.
 
     Raises:
         ClusterError: no job server there, it refuses the job, or no node is ready in two minutes.
     """
+    address = address or job_server_address()
+    address = address if "://" in address else f"http://{address}"
     client = _client(address)
     with tempfile.TemporaryDirectory(prefix="tenp-submit-") as name:
         pack(job, Path(name))
@@ -161,15 +163,19 @@ def _exit_code(details: Any) -> int:
 
 
 def _client(address: str) -> Any:
+    set_ray_environment()
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with address_given():
+            return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
             "No Ray job server answers",
             where=address,
-            found=first_line(error),
+            found=one_line(error),
             wanted="http://HEAD:8265, the dashboard's address",
-            next_step="check the address and `ray job list --address ...`; a token goes into RAY_AUTH_TOKEN",
+            next_step="check the address and `ray job list --address ...`, proxies (NO_PROXY), and the cluster's token "
+            "(RAY_AUTH_TOKEN or ~/.ray/auth_token)",
         ) from error

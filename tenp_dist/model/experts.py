@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 IMPLEMENTATION = "tenp"
+_ROW_BYTES = 16  # what torch asks of the rows of a grouped matrix multiplication
 _ROWS = 64
 
 
@@ -173,6 +175,10 @@ def grouped(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.T
     """Row s times the weight of its expert: [S, I] x [E, I, O] -> [S, O]."""
     from transformers.integrations.moe import _grouped_mm
 
+    more_inner, more_outer = (-size % (_ROW_BYTES // weight_EIO.element_size()) for size in weight_EIO.shape[1:])
+    if more_inner or more_outer:  # zeros, which add nothing
+        padded_EIO = F.pad(weight_EIO, (0, more_outer, 0, more_inner))
+        return grouped(F.pad(input_SI, (0, more_inner)), padded_EIO, offsets_E)[:, : weight_EIO.shape[2]]
     if input_SI.device.type != "cpu" or input_SI.dtype != torch.bfloat16:
         return _grouped_mm(input_SI, weight_EIO, offsets_E)
     row_S, ends_E = _padded_runs(offsets_E, input_SI.shape[0])

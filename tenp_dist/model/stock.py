@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_EXTRAS = ("output_router_logits", "output_attentions", "output_hidden_states")
+"""What a config can ask a forward to return besides; layers that are replaced have none of it."""
+
+
 def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implementation: str) -> PreTrainedModel:
     """The causal language model that a config.json describes; modules that stay in float32 do so later, when read.
 
@@ -23,9 +27,13 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
     """
     from transformers import AutoModelForCausalLM
 
+    settings = transformers_config(config)
+    for name in _EXTRAS:
+        if getattr(settings, name, False):
+            setattr(settings, name, False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            transformers_config(config),
+            settings,
             dtype=dtype,
             attn_implementation=register_attention(),
             experts_implementation=experts_implementation,

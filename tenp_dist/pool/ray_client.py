@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tenp_dist.errors import ClusterError, first_line
+from tenp_dist.errors import ClusterError, one_line
 from tenp_dist.pool.machine import available_cores
+from tenp_dist.pool.ray_environment import set_ray_environment
 from tenp_dist.pool.ray_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
 
 T = TypeVar("T")
@@ -31,9 +32,9 @@ class RayClient:
 
     def __init__(self, address: str | None = None):
         """Raises ClusterError where Ray cannot be reached or started."""
+        set_ray_environment()
         import ray
 
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self.address = address or os.environ.get("RAY_ADDRESS") or None
         _connect(ray, self.address)
         self._ray = ray
@@ -121,6 +122,13 @@ def _connect(ray: Any, address: str | None) -> None:
             wanted="the address of the Ray head, from a machine of the cluster: Ray Client has no streaming tasks",
             next_step="run there with --address HOST:6379, or use `tenp-dist submit --address http://HOST:8265`",
         )
+    if address and address.startswith(("http://", "https://")):
+        raise ClusterError(
+            "This is the address of a job server",
+            where=address,
+            wanted="the address of the Ray head, HOST:6379",
+            next_step=f"give --address HOST:6379 or set RAY_ADDRESS to it, or `tenp-dist submit --address {address}`",
+        )
     try:
         if address:
             check_reachable(address)
@@ -128,15 +136,16 @@ def _connect(ray: Any, address: str | None) -> None:
         ray._private.worker.listen_error_messages = lambda *_: None
         with _own_sigterm():
             ray.init(address=address or "local", **options)  # None would take any cluster found in /tmp
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             "Ray cannot be reached" if address else "Local Ray does not start",
             where=address or "this machine",
-            found=first_line(error),
+            found=one_line(error),
             wanted="a running Ray cluster" if address else None,
-            next_step="check `ray status`, RAY_ADDRESS and the cluster's token"
+            next_step="check `ray status`, RAY_ADDRESS and the cluster's token (RAY_AUTH_TOKEN or ~/.ray/auth_token; "
+            "RAY_AUTH_MODE=disabled for a cluster without one)"
             if address
-            else "check free memory, and space in /tmp and /dev/shm",
+            else "check free memory, space in /tmp and /dev/shm, and that HOME can be written to",
         ) from error
 
 

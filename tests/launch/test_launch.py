@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import threading
 from dataclasses import replace
@@ -15,11 +14,13 @@ import pytest
 
 from helpers.paths import ROOT
 from tenp_dist import job_file as job_files
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.errors import ClusterError, DiskFullError, JobError
-from tenp_dist.launch.slurm import SlurmScript, cluster_options
+from tenp_dist.launch.slurm import SlurmScript, Split, cluster_options, split_over
 from tenp_dist.launch.status import read_status
 from tenp_dist.launch.submit import pack
 from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.pool.ray_environment import set_ray_environment
 from tenp_dist.preflight import node_checks as places
 from tenp_dist.preflight.disk_space import bytes_needed
 
@@ -36,7 +37,7 @@ def test_the_shipped_script_is_what_the_command_line_writes(tenp, tmp_path, monk
         job="jobs/deepseek-v3.yaml",
         nodes=4,
         gpus=8,
-        options=cluster_options({}, 4, 8),
+        options=cluster_options({}, Split(4, 8)),
         models="/shared/models",
         runs="/shared/runs",
         text="/shared/text",
@@ -70,14 +71,39 @@ def test_script_lines_keep_awkward_words(tmp_path):
     head = tmp_path / "head.sh"  # the lines that a person edits, read by bash itself
     head.write_text(
         "\n".join(line for line in lines[: lines.index("set -euo pipefail")])
-        + '\nprintf "%s\\n" "$JOB" "$OPTIONS" "$CONTAINER" "$CPUS" "$GPUS" "$SCRATCH" "$TENP_RUNS"'
+        + '\nprintf "%s\\n" "$JOB" "${OPTIONS[@]}" "$CONTAINER" "$CPUS" "$GPUS" "$SCRATCH" "$TENP_RUNS"'
     )
     environment = {"PATH": os.environ["PATH"], "SLURM_TMPDIR": "/disk"}
     said = subprocess.run(["bash", head], env=environment, capture_output=True, text=True, check=True).stdout
-    options = shlex.join(["--set", "output.layouts=[ragged, padded]"])
     assert said.splitlines() == [
-        "/shared/my jobs/a'b.yaml", options, "apptainer exec --nv /shared/tenp.sif", "7", "0", "/disk", "",
+        "/shared/my jobs/a'b.yaml", "--set", "output.layouts=[ragged, padded]",
+        "apptainer exec --nv /shared/tenp.sif", "7", "0", "/disk", "",
     ]  # fmt: skip
+
+
+def test_words_reach_the_run_as_they_are(tmp_path):
+    """Through the lines that srun, Ray and the head's own bash hand on, with all of Slurm and Ray taken out."""
+    words = ["--set", "output.layouts=[ragged, padded]", "--run-dir", "/shared/my runs/$x 'y\" *"]
+    lines = SlurmScript(job="j", nodes=1, gpus=0, options=words).render().splitlines()
+    given = next(line for line in lines if line.startswith("OPTIONS="))
+    run = next(line.strip() for line in lines if line.strip().startswith("tenp-dist run"))
+    assert run.startswith('tenp-dist run "$JOB" --address "$address" "$@" >>')
+    handed_on = [line for line in lines if 'bash -c "$run" tenp-dist "$@" >' in line]
+    handed_on += [line for line in lines if 'bash -c "$node" tenp-dist "${OPTIONS[@]}" &' in line]
+    assert len(handed_on) == 2
+    script = f"""{given}
+run='printf "<%s>\\n" "$@"'; node='bash -c "$run" tenp-dist "$@"'; export run
+bash -c "$node" tenp-dist "${{OPTIONS[@]}}"
+"""
+    said = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [f"<{word}>" for word in words]
+
+
+def test_a_directive_of_the_caller_replaces_ours():
+    script = SlurmScript(job="j", nodes=2, gpus=8, directives=["--mem=100G", "-t 1:00", "--exclusive=user", "--qos=x"])
+    lines = [line.removeprefix("#SBATCH ") for line in script.render().splitlines() if line.startswith("#SBATCH ")]
+    assert lines[-4:] == ["--mem=100G", "-t 1:00", "--exclusive=user", "--qos=x"]
+    assert not {"--mem=0", "--exclusive", "--time=04:00:00"} & set(lines) and "--nodes=2" in lines
 
 
 @pytest.mark.parametrize(
@@ -85,14 +111,40 @@ def test_script_lines_keep_awkward_words(tmp_path):
     [
         ({}, 4, 8, ["shards=4", "tensor_parallel=8"]),
         ({}, 2, 0, ["shards=2", "tensor_parallel=1"]),
-        ({"tensor_parallel": 4}, 2, 8, ["shards=2"]),
+        ({"tensor_parallel": 4}, 2, 8, ["shards=4"]),
         ({"shards": 4, "tensor_parallel": 4}, 2, 8, []),
         ({"shards": 3, "tensor_parallel": 2}, 1, 0, []),
     ],
 )
 def test_cluster_options(cluster, nodes, gpus, options):
-    found = cluster_options(cluster, nodes, gpus)
+    found = cluster_options(cluster, split_over(cluster, nodes, gpus, None))
     assert found[1::2] == [f"cluster.{option}" for option in options] and set(found[::2]) <= {"--set"}
+
+
+@pytest.mark.parametrize(
+    "cluster, nodes, gpus, split",
+    [
+        ({}, 1, 8, Split(2, 4)),  # qwen3_moe of 4 key-value heads, 3 layers
+        ({}, 4, 8, Split(3, 4)),  # no more shards than layers
+        ({}, 1, 6, Split(2, 3)),
+        ({}, 2, 1, Split(2, 1)),
+        ({"tensor_parallel": 2}, 1, 4, Split(2, 2)),
+    ],
+)
+def test_ranks_come_from_what_the_model_can_be_cut_into(cluster, nodes, gpus, split, tiny_model):
+    assert split_over(cluster, nodes, gpus, open_source(tiny_model("qwen3_moe"))) == split
+
+
+def test_ranks_that_the_model_cannot_have_are_refused_before_the_queue(tenp, job_file, tiny_model, tmp_path):
+    job, out = job_file(model=tiny_model("qwen3_moe"), cluster={"tensor_parallel": 8}), tmp_path / "x.sbatch"
+    result = tenp("slurm", job, "--nodes", 1, "--gpus", 8, "--out", out)
+    assert result.exit_code == 4 and "4 attention key-value heads" in result.stderr and not out.exists()
+
+
+def test_idle_accelerators_are_told_of(tenp, job_file, tmp_path):
+    job = job_file(cluster={"shards": 1, "tensor_parallel": 4})
+    result = tenp("slurm", job, "--nodes", 1, "--gpus", 8, "--out", tmp_path / "x.sbatch")
+    assert result.exit_code == 0 and "4 of 8 accelerators stay idle" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -100,7 +152,7 @@ def test_cluster_options(cluster, nodes, gpus, options):
 )
 def test_a_job_that_does_not_fit_is_refused_before_the_queue(cluster, nodes, gpus):
     with pytest.raises(ClusterError, match="does not fit"):
-        cluster_options(cluster | {"tensor_parallel": cluster.get("tensor_parallel", gpus)}, nodes, gpus)
+        split_over(cluster | {"tensor_parallel": cluster.get("tensor_parallel", gpus)}, nodes, gpus, None)
 
 
 def test_a_script_is_not_overwritten(tenp, job_file, tmp_path):
@@ -259,11 +311,46 @@ def job_server(monkeypatch):
         return f"http://127.0.0.1:{servers[-1].server_port}"
 
     monkeypatch.setattr("tenp_dist.launch.submit._PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("tenp_dist.launch.submit._AGENT_SECONDS", 0.3)
+    monkeypatch.setattr("tenp_dist.launch.submit._AGENT_SECONDS", 1.0)
     yield start
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_the_address_that_is_given_is_the_one_that_is_used(scheme, variable, tenp, job_file, job_server, monkeypatch):
+    wanted, other = (job_server((200, json.dumps({"job_id": None, "submission_id": name}))) for name in "ab")
+    monkeypatch.setenv(variable, other)
+    found = tenp("submit", job_file(), "--address", wanted.replace("http://", scheme), "--no-wait")
+    assert found.exit_code == 0 and "Job:     a" in found.stderr
+    assert f"env -u {variable} ray job status a --address {wanted}" in found.stderr
+    found = tenp("submit", job_file(), "--no-wait")
+    assert "Job:     b" in found.stderr and f"--address {other}" in found.stderr
+
+
+def test_a_job_server_is_no_cluster(tenp, job_file, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    found = tenp("run", job_file(), ray=True)
+    assert found.exit_code == ClusterError.exit_code and "HOST:6379" in found.stderr and "submit" in found.stderr
+
+
+@pytest.mark.parametrize("given, mode", [({}, None), ({"RAY_AUTH_TOKEN": "x"}, "token"), ({"file": "x"}, "token")])
+def test_a_token_that_is_there_is_used(given, mode, tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if "file" in given:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("x")
+    elif given:
+        monkeypatch.setenv(*next(iter(given.items())))
+    set_ray_environment()
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    set_ray_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
 def test_a_node_that_is_not_ready_yet_is_waited_for(tenp, job_file, job_server):
@@ -277,9 +364,9 @@ def test_a_node_that_is_not_ready_yet_is_waited_for(tenp, job_file, job_server):
 
 def test_nodes_that_are_never_ready_and_jobs_that_are_refused(tenp, job_file, job_server):
     found = tenp("submit", job_file(), "--address", job_server(BUSY), "--no-wait")
-    assert found.exit_code == ClusterError.exit_code and 1 <= found.stderr.count("Waiting: ") <= 6
+    assert found.exit_code == ClusterError.exit_code and 1 <= found.stderr.count("Waiting: ") <= 20
     assert "No node is ready to start the job" in found.stderr and "No available agent" in found.stderr
-    assert "wanted: a node with a running agent in 0.3 seconds" in found.stderr
+    assert "wanted: a node with a running agent in 1 seconds" in found.stderr
     found = tenp("submit", job_file(), "--address", job_server((400, "no such thing")), "--no-wait")
     assert found.exit_code == ClusterError.exit_code and "Waiting" not in found.stderr
     assert "The job server refuses the job" in found.stderr and "no such thing" in found.stderr

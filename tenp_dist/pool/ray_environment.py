@@ -1,0 +1,56 @@
+"""What Ray reads from the environment, set before it is imported: how to prove who we are, and where not to go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ADDRESSES = (
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_ADDRESS",
+)  # Ray's job client lets them win over its argument, in this order
+_DEFAULTS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, every worker would make the environment anew
+}
+
+
+def set_ray_environment() -> None:
+    """Settings that the caller's environment leaves open. To be called before Ray is imported.
+
+    A token that is there is used, as `ray start` does: with an address given, `ray.init` itself would not.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return (Path(path) if path else Path.home() / ".ray" / "auth_token").is_file()
+
+
+def job_server_address() -> str:
+    """Where a job goes that names no server: as Ray's own commands choose it, else this machine's."""
+    named = (value for name in _ADDRESSES if (value := os.environ.get(name)) and "http" in value[:5])
+    return next(named, "http://127.0.0.1:8265")
+
+
+def overruling() -> list[str]:
+    """The variables that are set and that Ray's job client would take in place of its argument."""
+    return [name for name in _ADDRESSES if os.environ.get(name)]
+
+
+@contextlib.contextmanager
+def address_given() -> Iterator[None]:
+    """Without the variables that Ray's job client takes in place of the address that it is given."""
+    saved = {name: os.environ.pop(name) for name in overruling()}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
