@@ -212,6 +212,9 @@ class Output(_Part):
         description="how tensors are stored. source: as the source has them, FP8 again where it is in FP8; bfloat16: "
         "plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
     )
+    mtp: Literal["keep", "drop"] = Field(
+        "keep", description="multi-token prediction layers: keep (whole; pruned in uniform), or drop"
+    )
     compensate: bool = Field(
         False, description="solve W_down of narrow experts for what their dropped neurons contributed"
     )

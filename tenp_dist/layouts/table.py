@@ -9,6 +9,8 @@ from tenp_dist import config
 from tenp_dist.budget.kinds.table import form_of, kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.mtp import without_mtp
+from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Job
 from tenp_dist.errors import JobError
 from tenp_dist.layouts.base import Layout
@@ -39,14 +41,19 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (places.get(name, len(places)), name))
 
 
+def written_source(job: Job, source: Source) -> Source:
+    """The source as checkpoints are made from it: without prediction layers where the job drops them."""
+    return without_mtp(source) if job.output.mtp == "drop" else source
+
+
 def plan_settings(job: Job) -> dict[str, bool]:
-    """What of the layouts is a setting of the plan: it warns of what its checkpoint leaves out."""
-    written = layouts_of(job)
-    return {layout.name: layout in written for layout in LAYOUTS.values() if layout.leaves_out_mtp}
+    """What of the layouts is a setting of the plan: it warns of prediction layers that are pruned without scores."""
+    written = layouts_of(job) if job.output.mtp == "keep" else ()
+    return {layout.name: layout in written for layout in LAYOUTS.values() if layout.prunes_mtp}
 
 
 def layout_warnings(job: Job, shape: Shape, mtp_layers: int) -> list[str]:
-    """What the job's layouts leave out or ask of engines. mtp_layers: multi-token prediction layers of the source."""
+    """What the job's layouts ask of engines or keep without evidence. mtp_layers: prediction layers in them."""
     return [warning for layout in layouts_of(job) for warning in layout.warnings(shape, mtp_layers)]
 
 

@@ -25,6 +25,7 @@ from tenp_dist.progress import Progress
 from tenp_dist.run_files import LAYER_FILES
 from tenp_dist.stages.base import RunStage, layouts_gist
 from tenp_dist.stages.compensate import tokens_again
+from tenp_dist.stages.mtp import mtp_kept
 from tenp_dist.stages.run import Run
 
 
@@ -50,7 +51,7 @@ def verify(run: Run, context: StageContext) -> Output:
     layouts = {}
     for layout in run.layouts:
         folder, dtype = run.files.checkpoint(layout.name), run.job.output.dtype
-        claim = Claim(folder, run.source, run.files.plan_tensors, run.compensated, dtype)
+        claim = Claim(folder, run.written_source, run.files.plan_tensors, run.compensated, dtype)
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
         rounding = verified.rounding()
         layouts[layout.name] = {
@@ -76,6 +77,8 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
         VerifyError: the first difference.
     """
     written, kept = open_index(claim.folder), read_kept(claim.plan)
+    if check.prunes_mtp:
+        kept |= mtp_kept(pool, claim.source, kept)
     expected = Expected(claim.source, kept, check.names(claim.source, kept))
     check_names(expected.names, written)
     check_stored_as(claim.source, written, expected.names, claim.dtype)

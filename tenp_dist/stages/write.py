@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -36,6 +36,7 @@ from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress
 from tenp_dist.run_files import WRITING_MARK
 from tenp_dist.stages.base import RunStage, layouts_gist, reads
+from tenp_dist.stages.mtp import mtp_kept
 from tenp_dist.stages.run import Run
 
 
@@ -88,16 +89,22 @@ class Written:
 
 
 def write_fields(run: Run) -> dict[str, Any]:
-    layouts, form = [layout.name for layout in run.layouts], run.form.name
-    fields = run.job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts}
+    """Keys that came later enter only where they change what is written: runs that are older stay as they are."""
+    output, layouts, form = run.job.output, [layout.name for layout in run.layouts], run.form.name
+    later = {"mtp"} if output.mtp == "keep" and not _prunes_mtp(run) else set()
+    fields = output.model_dump(mode="json", exclude={"ridge", *later}) | {"layouts": layouts}
     return fields | ({"form": form} if form else {})
+
+
+def _prunes_mtp(run: Run) -> bool:
+    return bool(run.written_source.facts.mtp_layers) and any(layout.prunes_mtp for layout in run.layouts)
 
 
 def write(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
     kept, retention = read_kept(files.plan_tensors), str(run.job.budget.retention)
-    pruned = Pruned(run.source, kept, retention, run.compensated, run.form)
+    pruned = Pruned(run.written_source, kept, retention, run.compensated, run.form)
     made: list[Path] = []
     summary: dict[str, dict[str, Any]] = {}
     for layout in run.layouts:
@@ -111,9 +118,18 @@ def write(run: Run, context: StageContext) -> Output:
             "effective_bits": written.effective_bits,
             "shards": written.shards,
             "reused_shards": written.reused,
+            **_mtp_summary(run, layout),
         }
     digests = {name: open_index(files.checkpoint(name)).fingerprint for name in summary}
     return Output(made, digest_of([context.digests, digests]), {"layouts": summary})
+
+
+def _mtp_summary(run: Run, layout: Layout) -> dict[str, str]:
+    """What became of the source's prediction layers, where it has some."""
+    if not run.source.facts.mtp_layers:
+        return {}
+    kept = "pruned" if layout.prunes_mtp else "whole"
+    return {"mtp": kept if run.written_source.facts.mtp_layers else "left out"}
 
 
 def _attempt(run: Run, context: StageContext, layout: Layout) -> Attempt:
@@ -136,8 +152,11 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
         OutputError: the folder holds something else and may not be replaced.
         DiskFullError: the file system is too small for what is left to write, before a byte is written.
         BudgetError, SourceError: as `Layout.tensors`.
+        NumericalError: as `mtp_kept`.
     """
     folder, source = attempt.folder, pruned.source
+    if layout.prunes_mtp:
+        pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept))
     tensors = pruned.form.tensors(source, layout.tensors(pruned))
     shards = assign_shards(tensors, attempt.shard_size)
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
@@ -173,7 +192,7 @@ Shared = tuple[CheckpointIndex, Mapping[int, KeptNeurons], CheckpointIndex | Non
 
 def _write_shards(pool: Pool, pruned: Pruned, due: Sequence[OutputShard[OutputTensor]], attempt: Attempt) -> None:
     started, done, total = monotonic(), 0, sum(map(shard_bytes, due))
-    shared = pool.share((pruned.source.index, dict(pruned.kept), pruned.compensated))
+    shared = pool.share((pruned.source.index, pruned.kept_of_all, pruned.compensated))
     for nbytes in pool.map(_write_one, [(shared, attempt.folder, shard) for shard in due], limit=attempt.writers):
         done += nbytes
         attempt.progress(Progress(done, total, 0, monotonic() - started, "bytes"))
