@@ -72,3 +72,14 @@ def mtp_names(names: Iterable[str], family: Family, num_layers: int) -> frozense
     names = list(names)
     inside = {name for layer in mtp_layers(names, family, num_layers) for name in layer.names}
     return frozenset(inside | {name for name in names if name.startswith(family.mtp_tensors)})
+
+
+def experts_by_name(names: Iterable[str], family: Family, num_layers: int) -> dict[str, tuple[int, int]]:
+    """Name -> (layer, expert) of every tensor that belongs to one routed expert, scales and biases included."""
+    found = {}
+    for layer in layer_names(names, family, num_layers).values():
+        inside = layer.row.expert_tensor.partition("{matrix}")[0]
+        pattern = re.compile(re.escape(layer.prefix + inside).replace(r"\{expert\}", r"(\d+)"))
+        matches = ((name, pattern.match(name)) for name in layer.names)
+        found.update({name: (layer.number, int(match[1])) for name, match in matches if match})
+    return found

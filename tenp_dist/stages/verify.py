@@ -16,6 +16,7 @@ from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
 from tenp_dist.checkpoint.verify_form import check_stored_as
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
+from tenp_dist.checkpoint.verify_ranks import check_ranks
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.errors import TenpError, VerifyError
 from tenp_dist.model.tensor_names import check_tensors
@@ -38,6 +39,7 @@ class Claim:
     plan: `plan.safetensors`.
     compensated: where W_down of compensated experts is, None where none is.
     dtype: how the job says that tensors are stored.
+    ranks: expert-parallel ranks that have files of their own, None for none.
     """
 
     folder: Path
@@ -45,13 +47,20 @@ class Claim:
     plan: Path
     compensated: CheckpointIndex | None = None
     dtype: str = "bfloat16"
+    ranks: int | None = None
 
 
 def verify(run: Run, context: StageContext) -> Output:
     layouts = {}
     for layout in run.layouts:
-        folder, dtype = run.files.checkpoint(layout.name), run.job.output.dtype
-        claim = Claim(folder, run.written_source, run.files.plan_tensors, run.compensated, dtype)
+        claim = Claim(
+            folder=run.files.checkpoint(layout.name),
+            source=run.written_source,
+            plan=run.files.plan_tensors,
+            compensated=run.compensated,
+            dtype=run.job.output.dtype,
+            ranks=run.job.output.expert_ranks,
+        )
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
         rounding = verified.rounding()
         layouts[layout.name] = {
@@ -85,6 +94,8 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
     check.config(claim.source, written, kept)
     if check.stock:
         _check_stock(written)
+    if claim.ranks is not None:
+        check_ranks(claim.source, written, claim.ranks)
     by_file: dict[str, list[str]] = {}
     for name, entry in written.tensors.items():
         by_file.setdefault(entry.file, []).append(name)

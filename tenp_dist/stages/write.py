@@ -15,6 +15,7 @@ from typing import Any
 
 from tenp_dist.artifacts import atomic_write, digest_of, drop_leftovers, free_bytes, read_json, write_json
 from tenp_dist.budget.plan_files import read_plan
+from tenp_dist.checkpoint.expert_parallel import FileSets, files_by_rank
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
 from tenp_dist.checkpoint.output_form import routed_matrices
@@ -50,6 +51,7 @@ class Attempt:
     progress: is told of every file.
     writers: parallel tasks, None for one per core.
     overwrite: whether the folder may be replaced if it holds something else.
+    ranks: expert-parallel ranks that get files of their own, None for none.
     repair: the folder was finished under this key and lost files since.
     replace: called before the first byte, once nothing speaks against writing.
     """
@@ -59,6 +61,7 @@ class Attempt:
     shard_size: int
     progress: Callable[[Progress], None]
     writers: int | None = None
+    ranks: int | None = None
     overwrite: bool = False
     repair: bool = False
     replace: Callable[[], None] = lambda: None
@@ -92,6 +95,7 @@ def write_fields(run: Run) -> dict[str, Any]:
     """Keys that came later enter only where they change what is written: runs that are older stay as they are."""
     output, layouts, form = run.job.output, [layout.name for layout in run.layouts], run.form.name
     later = {"mtp"} if output.mtp == "keep" and not _prunes_mtp(run) else set()
+    later |= {"layout_by"} if output.layout_by is None else set()
     fields = output.model_dump(mode="json", exclude={"ridge", *later}) | {"layouts": layouts}
     return fields | ({"form": form} if form else {})
 
@@ -138,6 +142,7 @@ def _attempt(run: Run, context: StageContext, layout: Layout) -> Attempt:
         key=digest_of([context.key, layout.name]),
         shard_size=run.job.output.shard_size,
         writers=run.job.cluster.writers,
+        ranks=run.job.output.expert_ranks,
         overwrite=context.overwrite,
         repair=context.repair,
         replace=context.replace,
@@ -151,14 +156,15 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     Raises:
         OutputError: the folder holds something else and may not be replaced.
         DiskFullError: the file system is too small for what is left to write, before a byte is written.
-        BudgetError, SourceError: as `Layout.tensors`.
+        BudgetError, SourceError: as `Layout.tensors`. JobError: as `files_by_rank`.
         NumericalError: as `mtp_kept`.
     """
     folder, source = attempt.folder, pruned.source
     if layout.prunes_mtp:
         pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept))
     tensors = pruned.form.tensors(source, layout.tensors(pruned))
-    shards = assign_shards(tensors, attempt.shard_size)
+    sets = _file_sets(tensors, source, attempt)
+    shards = sets.shards
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
     ours = attempt.goes_on
     if not ours and not attempt.overwrite:
@@ -173,7 +179,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
             stream.write(text.encode())
     drop_leftovers(folder)  # of writers that were killed and replaced
     carried = [path for path in side_files(source.folder) if layout.carries(path)]
-    finish_checkpoint(folder, shards, config, carried)
+    finish_checkpoint(folder, shards, config, carried, sets.metadata)
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *(path.name for path in carried)]
     nbytes = sum(shard.nbytes for shard in shards)
     files, bits = [folder / name for name in names], _effective_bits(source, tensors)
@@ -185,6 +191,12 @@ def _effective_bits(source: Source, tensors: Sequence[OutputTensor]) -> float:
     routed = set(routed_matrices(source))
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor.recipe.source in routed)
     return 8 * nbytes / source.facts.parameters.routed
+
+
+def _file_sets(tensors: Sequence[OutputTensor], source: Source, attempt: Attempt) -> FileSets:
+    if attempt.ranks is None:
+        return FileSets(assign_shards(tensors, attempt.shard_size), {})
+    return files_by_rank(tensors, source.family, source.facts.num_layers, attempt.ranks, attempt.shard_size)
 
 
 Shared = tuple[CheckpointIndex, Mapping[int, KeptNeurons], CheckpointIndex | None]

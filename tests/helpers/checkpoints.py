@@ -54,9 +54,9 @@ def write(model, kept, folder, layout, mtp="keep", **changes):
     return write_layout(InProcessPool(), LAYOUTS[layout], pruned, Attempt(folder=folder, **options))
 
 
-def verify(model, kept, folder, layout, tmp_path, mtp="keep"):
+def verify(model, kept, folder, layout, tmp_path, mtp="keep", ranks=None):
     write_kept(tmp_path / "plan.safetensors", kept, {"plan": "test"})
-    claim = Claim(folder, source_of(model, mtp), tmp_path / "plan.safetensors")
+    claim = Claim(folder, source_of(model, mtp), tmp_path / "plan.safetensors", ranks=ranks)
     return verify_layout(InProcessPool(), CHECKS[layout], claim, lambda step: None)
 
 
