@@ -43,7 +43,7 @@ def parse_protected(value: object) -> str:
 
 Protected = Annotated[str, BeforeValidator(parse_protected)]
 
-LAYOUTS = ("ragged", "padded", "uniform")
+LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
 """Each names a file of `layouts/`; the first is the default."""
 
 

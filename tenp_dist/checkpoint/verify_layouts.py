@@ -14,6 +14,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_mtp, check_widths, same_names, verify_tensors
+from tenp_dist.checkpoint.verify_flat import check_flat_config, flat_names, verify_flat
 from tenp_dist.checkpoint.verify_uniform import check_counts, renumbered_names, verify_uniform
 
 Kept = Mapping[int, KeptNeurons]
@@ -52,5 +53,6 @@ CHECKS: dict[str, LayoutCheck] = {
     "ragged": LayoutCheck(same_names, ragged_config, partial(verify_tensors, narrow=True), stock=False),
     "padded": LayoutCheck(same_names, stock_config, partial(verify_tensors, narrow=False)),
     "uniform": LayoutCheck(renumbered_names, check_counts, verify_uniform, prunes_mtp=True),
+    "less_is_moe": LayoutCheck(flat_names, check_flat_config, verify_flat, stock=False),
 }
 """Name of a layout -> its check."""

@@ -55,6 +55,14 @@ class Layout(ABC):
     """What the model card says of it."""
     needs_package: ClassVar[bool] = False
     """Whether transformers loads it only after `import tenp_dist` (or from the modeling file that it brings)."""
+    how_to_load: ClassVar[str] = ""
+    """Markdown of the card on loading it, where that is not by transformers."""
+    readable: ClassVar[bool] = True
+    """Whether transformers, and so an evaluation, can read it."""
+    experts_apart: ClassVar[bool] = True
+    """Whether every expert has tensors of its own, so that files can be divided by expert."""
+    plain_only: ClassVar[bool] = False
+    """Whether its tensors are plain numbers, in no stored format."""
     saves_space: ClassVar[bool] = True
     """Whether it is smaller than the source: reports name such layouts first, and people are told to load one."""
     holds_removal: ClassVar[bool] = False
@@ -70,6 +78,14 @@ class Layout(ABC):
         Not asked of layouts that cannot hold a removal where experts leave: `check_layouts` refuses these together.
         """
         return None
+
+    def check_source(self, source: Source) -> None:
+        """Refuse a source, less the prediction layers that the job drops, that has no such checkpoint.
+
+        Raises:
+            UnsupportedModelError: why not.
+        """
+        return  # sources of every kind
 
     def check_loadable(self, budget: Budget, layers: Sequence[MoeLayer]) -> None:
         """Refuse sizes that the runtime of this layout would not load.

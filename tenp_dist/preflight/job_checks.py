@@ -15,7 +15,7 @@ from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_layouts, check_width
+from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
@@ -35,6 +35,7 @@ def check_job(job: Job, source: Source) -> None:
     shapes = _shapes(job.budget, layers)
     check_layouts(job, layers, shapes)
     check_width(job, source.family, layers, shapes)
+    check_expected_of(job, source)
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)

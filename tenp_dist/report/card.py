@@ -27,6 +27,7 @@ def model_card(report: Mapping[str, Any], layout: str, *, custom_code: bool) -> 
         report=report,
         layout=layout,
         layout_sentence=known.sentence if known else "",
+        how_to_load=known.how_to_load if known else "",
         needs_package=known is not None and known.needs_package,
         mtp=report["checkpoints"][layout].get("mtp") or _mtp_before(known),
         custom_code=custom_code,
