@@ -43,7 +43,7 @@ def parse_protected(value: object) -> str:
 
 Protected = Annotated[str, BeforeValidator(parse_protected)]
 
-LAYOUTS = ("ragged", "padded", "uniform")
+LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
 """Each names a file of `layouts/`; the first is the default."""
 
 
@@ -55,6 +55,14 @@ def parse_layout(value: object) -> object:
     return value
 
 
+def parse_layout_by(value: object) -> object:
+    """`expert-parallel=8` -> the same. Raises ValueError."""
+    if value is not None and not re.fullmatch(r"expert-parallel=[1-9]\d*", str(value)):
+        raise ValueError(f"not a way to divide files: {value!r} (write expert-parallel=8 for a set of files per rank)")
+    return value
+
+
+LayoutBy = Annotated[str | None, BeforeValidator(parse_layout_by)]
 LayoutName = Annotated[str, BeforeValidator(parse_layout)]
 
 AUTO = "auto"
@@ -207,15 +215,26 @@ class Output(_Part):
         LAYOUTS[:1], description="checkpoint layouts to write; where experts are removed uniform, and only that"
     )
     shard_size: Size = Field(5 * 10**9, description="largest output shard (one tensor may exceed it)")
+    layout_by: LayoutBy = Field(
+        None, description="expert-parallel=N: a set of files for each of N ranks, whole experts in them"
+    )
     dtype: Literal["source", "bfloat16", "fp8"] = Field(
         "source",
         description="how tensors are stored. source: as the source has them, FP8 again where it is in FP8; bfloat16: "
         "plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
     )
+    mtp: Literal["keep", "drop"] = Field(
+        "keep", description="multi-token prediction layers: keep (whole; pruned in uniform), or drop"
+    )
     compensate: bool = Field(
         False, description="solve W_down of narrow experts for what their dropped neurons contributed"
     )
     ridge: Exact = Field(Decimal("0.01"), gt=0, description="how much compensation shrinks to the original weights")
+
+    @property
+    def expert_ranks(self) -> int | None:
+        """Ranks that get a set of files each; None where files are divided by size alone."""
+        return None if self.layout_by is None else int(self.layout_by.partition("=")[2])
 
 
 class Cluster(_Part):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import GATE, Family
 from tenp_dist.checkpoint.formats.table import FORMATS
 from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.layer_names import layers_under, mtp_layers
 from tenp_dist.checkpoint.reader import check_shape
 from tenp_dist.errors import SourceError, UnsupportedModelError
 
@@ -26,7 +25,7 @@ class ExpertLayers:
     """Decoder layers with routed experts, as config and headers agree on them.
 
     moe_layers: those that hold routed experts, ascending.
-    mtp_layers: multi-token prediction layers: those behind the decoder's.
+    mtp_layers: multi-token prediction layers, numbered behind the decoder's.
     num_layers: decoder layers.
     num_experts: routed experts of a layer.
     top_k: experts that a token goes to.
@@ -73,8 +72,11 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
     for entry in index.tensors.values():
         if entry.dtype not in _PLAIN_INTEGERS:
             _check_quantised(index, entry, "A tensor is quantised")
-    mtp = tuple(layer for layer in present if layer >= num_layers)
-    return ExpertLayers(moe, mtp, num_layers, num_experts, top_k, width, hidden)
+    mtp = mtp_layers(index.tensors, family, num_layers)
+    for prediction in mtp:
+        if prediction.slice(0, GATE).tensor in index.tensors:
+            _check_experts(index, ExpertSlices(prediction.row), prediction.inside, num_experts, (width, hidden))
+    return ExpertLayers(moe, tuple(layer.number for layer in mtp), num_layers, num_experts, top_k, width, hidden)
 
 
 def _top_k(index: CheckpointIndex, family: Family, num_experts: int) -> int:
@@ -111,13 +113,7 @@ def _check_experts(
 
 def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
     """Layer id -> names of its tensors."""
-    pattern = re.compile(re.escape(family.layer).replace(r"\{layer\}", r"(\d+)"))
-    names = defaultdict(list)
-    for name in index.tensors:
-        match = pattern.match(name)
-        if match:
-            names[int(match[1])].append(name)
-    return dict(names)
+    return layers_under(family.layer, index.tensors)
 
 
 def _check_float(index: CheckpointIndex, entry: TensorEntry) -> None:

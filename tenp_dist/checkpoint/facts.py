@@ -11,10 +11,11 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION
 from tenp_dist.checkpoint.entries import TensorEntry
-from tenp_dist.checkpoint.expert_layers import config_number, expert_layers, layers_of
+from tenp_dist.checkpoint.expert_layers import config_number, expert_layers
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.layer_names import layer_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,8 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
             stored=sum(entry.stored_bytes for entry in index.tensors.values()),
             routed=sum(index.tensors[name].nbytes for name in matrices),
             per_layer={
-                layer: sum(index.tensors[name].nbytes for name in names)
-                for layer, names in sorted(layers_of(index, family).items())
+                number: sum(index.tensors[name].nbytes for name in layer.names)
+                for number, layer in layer_names(index.tensors, family, layers.num_layers).items()
             },
         ),
         shards=len(index.files),

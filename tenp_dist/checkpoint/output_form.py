@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from tenp_dist.checkpoint.entries import Encoder, Stored, TensorEntry
-from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.formats.table import WRITTEN
+from tenp_dist.checkpoint.layer_names import layer_names
 from tenp_dist.checkpoint.reader import TORCH_DTYPES
 from tenp_dist.checkpoint.recipes import Copy, ExpertRecipe, Inputs, Moved, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
@@ -116,9 +116,10 @@ def output_form(source: Source, dtype: str) -> OutputForm:
 
 def routed_matrices(source: Source, *, mtp: bool = False) -> Iterator[str]:
     """Names of the matrices of routed experts. mtp: those of multi-token prediction layers too."""
-    slices, facts, index = ExpertSlices(source.family), source.facts, source.index
-    for layer in (*facts.moe_layers, *(facts.mtp_layers if mtp else ())):
-        for _, _, place in slices.of_layer(layer, range(facts.num_experts)):
+    facts, index = source.facts, source.index
+    layers = layer_names(index.tensors, source.family, facts.num_layers)
+    for number in (*facts.moe_layers, *(facts.mtp_layers if mtp else ())):
+        for place in layers[number].slices(range(facts.num_experts)):
             if place.tensor in index.tensors:
                 yield place.tensor
 

@@ -141,6 +141,28 @@ def check_names(expected: Collection[str], written: CheckpointIndex) -> None:
         raise VerifyError("A weight file is in no index", where=written.folder, found=sorted(stray)[0])
 
 
+def check_mtp(source: Source, written: CheckpointIndex) -> None:
+    """The config promises as many prediction layers as the source of these tensors has.
+
+    Raises:
+        VerifyError: names the first key that differs.
+    """
+    family = source.family
+    wanted, found = (
+        {key: value for key, value in family.text(config).items() if key in family.mtp_keys}
+        for config in (source.index.config, written.config)
+    )
+    for key in sorted({*wanted, *found}):
+        if wanted.get(key) != found.get(key):
+            raise VerifyError(
+                "Config states another number of prediction layers",
+                where=f"{written.folder / 'config.json'}: {key}",
+                found=found.get(key),
+                wanted=wanted.get(key),
+                next_step="write again with --overwrite; if it stays, report it with this message",
+            )
+
+
 def check_widths(source: Source, written: CheckpointIndex, kept: Mapping[int, KeptNeurons]) -> None:
     """A ragged config's widths are those of the plan, in its own coding of them; what it seals is the source's.
 

@@ -22,7 +22,7 @@ def check_stored_as(source: Source, written: CheckpointIndex, names: Mapping[str
     """
     stored = {name for name, entry in source.index.tensors.items() if entry.stored}
     encode = dtype not in ("source", "bfloat16") and not stored
-    experts = Names(source.family)
+    experts = Names(source.family, source.facts.num_layers)
     for name, origin in names.items():
         wanted = (experts.expert(origin) is not None) if encode else origin in stored and dtype != "bfloat16"
         if wanted != (written.entry(name).stored is not None):

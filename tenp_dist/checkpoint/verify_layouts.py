@@ -13,7 +13,8 @@ from functools import partial
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_widths, same_names, verify_tensors
+from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_mtp, check_widths, same_names, verify_tensors
+from tenp_dist.checkpoint.verify_flat import check_flat_config, flat_names, verify_flat
 from tenp_dist.checkpoint.verify_uniform import check_counts, renumbered_names, verify_uniform
 
 Kept = Mapping[int, KeptNeurons]
@@ -27,21 +28,31 @@ class LayoutCheck:
     config: raises VerifyError where config.json is not what source, plan and written tensors say.
     tensors: compares the named tensors and raises VerifyError where one differs.
     stock: whether transformers' own model of its config has to take it, tensor by tensor.
+    prunes_mtp: whether prediction layers get the sizes of the others; what is kept names them too then.
     """
 
     names: Callable[[Source, Kept], dict[str, str]]
     config: Callable[[Source, CheckpointIndex, Kept], None]
     tensors: Callable[[Sequence[str], Readers, Expected], Verified]
     stock: bool = True
+    prunes_mtp: bool = False
 
 
-def any_config(source: Source, written: CheckpointIndex, kept: Kept) -> None:
-    """Nothing is checked."""
+def stock_config(source: Source, written: CheckpointIndex, kept: Kept) -> None:
+    """Prediction layers alone: the rest of a config that a layout copies is not checked."""
+    check_mtp(source, written)
+
+
+def ragged_config(source: Source, written: CheckpointIndex, kept: Kept) -> None:
+    """Prediction layers and widths."""
+    check_mtp(source, written)
+    check_widths(source, written, kept)
 
 
 CHECKS: dict[str, LayoutCheck] = {
-    "ragged": LayoutCheck(same_names, check_widths, partial(verify_tensors, narrow=True), stock=False),
-    "padded": LayoutCheck(same_names, any_config, partial(verify_tensors, narrow=False)),
-    "uniform": LayoutCheck(renumbered_names, check_counts, verify_uniform),
+    "ragged": LayoutCheck(same_names, ragged_config, partial(verify_tensors, narrow=True), stock=False),
+    "padded": LayoutCheck(same_names, stock_config, partial(verify_tensors, narrow=False)),
+    "uniform": LayoutCheck(renumbered_names, check_counts, verify_uniform, prunes_mtp=True),
+    "less_is_moe": LayoutCheck(flat_names, check_flat_config, verify_flat, stock=False),
 }
 """Name of a layout -> its check."""

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 
-from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -22,48 +21,62 @@ from tenp_dist.errors import VerifyError
 
 
 class Names:
-    """Reads layer, expert and matrix off the names of one family's tensors."""
+    """Reads layer, expert and matrix off the names of one family's tensors. num_layers: of the decoder."""
 
-    def __init__(self, family: Family):
-        self.family = family
-        self._layer = re.compile(re.escape(family.layer).replace(r"\{layer\}", r"(\d+)") + r"(.*)")
-        inside = re.escape(family.expert_tensor).replace(r"\{expert\}", r"(\d+)").replace(r"\{matrix\}", r"(\w+)")
-        self._expert = re.compile(inside + "$")
-        self._matrix = {name: matrix for matrix, name in family.matrices.items()}
+    def __init__(self, family: Family, num_layers: int):
+        self.rows = ((family, 0), (family.mtp_row, num_layers))  # the second counts from there on
+        self._layers = [re.compile(re.escape(row.layer).replace(r"\{layer\}", r"(\d+)")) for row, _ in self.rows]
+
+    def _find(self, name: str) -> tuple[int, Family, str, str] | None:
+        """(layer, its row, its prefix, the rest of the name)."""
+        for (row, first), pattern in zip(self.rows, self._layers, strict=True):
+            found = pattern.match(name)
+            if found:
+                return first + int(found[1]), row, found[0], name[found.end() :]
+        return None
 
     def layer(self, name: str) -> int | None:
-        found = self._layer.match(name)
-        return found and int(found[1])
+        found = self._find(name)
+        return found and found[0]
 
     def expert(self, name: str) -> tuple[int, str] | None:
         """(expert, matrix) of a routed expert's tensor."""
-        found = self._layer.match(name)
-        inside = found and self._expert.match(found[2])
-        return (int(inside[1]), self._matrix[inside[2]]) if inside else None
+        found = self._find(name)
+        if found is None:
+            return None
+        _, row, _, rest = found
+        pattern = re.escape(row.expert_tensor).replace(r"\{expert\}", r"(\d+)").replace(r"\{matrix\}", r"(\w+)")
+        inside = re.fullmatch(pattern, rest)
+        return (int(inside[1]), {text: matrix for matrix, text in row.matrices.items()}[inside[2]]) if inside else None
+
+    def renamed(self, name: str, expert: int, matrix: str) -> str:
+        """The name that this matrix of another expert of the layer has."""
+        found = self._find(name)
+        assert found is not None, "a tensor of an expert"
+        _, row, prefix, _ = found
+        return prefix + row.expert_tensor.format(expert=expert, matrix=row.matrices[matrix])
 
     def of_router(self, name: str) -> bool:
         """Whether a layer's tensor holds rows, or entries, of experts."""
-        found = self._layer.match(name)
-        return found is not None and found[2].startswith(self.family.router_tensors)
+        found = self._find(name)
+        return found is not None and found[3].startswith(found[1].router_tensors)
 
     def inside(self, name: str, module: str) -> str | None:
         """What follows `module.` in the name of a layer's tensor, None for tensors of other modules."""
-        found = self._layer.match(name)
-        return found[2].removeprefix(f"{module}.") if found and found[2].startswith(f"{module}.") else None
+        found = self._find(name)
+        return found[3].removeprefix(f"{module}.") if found and found[3].startswith(f"{module}.") else None
 
 
 def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
     """Written name -> source name of every tensor that has to be there."""
-    names, slices, result = Names(source.family), ExpertSlices(source.family), {}
+    names, result = Names(source.family, source.facts.num_layers), {}
     for name in source.index.tensors:
         layer, expert = names.layer(name), names.expert(name)
-        if (layer is not None and layer >= source.facts.num_layers) or source.family.is_prediction(name):
-            continue
         if layer is None or expert is None or layer not in kept:
             result[name] = name
         elif expert[0] in kept[layer].routed:
             number = int((kept[layer].routed < expert[0]).sum())
-            result[slices.of(layer, number, expert[1]).tensor] = name
+            result[names.renamed(name, number, expert[1])] = name
     return result
 
 
@@ -73,7 +86,7 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
     Raises:
         VerifyError: names the keys that differ.
     """
-    wanted = dict(source.index.config) | _counted(source.index, written, source.family)
+    wanted = dict(source.index.config) | _counted(source, written)
     wanted = {key: wanted[key] for key in source.index.config}
     keys = [key for key in {**wanted, **written.config} if wanted.get(key) != written.config.get(key)]
     if keys:
@@ -86,9 +99,10 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
         )
 
 
-def _counted(source: CheckpointIndex, written: CheckpointIndex, family: Family) -> dict[str, object]:
+def _counted(source: Source, written: CheckpointIndex) -> dict[str, object]:
     """Config keys and what the written tensors show them to be; a list where they disagree with each other."""
-    names = Names(family)
+    family, depth = source.family, source.facts.num_layers
+    names = Names(family, depth)
     experts: dict[int | None, set[int]] = {}
     widths, shared = set(), set()
     for name, entry in written.tensors.items():
@@ -98,10 +112,11 @@ def _counted(source: CheckpointIndex, written: CheckpointIndex, family: Family) 
             widths.add(entry.shape[NEURON_AXIS[expert[1]]])
         elif names.inside(name, family.shared_experts) == f"{family.matrices[GATE]}.weight":
             shared.add(entry.shape[0])
+    predicting = {layer for layer in map(names.layer, written.tensors) if layer is not None and layer >= depth}
     width = _only(widths)
     counted = dict.fromkeys(family.experts_keys, _only({len(ids) for ids in experts.values()}))
-    counted |= dict.fromkeys(family.mtp_keys, 0) | {family.width_key: width}
-    if family.shared_key and family.shared_widths(source.config):
+    counted |= dict.fromkeys(family.mtp_keys, len(predicting)) | {family.width_key: width}
+    if family.shared_key and family.shared_widths(source.index.config):
         counted[family.shared_key] = _only({wide / width if isinstance(width, int) else wide for wide in shared})
     return counted
 
@@ -116,7 +131,8 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
     Raises:
         VerifyError: the first tensor whose dtype, shape or bytes differ.
     """
-    family, reading, found = expected.source.family, Names(expected.source.family), Verified()
+    family, found = expected.source.family, Verified()
+    reading = Names(family, expected.source.facts.num_layers)
     for name in names:
         origin, shape = expected.names[name], readers.written.index.entry(name).shape
         wanted, layer, expert = Wanted(origin), reading.layer(name), reading.expert(origin)

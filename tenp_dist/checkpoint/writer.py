@@ -56,8 +56,11 @@ class OutputShard(Generic[T]):
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def assign_shards(tensors: Sequence[T], shard_size: int) -> list[OutputShard[T]]:
-    """Fill shards of at most `shard_size` bytes in order; a tensor above it gets a shard of its own."""
+def assign_shards(tensors: Sequence[T], shard_size: int, name: str = "model") -> list[OutputShard[T]]:
+    """Fill shards of at most `shard_size` bytes in order; a tensor above it gets a shard of its own.
+
+    name: what their file names begin with.
+    """
     groups: list[list[T]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -68,7 +71,7 @@ def assign_shards(tensors: Sequence[T], shard_size: int) -> list[OutputShard[T]]
         filled += tensor.nbytes
     total = len(groups)
     return [
-        OutputShard(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(group))
+        OutputShard(f"{name}-{number:05d}-of-{total:05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, start=1)
     ]
 
@@ -117,16 +120,23 @@ def shard_bytes(shard: OutputShard[T]) -> int:
 
 
 def finish_checkpoint(
-    folder: Path, shards: Sequence[OutputShard[T]], config: Mapping[str, Any], carried: Sequence[Path]
+    folder: Path,
+    shards: Sequence[OutputShard[T]],
+    config: Mapping[str, Any],
+    carried: Sequence[Path],
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copy the carried side files, then write the index, then the config: the checkpoint exists from here on."""
+    """Copy the carried side files, then write the index, then the config: the checkpoint exists from here on.
+
+    metadata: what the index says beside sizes and the map.
+    """
     for path in carried:
         with atomic_write(folder / path.name) as stream, open(path, "rb") as original:
             shutil.copyfileobj(original, stream)
     write_json(
         folder / INDEX_NAME,
         {
-            "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+            "metadata": {"total_size": sum(shard.nbytes for shard in shards), **(metadata or {})},
             "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
         },
     )

@@ -251,7 +251,8 @@ def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, 
         console.print(f"Checkpoint ({name}): {job.run_dir / layout['folder']}", soft_wrap=True)
     if "report" in stages:
         console.print(f"Report: {job.run_dir / stages['report']['page']}", soft_wrap=True)
-    shown = next((layout for name in sorted_names(layouts) if (layout := LAYOUTS[name]).saves_space), None)
+    loadable = [layout for name in sorted_names(layouts) if (layout := LAYOUTS[name]).saves_space and layout.readable]
+    shown = next(iter(loadable), None)
     if shown is not None:
         folder = job.run_dir / layouts[shown.name]["folder"]
         package = "import tenp_dist; " if shown.needs_package else ""

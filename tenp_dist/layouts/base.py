@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.entries import TensorEntry
-from tenp_dist.checkpoint.expert_layers import layers_of
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -31,6 +30,7 @@ class Pruned:
     retention: share of the routed neurons that the job asked for, a decimal string.
     compensated: where W_down of compensated experts is, None where none is.
     form: how tensors are stored.
+    mtp: number of a multi-token prediction layer -> what stays of it, in layouts that prune these too.
     """
 
     source: Source
@@ -38,6 +38,12 @@ class Pruned:
     retention: str
     compensated: CheckpointIndex | None = None
     form: OutputForm = field(default_factory=OutputForm)
+    mtp: Mapping[int, KeptNeurons] = field(default_factory=dict)
+
+    @property
+    def kept_of_all(self) -> dict[int, KeptNeurons]:
+        """What stays of every layer that loses something."""
+        return {**self.kept, **self.mtp}
 
 
 class Layout(ABC):
@@ -49,14 +55,22 @@ class Layout(ABC):
     """What the model card says of it."""
     needs_package: ClassVar[bool] = False
     """Whether transformers loads it only after `import tenp_dist` (or from the modeling file that it brings)."""
+    how_to_load: ClassVar[str] = ""
+    """Markdown of the card on loading it, where that is not by transformers."""
+    readable: ClassVar[bool] = True
+    """Whether transformers, and so an evaluation, can read it."""
+    experts_apart: ClassVar[bool] = True
+    """Whether every expert has tensors of its own, so that files can be divided by expert."""
+    plain_only: ClassVar[bool] = False
+    """Whether its tensors are plain numbers, in no stored format."""
     saves_space: ClassVar[bool] = True
     """Whether it is smaller than the source: reports name such layouts first, and people are told to load one."""
     holds_removal: ClassVar[bool] = False
     """Whether experts can leave the model, or only neurons."""
     states_width: ClassVar[bool] = False
     """Whether its config states the width of experts anew, as the one number that the source's config has for it."""
-    leaves_out_mtp: ClassVar[bool] = False
-    """Whether the multi-token prediction layers of the source stay out."""
+    prunes_mtp: ClassVar[bool] = False
+    """Whether multi-token prediction layers get the sizes of the others; elsewhere they stay whole."""
 
     def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
         """Why plans of one of these forms have no such checkpoint, None where all have.
@@ -64,6 +78,14 @@ class Layout(ABC):
         Not asked of layouts that cannot hold a removal where experts leave: `check_layouts` refuses these together.
         """
         return None
+
+    def check_source(self, source: Source) -> None:
+        """Refuse a source, less the prediction layers that the job drops, that has no such checkpoint.
+
+        Raises:
+            UnsupportedModelError: why not.
+        """
+        return  # sources of every kind
 
     def check_loadable(self, budget: Budget, layers: Sequence[MoeLayer]) -> None:
         """Refuse sizes that the runtime of this layout would not load.
@@ -74,7 +96,7 @@ class Layout(ABC):
         return  # sizes of every kind
 
     def warnings(self, shape: Shape, mtp_layers: int) -> list[str]:
-        """What its checkpoint leaves out or asks of engines. mtp_layers: prediction layers of the source."""
+        """What its checkpoint asks of engines, or keeps without evidence. mtp_layers: prediction layers in it."""
         return []
 
     @abstractmethod
@@ -135,13 +157,11 @@ class OutputSizes:
     source: the checkpoint.
     total: bytes of all its tensors.
     routed: bytes of routed experts.
-    mtp: bytes of multi-token prediction layers.
     """
 
     source: Source
     total: int
     routed: int
-    mtp: int
 
     def dropped(self, job: Job) -> int:
         """Bytes of routed experts that a plan of the job takes out, at least."""
@@ -150,10 +170,9 @@ class OutputSizes:
 
 def output_sizes(source: Source, form: OutputForm) -> OutputSizes:
     """What the source would take in this form."""
-    tensors, layers = source.index.tensors, layers_of(source.index, source.family)
+    tensors = source.index.tensors
 
     def of(names: Iterable[str]) -> int:
         return sum(form.nbytes(tensors[name]) for name in names)
 
-    mtp = [name for layer in source.facts.mtp_layers for name in layers[layer]]
-    return OutputSizes(source, of(tensors), of(routed_matrices(source)), of(mtp))
+    return OutputSizes(source, of(tensors), of(routed_matrices(source)))

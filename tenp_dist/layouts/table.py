@@ -9,6 +9,9 @@ from tenp_dist import config
 from tenp_dist.budget.kinds.table import form_of, kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.mtp import without_mtp
+from tenp_dist.checkpoint.output_form import output_form
+from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Job
 from tenp_dist.errors import JobError
 from tenp_dist.layouts.base import Layout
@@ -26,10 +29,10 @@ def layouts_of(job: Job) -> tuple[Layout, ...]:
     return tuple(LAYOUTS[name] for name in job.output.layouts)
 
 
-def main_layout(layouts: Sequence[Layout]) -> Layout:
-    """The one that is evaluated: the default, or the first where that is not written."""
+def main_layout(layouts: Sequence[Layout]) -> Layout | None:
+    """The one that is evaluated: the default, or the first that can be read where that is not written; None of none."""
     default = LAYOUTS[config.LAYOUTS[0]]
-    return default if default in layouts else layouts[0]
+    return default if default in layouts else next((layout for layout in layouts if layout.readable), None)
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
@@ -39,14 +42,19 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (places.get(name, len(places)), name))
 
 
+def written_source(job: Job, source: Source) -> Source:
+    """The source as checkpoints are made from it: without prediction layers where the job drops them."""
+    return without_mtp(source) if job.output.mtp == "drop" else source
+
+
 def plan_settings(job: Job) -> dict[str, bool]:
-    """What of the layouts is a setting of the plan: it warns of what its checkpoint leaves out."""
-    written = layouts_of(job)
-    return {layout.name: layout in written for layout in LAYOUTS.values() if layout.leaves_out_mtp}
+    """What of the layouts is a setting of the plan: it warns of prediction layers that are pruned without scores."""
+    written = layouts_of(job) if job.output.mtp == "keep" else ()
+    return {layout.name: layout in written for layout in LAYOUTS.values() if layout.prunes_mtp}
 
 
 def layout_warnings(job: Job, shape: Shape, mtp_layers: int) -> list[str]:
-    """What the job's layouts leave out or ask of engines. mtp_layers: multi-token prediction layers of the source."""
+    """What the job's layouts ask of engines or keep without evidence. mtp_layers: prediction layers in them."""
     return [warning for layout in layouts_of(job) for warning in layout.warnings(shape, mtp_layers)]
 
 
@@ -83,6 +91,45 @@ def check_width(job: Job, family: Family, layers: Sequence[MoeLayer], shapes: Se
             found=f"{family.width_key} is the width of {', '.join(family.width_of_others)} too",
             wanted="layout ragged or padded",
             next_step="use layout ragged, or a method that removes experts",
+        )
+
+
+def check_expected_of(job: Job, source: Source) -> None:
+    """Refuse, before anything is computed, what a layout cannot do with this source or for the rest of the job.
+
+    Raises:
+        UnsupportedModelError: a layout has no form of this source.
+        JobError: nothing that is written can be evaluated, or divided as asked.
+    """
+    layouts, written = layouts_of(job), written_source(job, source)
+    for layout in layouts:
+        layout.check_source(written)
+    together = [layout.name for layout in layouts if not layout.experts_apart]
+    if together and job.output.expert_ranks:
+        raise JobError(
+            "Experts that share a tensor cannot be divided among files",
+            where="output.layout_by",
+            found=f"layout {together[0]}",
+            wanted="layouts with tensors for every expert",
+            next_step="leave output.layout_by, or that layout, out",
+        )
+    form = output_form(written, job.output.dtype).name
+    plain = [layout.name for layout in layouts if layout.plain_only and form]
+    if plain:
+        raise JobError(
+            f"A {plain[0]} checkpoint holds plain tensors only",
+            where="output.dtype",
+            found=f"{job.output.dtype}, which is {form} here",
+            wanted="bfloat16",
+            next_step="set output.dtype to bfloat16, or use layout ragged",
+        )
+    if job.evaluation and job.evaluation.checkpoint and main_layout(layouts) is None:
+        raise JobError(
+            "No layout of the job can be evaluated",
+            where="output.layouts",
+            found=", ".join(layout.name for layout in layouts),
+            wanted=f"one of {', '.join(layout.name for layout in LAYOUTS.values() if layout.readable)} too",
+            next_step="write such a layout as well, or set evaluation.checkpoint to false",
         )
 
 

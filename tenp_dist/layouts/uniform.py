@@ -4,7 +4,7 @@ The architecture stays the source's; only numbers in its config change, to what 
 a plan removes leave with their router rows and bias entries, the others are renumbered in order. DeepSeek
 configs state the width of shared experts as a multiple of the routed experts' width: where that width
 shrinks, the multiple grows, and shared experts are filled up with neurons that are zero. Multi-token prediction
-layers share the config's numbers but were not scored, so they stay out.
+layers share the config's numbers: they get the same sizes, by the norms of their weights (`budget/unscored.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import Shape
-from tenp_dist.checkpoint.expert_layers import layers_of
-from tenp_dist.checkpoint.expert_slices import ExpertSlice, ExpertSlices
+from tenp_dist.checkpoint.expert_slices import ExpertSlice
 from tenp_dist.checkpoint.families.base import NEURON_AXIS, experts_axis
 from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.layer_names import LayerNames, layer_names
+from tenp_dist.checkpoint.mtp import mtp_expert_layers
 from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, Rows
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
@@ -37,7 +39,7 @@ class Uniform(Layout):
     )
     holds_removal = True
     states_width = True
-    leaves_out_mtp = True
+    prunes_mtp = True
 
     def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
         widths = [form.widths for form in forms if form.widths is not None]
@@ -65,8 +67,9 @@ class Uniform(Layout):
         warnings = []
         if mtp_layers:
             warnings.append(
-                f"The uniform checkpoint leaves out {mtp_layers} multi-token prediction layers of the source: they "
-                "share the config's expert numbers and were not scored."
+                f"The uniform checkpoint prunes {mtp_layers} multi-token prediction layers to the sizes of the others "
+                "by the norms of their weights: they were not scored, so drafts may be accepted less often. "
+                "output.mtp: drop leaves them out."
             )
         unaligned = {width for width in shape.narrow if width is not None and width % ENGINE_ALIGN}
         if unaligned:
@@ -77,23 +80,25 @@ class Uniform(Layout):
         return warnings
 
     def tensors(self, pruned: Pruned) -> list[OutputTensor]:
-        return uniform_tensors(pruned.source, pruned.kept)
+        return uniform_tensors(pruned.source, pruned.kept_of_all)
 
     def config(self, pruned: Pruned) -> Mapping[str, Any]:
         """The source's config with the numbers of the new tensors; no key comes or goes."""
         family, config = pruned.source.family, pruned.source.index.config
-        size = uniform_size(pruned.source, pruned.kept)
-        numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, 0)
+        size, predicting = uniform_size(pruned.source, pruned.kept_of_all), len(pruned.source.facts.mtp_layers)
+        numbers = dict.fromkeys(family.experts_keys, size.experts) | dict.fromkeys(family.mtp_keys, predicting)
         numbers[family.width_key] = size.width
         if family.shared_key and size.shared:
             numbers[family.shared_key] = size.shared
         return family.with_numbers(config, numbers)
 
     def nbytes(self, sizes: OutputSizes, job: Job) -> int:
-        """Without prediction layers. A shared expert is filled up by less than the width of a routed one."""
-        source, dropped = sizes.source, sizes.dropped(job)
-        filled = (sizes.routed - dropped) // source.facts.num_experts if source.family.shared_key else 0
-        return sizes.total - dropped - sizes.mtp + filled
+        """Prediction layers shrink like the others. A shared expert is filled up by less than a routed width."""
+        facts, family = sizes.source.facts, sizes.source.family
+        alike = 1 + Fraction(len(mtp_expert_layers(sizes.source)), len(facts.moe_layers))
+        routed, dropped = int(sizes.routed * alike), int(sizes.dropped(job) * alike)
+        filled = (routed - dropped) // facts.num_experts if family.shared_key else 0
+        return sizes.total - dropped + filled
 
 
 @dataclass(frozen=True)
@@ -140,21 +145,20 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
         SourceError: a router tensor without a row per expert.
     """
     index, family, size = source.index, source.family, uniform_size(source, kept)
-    slices, layers = ExpertSlices(family), layers_of(index, family)
-    absent = {name for layer, names in layers.items() if layer >= source.facts.num_layers for name in names}
-    absent |= {name for name in index.tensors if family.is_prediction(name)}
+    layers = layer_names(index.tensors, family, source.facts.num_layers)
+    absent: set[str] = set()
     changed: dict[str, OutputTensor] = {}
-    for layer, neurons in kept.items():
-        absent.update(place.tensor for _, _, place in slices.of_layer(layer, range(neurons.num_experts)))
-        for number, expert in enumerate(neurons.routed.tolist()):
+    for number, neurons in kept.items():
+        layer = layers[number]
+        absent.update(place.tensor for place in layer.slices(range(neurons.num_experts)))
+        for new, expert in enumerate(neurons.routed.tolist()):
             for matrix in NEURON_AXIS:
-                place, name = slices.of(layer, expert, matrix), slices.of(layer, number, matrix).tensor
-                changed[place.tensor] = OutputTensor(name, _expert_matrix(source, place, layer, expert, size.width))
-        prefix = family.layer.format(layer=layer)
-        for recipe in _router(source, layers[layer], layer, neurons):
+                place, name = layer.slice(expert, matrix), layer.slice(new, matrix).tensor
+                changed[place.tensor] = OutputTensor(name, _expert_matrix(source, place, number, expert, size.width))
+        for recipe in _router(source, layer, neurons):
             changed[recipe.source] = OutputTensor(recipe.source, recipe)
         if size.shared:
-            for recipe in _shared(source, prefix + family.shared_experts, size.shared * size.width):
+            for recipe in _shared(source, layer.prefix + family.shared_experts, size.shared * size.width):
                 changed[recipe.source] = OutputTensor(recipe.source, recipe)
     return [
         changed.get(name) or OutputTensor(name, Copy(name, entry.dtype, entry.shape))
@@ -170,12 +174,12 @@ def _expert_matrix(source: Source, place: ExpertSlice, layer: int, expert: int, 
     return Cut(entry.name, entry.dtype, with_length(entry.shape, axis, width), axis, layer, expert)
 
 
-def _router(source: Source, names: Sequence[str], layer: int, neurons: KeptNeurons) -> Iterator[Recipe]:
+def _router(source: Source, layer: LayerNames, neurons: KeptNeurons) -> Iterator[Recipe]:
     """The router's tensors in a layer, with the rows of the experts that stay."""
     if neurons.experts is None:
         return
-    prefixes = tuple(source.family.layer.format(layer=layer) + inside for inside in source.family.router_tensors)
-    for name in names:
+    prefixes = tuple(layer.prefix + inside for inside in layer.row.router_tensors)
+    for name in layer.names:
         if not name.startswith(prefixes):
             continue
         entry = source.index.entry(name)
@@ -188,7 +192,7 @@ def _router(source: Source, names: Sequence[str], layer: int, neurons: KeptNeuro
                 next_step="check that config.json belongs to these weights",
             )
         axis = experts_axis(entry.shape, neurons.num_experts)
-        yield Rows(name, entry.dtype, with_length(entry.shape, axis, len(neurons.experts)), axis, layer)
+        yield Rows(name, entry.dtype, with_length(entry.shape, axis, len(neurons.experts)), axis, layer.number)
 
 
 def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tenp_dist.checkpoint.expert_layers import expert_layers, layers_of
+from tenp_dist.checkpoint.expert_layers import expert_layers
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.layer_names import mtp_names
 from tenp_dist.checkpoint.reader import check_shape
 from tenp_dist.errors import SourceError
 from tenp_dist.model.stock import build_model
@@ -68,18 +69,12 @@ def check_tensors(index: CheckpointIndex) -> None:
     layers = expert_layers(index, family)
     model = build_model(config, torch.float32, "eager")
     experts = _experts_tensors(family, layers.moe_layers, layers.num_experts)
-    predicting = mtp_tensors(index, family, layers.num_layers)
+    predicting = mtp_names(index.tensors, family, layers.num_layers)
     others = [name for name in index.tensors if name not in experts and name not in predicting]
     stored = names_of_parameters(model, others)
     _check_present(index, model, family, config, stored)
     left = set(others) - set(stored.values())
     check_known(index, model, [name for name in others if name in left])
-
-
-def mtp_tensors(index: CheckpointIndex, family: Family, num_layers: int) -> set[str]:
-    """Tensors of multi-token prediction layers."""
-    numbered = (names for layer, names in layers_of(index, family).items() if layer >= num_layers)
-    return {name for names in numbered for name in names} | set(filter(family.is_prediction, index.tensors))
 
 
 def check_known(index: CheckpointIndex, model: PreTrainedModel, unknown: Sequence[str]) -> None:

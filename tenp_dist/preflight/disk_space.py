@@ -13,7 +13,7 @@ from tenp_dist.config import COMPENSATE, Budget, Evaluation, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.layouts.base import output_sizes
-from tenp_dist.layouts.table import layouts_of
+from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
 
 _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every domain
@@ -75,7 +75,8 @@ def _share(budgets: Sequence[Budget]) -> Fraction:
 def bytes_left(job: Job, source: Source) -> int:
     """Scores with the hidden states on their way, and every layout."""
     facts, text = source.facts, job.calibration
-    sizes = output_sizes(source, output_form(source, job.output.dtype))
+    written = written_source(job, source)
+    sizes = output_sizes(written, output_form(written, job.output.dtype))
     checkpoints = sum(layout.nbytes(sizes, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})

@@ -8,12 +8,14 @@ from tenp_dist.artifacts import read_json
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.rows import check_sources
+from tenp_dist.checkpoint.expert_parallel import too_many_ranks
+from tenp_dist.checkpoint.layer_names import experts_by_name
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_layouts, check_width
+from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
@@ -33,6 +35,8 @@ def check_job(job: Job, source: Source) -> None:
     shapes = _shapes(job.budget, layers)
     check_layouts(job, layers, shapes)
     check_width(job, source.family, layers, shapes)
+    check_expected_of(job, source)
+    _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
@@ -48,6 +52,25 @@ def _check_tensors(files: RunFiles, source: Source) -> None:
         from tenp_dist.model.tensor_names import check_tensors  # imports torch and transformers
 
         check_tensors(source.index)
+
+
+def _check_expert_ranks(job: Job, source: Source, shapes: Sequence[Shape]) -> None:
+    ranks, facts = job.output.expert_ranks, source.facts
+    if ranks is None:
+        return
+    owners = experts_by_name(source.index.tensors, source.family, facts.num_layers)
+    if not {layer for layer, _ in owners.values()}.issuperset(facts.moe_layers):
+        raise JobError(
+            "Experts that share a tensor cannot be divided among files",
+            where="output.layout_by",
+            found=f"a {facts.family} checkpoint with one tensor for all experts of a layer",
+            wanted="a tensor for every matrix of every expert",
+            next_step="leave output.layout_by out",
+        )
+    leave = kind_of(job.budget).experts_leave
+    stay = min(min(shape.whole) for shape in shapes) if leave else facts.num_experts
+    if ranks > stay:
+        raise too_many_ranks(ranks, stay, f"method {job.budget.method}")
 
 
 def _check_compensation(job: Job) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.table import LAYOUTS
 from tenp_dist.report import templates, text
 
@@ -26,11 +27,17 @@ def model_card(report: Mapping[str, Any], layout: str, *, custom_code: bool) -> 
         report=report,
         layout=layout,
         layout_sentence=known.sentence if known else "",
+        how_to_load=known.how_to_load if known else "",
         needs_package=known is not None and known.needs_package,
-        leaves_out_mtp=known is not None and known.leaves_out_mtp,
+        mtp=report["checkpoints"][layout].get("mtp") or _mtp_before(known),
         custom_code=custom_code,
         front_matter=front_matter(report, layout),
     )
+
+
+def _mtp_before(known: Layout | None) -> str:
+    """What became of prediction layers where the record does not say: it is from before they were pruned."""
+    return "left out" if known is not None and known.prunes_mtp else "whole"
 
 
 def front_matter(report: Mapping[str, Any], layout: str) -> str:

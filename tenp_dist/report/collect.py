@@ -11,7 +11,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | method      | what kind of method it is, and whose expert scores the map shows                |
 | layers      | one entry per MoE layer: plan, importance [E] and routed tokens [E]             |
 | routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
-| checkpoints | layout -> files and bytes on disk                                               |
+| checkpoints | layout -> files and bytes on disk, and what became of prediction layers (mtp)   |
 | evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
 | selection   | `selection.json`: the curve that an `auto` budget was chosen on, or None          |
 | verify      | `verify.json`, or None                                                          |
@@ -139,12 +139,16 @@ def _main_layout(checkpoints: Mapping[str, Any], evaluation: Mapping[str, Any] |
     return evaluated if evaluated in checkpoints else next(iter(checkpoints), None)
 
 
-def _checkpoints(files: RunFiles) -> dict[str, dict[str, int]]:
+def _checkpoints(files: RunFiles) -> dict[str, dict[str, Any]]:
     folders = {path.parent.name: path.parent for path in files.checkpoints.glob("*/config.json")}
     sizes = {
         name: [path.stat().st_size for path in folders[name].glob("*.safetensors")] for name in sorted_names(folders)
     }
-    return {name: {"files": len(found), "bytes": sum(found)} for name, found in sizes.items()}
+    written = (_optional(files.record("write")) or {}).get("summary", {}).get("layouts", {})
+    return {
+        name: {"files": len(found), "bytes": sum(found), "mtp": written.get(name, {}).get("mtp")}
+        for name, found in sizes.items()
+    }
 
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:

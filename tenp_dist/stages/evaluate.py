@@ -64,8 +64,8 @@ def evaluate(run: Run, context: StageContext) -> Output:
     write_corpus(files.held_out, corpus)
     plans, refused = _plans_beside(run, context, given)
     control = [_control(run, context)] if asked.checkpoint else []
-    layout = main_layout(run.layouts).name
-    written = [VariantsPass(files.checkpoint(layout), {"pruned": Variant()})] if asked.checkpoint else []
+    layout = main_layout(run.layouts) if asked.checkpoint else None
+    written = [VariantsPass(files.checkpoint(layout.name), {"pruned": Variant()})] if layout else []
     measured = Measured("evaluate", files.held_out, files.evaluation_folder, asked.batch_tokens)
     seen = seen_share(corpus, _calibrated_on(files))
     figures = measure(run, context, measured, [*control, *plans], written)
@@ -74,7 +74,7 @@ def evaluate(run: Run, context: StageContext) -> Output:
         "sequence_length": asked.sequence_length,
         "variants": _variants(run, control, figures),
         "plans": [entry(plan, figures[plan.name]) for plan in plans],
-        "pruned_from": files.relative(files.checkpoint(layout)) if asked.checkpoint else None,
+        "pruned_from": files.relative(files.checkpoint(layout.name)) if layout else None,
         "seen_in_calibration": seen,
         "warnings": [*_seen_warnings(seen), *_refused_warnings(refused)],
     }

@@ -21,7 +21,7 @@ def plan_fields(run: Run) -> dict[str, Any]:
 
 def plan_model(run: Run, context: StageContext) -> Output:
     plan = run.make_plan(run.budget)
-    missing = layout_warnings(run.job, plan.shape, len(run.source.facts.mtp_layers))
+    missing = layout_warnings(run.job, plan.shape, len(run.written_source.facts.mtp_layers))
     plan = replace(plan, warnings=(*missing, *plan.warnings))
     context.replace()
     files = run.store_plan(run.files.run_dir, plan, context.digests)

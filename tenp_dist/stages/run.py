@@ -22,7 +22,7 @@ from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.layouts.base import Layout
-from tenp_dist.layouts.table import layouts_of
+from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
 from tenp_dist.passes.run_pass import PassContext
@@ -58,9 +58,14 @@ class Run:
         return layouts_of(self.job)
 
     @cached_property
+    def written_source(self) -> Source:
+        """The source as checkpoints are made from it."""
+        return written_source(self.job, self.source)
+
+    @cached_property
     def form(self) -> OutputForm:
         """How the tensors of checkpoints are stored."""
-        return output_form(self.source, self.job.output.dtype)
+        return output_form(self.written_source, self.job.output.dtype)
 
     @property
     def budget(self) -> Budget:

@@ -16,6 +16,7 @@ from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
 from tenp_dist.checkpoint.verify_form import check_stored_as
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
+from tenp_dist.checkpoint.verify_ranks import check_ranks
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.errors import TenpError, VerifyError
 from tenp_dist.model.tensor_names import check_tensors
@@ -25,6 +26,7 @@ from tenp_dist.progress import Progress
 from tenp_dist.run_files import LAYER_FILES
 from tenp_dist.stages.base import RunStage, layouts_gist
 from tenp_dist.stages.compensate import tokens_again
+from tenp_dist.stages.mtp import mtp_kept
 from tenp_dist.stages.run import Run
 
 
@@ -37,6 +39,7 @@ class Claim:
     plan: `plan.safetensors`.
     compensated: where W_down of compensated experts is, None where none is.
     dtype: how the job says that tensors are stored.
+    ranks: expert-parallel ranks that have files of their own, None for none.
     """
 
     folder: Path
@@ -44,13 +47,20 @@ class Claim:
     plan: Path
     compensated: CheckpointIndex | None = None
     dtype: str = "bfloat16"
+    ranks: int | None = None
 
 
 def verify(run: Run, context: StageContext) -> Output:
     layouts = {}
     for layout in run.layouts:
-        folder, dtype = run.files.checkpoint(layout.name), run.job.output.dtype
-        claim = Claim(folder, run.source, run.files.plan_tensors, run.compensated, dtype)
+        claim = Claim(
+            folder=run.files.checkpoint(layout.name),
+            source=run.written_source,
+            plan=run.files.plan_tensors,
+            compensated=run.compensated,
+            dtype=run.job.output.dtype,
+            ranks=run.job.output.expert_ranks,
+        )
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
         rounding = verified.rounding()
         layouts[layout.name] = {
@@ -76,12 +86,16 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
         VerifyError: the first difference.
     """
     written, kept = open_index(claim.folder), read_kept(claim.plan)
+    if check.prunes_mtp:
+        kept |= mtp_kept(pool, claim.source, kept)
     expected = Expected(claim.source, kept, check.names(claim.source, kept))
     check_names(expected.names, written)
     check_stored_as(claim.source, written, expected.names, claim.dtype)
     check.config(claim.source, written, kept)
     if check.stock:
         _check_stock(written)
+    if claim.ranks is not None:
+        check_ranks(claim.source, written, claim.ranks)
     by_file: dict[str, list[str]] = {}
     for name, entry in written.tensors.items():
         by_file.setdefault(entry.file, []).append(name)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from tenp_dist.artifacts import atomic_write, digest_of, drop_leftovers, free_bytes, read_json, write_json
 from tenp_dist.budget.plan_files import read_plan
+from tenp_dist.checkpoint.expert_parallel import FileSets, files_by_rank
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
 from tenp_dist.checkpoint.output_form import routed_matrices
@@ -36,6 +37,7 @@ from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress
 from tenp_dist.run_files import WRITING_MARK
 from tenp_dist.stages.base import RunStage, layouts_gist, reads
+from tenp_dist.stages.mtp import mtp_kept
 from tenp_dist.stages.run import Run
 
 
@@ -49,6 +51,7 @@ class Attempt:
     progress: is told of every file.
     writers: parallel tasks, None for one per core.
     overwrite: whether the folder may be replaced if it holds something else.
+    ranks: expert-parallel ranks that get files of their own, None for none.
     repair: the folder was finished under this key and lost files since.
     replace: called before the first byte, once nothing speaks against writing.
     """
@@ -58,6 +61,7 @@ class Attempt:
     shard_size: int
     progress: Callable[[Progress], None]
     writers: int | None = None
+    ranks: int | None = None
     overwrite: bool = False
     repair: bool = False
     replace: Callable[[], None] = lambda: None
@@ -88,16 +92,23 @@ class Written:
 
 
 def write_fields(run: Run) -> dict[str, Any]:
-    layouts, form = [layout.name for layout in run.layouts], run.form.name
-    fields = run.job.output.model_dump(mode="json", exclude={"ridge"}) | {"layouts": layouts}
+    """Keys that came later enter only where they change what is written: runs that are older stay as they are."""
+    output, layouts, form = run.job.output, [layout.name for layout in run.layouts], run.form.name
+    later = {"mtp"} if output.mtp == "keep" and not _prunes_mtp(run) else set()
+    later |= {"layout_by"} if output.layout_by is None else set()
+    fields = output.model_dump(mode="json", exclude={"ridge", *later}) | {"layouts": layouts}
     return fields | ({"form": form} if form else {})
+
+
+def _prunes_mtp(run: Run) -> bool:
+    return bool(run.written_source.facts.mtp_layers) and any(layout.prunes_mtp for layout in run.layouts)
 
 
 def write(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
     kept, retention = read_kept(files.plan_tensors), str(run.job.budget.retention)
-    pruned = Pruned(run.source, kept, retention, run.compensated, run.form)
+    pruned = Pruned(run.written_source, kept, retention, run.compensated, run.form)
     made: list[Path] = []
     summary: dict[str, dict[str, Any]] = {}
     for layout in run.layouts:
@@ -111,9 +122,18 @@ def write(run: Run, context: StageContext) -> Output:
             "effective_bits": written.effective_bits,
             "shards": written.shards,
             "reused_shards": written.reused,
+            **_mtp_summary(run, layout),
         }
     digests = {name: open_index(files.checkpoint(name)).fingerprint for name in summary}
     return Output(made, digest_of([context.digests, digests]), {"layouts": summary})
+
+
+def _mtp_summary(run: Run, layout: Layout) -> dict[str, str]:
+    """What became of the source's prediction layers, where it has some."""
+    if not run.source.facts.mtp_layers:
+        return {}
+    kept = "pruned" if layout.prunes_mtp else "whole"
+    return {"mtp": kept if run.written_source.facts.mtp_layers else "left out"}
 
 
 def _attempt(run: Run, context: StageContext, layout: Layout) -> Attempt:
@@ -122,6 +142,7 @@ def _attempt(run: Run, context: StageContext, layout: Layout) -> Attempt:
         key=digest_of([context.key, layout.name]),
         shard_size=run.job.output.shard_size,
         writers=run.job.cluster.writers,
+        ranks=run.job.output.expert_ranks,
         overwrite=context.overwrite,
         repair=context.repair,
         replace=context.replace,
@@ -135,11 +156,15 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     Raises:
         OutputError: the folder holds something else and may not be replaced.
         DiskFullError: the file system is too small for what is left to write, before a byte is written.
-        BudgetError, SourceError: as `Layout.tensors`.
+        BudgetError, SourceError: as `Layout.tensors`. JobError: as `files_by_rank`.
+        NumericalError: as `mtp_kept`.
     """
     folder, source = attempt.folder, pruned.source
+    if layout.prunes_mtp:
+        pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept))
     tensors = pruned.form.tensors(source, layout.tensors(pruned))
-    shards = assign_shards(tensors, attempt.shard_size)
+    sets = _file_sets(tensors, source, attempt)
+    shards = sets.shards
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
     ours = attempt.goes_on
     if not ours and not attempt.overwrite:
@@ -154,7 +179,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
             stream.write(text.encode())
     drop_leftovers(folder)  # of writers that were killed and replaced
     carried = [path for path in side_files(source.folder) if layout.carries(path)]
-    finish_checkpoint(folder, shards, config, carried)
+    finish_checkpoint(folder, shards, config, carried, sets.metadata)
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *(path.name for path in carried)]
     nbytes = sum(shard.nbytes for shard in shards)
     files, bits = [folder / name for name in names], _effective_bits(source, tensors)
@@ -168,12 +193,18 @@ def _effective_bits(source: Source, tensors: Sequence[OutputTensor]) -> float:
     return 8 * nbytes / source.facts.parameters.routed
 
 
+def _file_sets(tensors: Sequence[OutputTensor], source: Source, attempt: Attempt) -> FileSets:
+    if attempt.ranks is None:
+        return FileSets(assign_shards(tensors, attempt.shard_size), {})
+    return files_by_rank(tensors, source.family, source.facts.num_layers, attempt.ranks, attempt.shard_size)
+
+
 Shared = tuple[CheckpointIndex, Mapping[int, KeptNeurons], CheckpointIndex | None]
 
 
 def _write_shards(pool: Pool, pruned: Pruned, due: Sequence[OutputShard[OutputTensor]], attempt: Attempt) -> None:
     started, done, total = monotonic(), 0, sum(map(shard_bytes, due))
-    shared = pool.share((pruned.source.index, dict(pruned.kept), pruned.compensated))
+    shared = pool.share((pruned.source.index, pruned.kept_of_all, pruned.compensated))
     for nbytes in pool.map(_write_one, [(shared, attempt.folder, shard) for shard in due], limit=attempt.writers):
         done += nbytes
         attempt.progress(Progress(done, total, 0, monotonic() - started, "bytes"))

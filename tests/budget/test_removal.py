@@ -195,11 +195,11 @@ def test_too_few_experts_is_known_before_anything_is_written(job_file, tenp, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_uniform_checkpoint_leaves_out_or_asks_for(job_file):
+def test_what_a_uniform_checkpoint_guesses_or_asks_for(job_file):
     layers = [MoeLayer(0, 8, 64)]
     job = load_job(job_file(budget={"method": "enp", "retention": "0.6", "align": 4}, output={"layouts": ["uniform"]}))
     warnings = layout_warnings(job, kind_of(job.budget).shape(layers), mtp_layers=1)
-    assert "1 multi-token prediction layers" in warnings[0] and "36 neurons may not run" in warnings[1]
+    assert "prunes 1 multi-token prediction layers" in warnings[0] and "36 neurons may not run" in warnings[1]
     aligned = load_job(
         job_file(budget={"method": "enp", "retention": "0.63", "align": 8}, output={"layouts": ["uniform"]})
     )

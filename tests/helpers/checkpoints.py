@@ -14,6 +14,7 @@ from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
+from tenp_dist.checkpoint.mtp import without_mtp
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.checkpoint.verify_layouts import CHECKS
 from tenp_dist.layouts.base import Pruned
@@ -43,15 +44,19 @@ def random_kept(model, seed=0) -> dict[int, KeptNeurons]:
     return kept
 
 
-def write(model, kept, folder, layout, **changes):
+def source_of(model, mtp):
+    return without_mtp(open_source(model)) if mtp == "drop" else open_source(model)
+
+
+def write(model, kept, folder, layout, mtp="keep", **changes):
     options = {"shard_size": SHARD_SIZE, "key": "key", "progress": lambda step: None} | changes
-    pruned = Pruned(open_source(model), kept, retention="0.4")
+    pruned = Pruned(source_of(model, mtp), kept, retention="0.4")
     return write_layout(InProcessPool(), LAYOUTS[layout], pruned, Attempt(folder=folder, **options))
 
 
-def verify(model, kept, folder, layout, tmp_path):
+def verify(model, kept, folder, layout, tmp_path, mtp="keep", ranks=None):
     write_kept(tmp_path / "plan.safetensors", kept, {"plan": "test"})
-    claim = Claim(folder, open_source(model), tmp_path / "plan.safetensors")
+    claim = Claim(folder, source_of(model, mtp), tmp_path / "plan.safetensors", ranks=ranks)
     return verify_layout(InProcessPool(), CHECKS[layout], claim, lambda step: None)
 
 

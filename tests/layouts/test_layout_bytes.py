@@ -7,7 +7,7 @@ from tenp_dist.checkpoint.output_form import OutputForm
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.job_file import load_job
 from tenp_dist.layouts.base import output_sizes
-from tenp_dist.layouts.table import LAYOUTS, layouts_of
+from tenp_dist.layouts.table import LAYOUTS, layouts_of, written_source
 from tenp_dist.preflight.disk_space import bytes_left
 
 ROUTED = 3 * 8 * 3 * 24 * 32 * 4
@@ -15,7 +15,10 @@ ROUTED = 3 * 8 * 3 * 24 * 32 * 4
 
 
 def test_bytes_of_each_layout_by_hand(tiny_model, job_file, tmp_path):
-    """Half of the neurons go: 110592 bytes. A shared expert is filled by less than 1/8 of what stays: 13824 bytes."""
+    """Half of the neurons go: 110592 bytes. A shared expert is filled by less than 1/8 of what stays: 13824 bytes.
+
+    In `uniform` the prediction layer loses, and is filled, as much as each of the three MoE layers.
+    """
     model = with_mtp(tiny_model(), tmp_path / "with-mtp")
     source = open_source(model)
     assert source.facts.bytes.routed == ROUTED
@@ -25,7 +28,12 @@ def test_bytes_of_each_layout_by_hand(tiny_model, job_file, tmp_path):
     sizes = output_sizes(source, OutputForm())
     assert LAYOUTS["padded"].nbytes(sizes, job) == total
     assert LAYOUTS["ragged"].nbytes(sizes, job) == total - 110_592
-    assert LAYOUTS["uniform"].nbytes(sizes, job) == total - 110_592 - layer + 13_824
+    assert LAYOUTS["uniform"].nbytes(sizes, job) == total - 147_456 + 18_432
+    dropped = written_source(load_job(job_file(model=model, output={"mtp": "drop"})), source)
+    sizes = output_sizes(dropped, OutputForm())
+    assert LAYOUTS["padded"].nbytes(sizes, job) == total - layer
+    assert LAYOUTS["ragged"].nbytes(sizes, job) == total - layer - 110_592
+    assert LAYOUTS["uniform"].nbytes(sizes, job) == total - layer - 110_592 + 13_824
 
 
 def test_a_uniform_job_is_not_asked_for_the_whole_source(tiny_model, job_file):

@@ -52,5 +52,5 @@ def test_a_new_layout_is_written_verified_and_reported(noted, job_file, tmp_path
 def test_what_no_layout_is_called_is_refused(job_file):
     with pytest.raises(JobError) as caught:
         load_job(job_file(output={"layouts": ["ragged", "gguf"]}))
-    assert "input should be 'ragged', 'padded' or 'uniform'" in str(caught.value)
+    assert "input should be 'ragged', 'padded', 'uniform' or 'less_is_moe'" in str(caught.value)
     assert "output.layouts.1" in str(caught.value) and caught.value.found == "gguf"

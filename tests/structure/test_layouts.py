@@ -11,7 +11,11 @@ from tenp_dist.checkpoint.verify_layouts import CHECKS
 from tenp_dist.config import LAYOUTS
 from tenp_dist.layouts import table
 
-MAY_NAME = {"config.py", "checkpoint/verify_layouts.py"}  # the names that jobs may give, and the check's own table
+MAY_NAME = {  # the names that jobs may give, the check's own table, and a config entry that is called like its layout
+    "config.py",
+    "checkpoint/verify_layouts.py",
+    "checkpoint/verify_flat.py",
+}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 GATE, UP, DOWN = "gate", "up", "down"
@@ -56,6 +56,7 @@ class Family:
         width alone.
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
     mtp_tensors: prefixes of the tensors of prediction layers that are not numbered behind the decoder's.
+    mtp_changes: fields of the row that differ in those layers; their prefix at least.
     tensor_parallel: verified with more than one rank per shard.
     """
 
@@ -85,8 +86,14 @@ class Family:
     positions_key: str = "max_position_embeddings"
     width_of_others: tuple[str, ...] = ()
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-    mtp_tensors: tuple[str, ...] = ()
+    mtp_tensors: tuple[str, ...] = ("mtp.",)
+    mtp_changes: Mapping[str, Any] = field(default_factory=lambda: {"layer": "mtp.layers.{layer}."})
     tensor_parallel: bool = False
+
+    @property
+    def mtp_row(self) -> Family:
+        """The row of prediction layers that are not numbered behind the decoder's."""
+        return replace(self, **self.mtp_changes)
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of a config that describes the language model, empty where the config lacks it."""
@@ -147,10 +154,6 @@ class Family:
     def shared_widths(self, config: Mapping[str, Any]) -> int:
         """Width of a layer's shared experts in widths of a routed one, 0 where the config does not state it so."""
         return int((self.shared_key and self.text(config).get(self.shared_key)) or 0)
-
-    def is_prediction(self, name: str) -> bool:
-        """Whether a tensor belongs to a prediction layer that is not numbered behind the decoder's."""
-        return name.startswith(self.mtp_tensors) if self.mtp_tensors else False
 
     def with_numbers(self, config: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
         """The config with other numbers under those keys that its language model has; no key comes or goes."""
