@@ -173,12 +173,12 @@ class Budget(_Part):
     align: int = Field(1, ge=1, description="narrow widths are multiples of this")
     max_widths: int = Field(2, ge=1, description="distinct widths per layer")
     minimum_important: int = Field(0, ge=0, description="whole experts that every layer keeps at least")
-    minimum_width: int = Field(0, ge=0, description="neurons that every expert keeps at least (method global)")
+    minimum_width: int = Field(0, ge=0, description="neurons that every expert keeps at least (methods global, obs)")
     minimum_layer_retention: Exact = Field(
-        Decimal(0), ge=0, le=1, description="share of its neurons that every layer keeps at least (method global)"
+        Decimal(0), ge=0, le=1, description="share of its neurons that every layer keeps at least (methods global, obs)"
     )
     protect: tuple[Protected, ...] = Field(
-        (), description="decoder layers, or layer/expert, kept whole (method global)"
+        (), description="decoder layers, or layer/expert, kept whole (methods global, obs)"
     )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--experts", default=256, show_default=True, help="routed experts per layer")
 @click.option("--neurons", default=2048, show_default=True, help="intermediate size of an expert")
 @click.option("--domains", default=4, show_default=True, help="calibration domains")
-@click.option("--method", default="tenp", show_default=True, help="tenp, enp, random or global")
+@click.option("--method", default="tenp", show_default=True, help="tenp, enp, random, global, obs or obs-uniform")
 @click.option("--align", default=1, show_default=True, help="narrow widths are multiples of this")
 @click.option("--max-widths", default=2, show_default=True, help="distinct widths of a layer")
 @click.option("--minimum-layer-retention", "layer_minimum", default="0", show_default=True, help="of method global")
@@ -87,7 +87,9 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int, method: 
         counts = torch.randint(1, 10_000, (domains, experts), generator=generator).double()
         counts[:, torch.rand(experts, generator=generator) < 0.005] = 0
         tensors = {"token_count": counts}
-        if method == "global":  # experts of very different energy, heavy-tailed inside, growing with depth
+        if method.startswith("obs"):
+            eliminate(folder / "elimination", layer, counts.sum(dim=0), neurons, generator)
+        elif method == "global":  # experts of very different energy, heavy-tailed inside, growing with depth
             scale = torch.exp(1.5 * torch.randn(1, experts, 1, generator=generator).double() + 0.05 * layer)
             draws = torch.rand(domains, experts, neurons, generator=generator, dtype=torch.float64)
             energy = draws.clamp_min(1e-12).log() ** 2
@@ -104,20 +106,38 @@ def synthesise(folder: Path, sizes: tuple[int, int, int], domains: int, method: 
     return total
 
 
+def eliminate(folder: Path, layer: int, tokens_E, neurons: int, generator) -> None:
+    """Random orders; costs like those of `global` from the cheapest on, one step in twenty below the one before."""
+    import torch
+
+    from tenp_dist.elimination.files import Elimination, write_elimination
+    from tenp_dist.run_files import layer_file
+
+    scale = (
+        torch.exp(1.5 * torch.randn(len(tokens_E), 1, generator=generator).double() + 0.05 * layer) * tokens_E[:, None]
+    )
+    draws = torch.rand(len(tokens_E), neurons, generator=generator, dtype=torch.float64)
+    step_EF = (draws.clamp_min(1e-12).log() ** 2).sort(dim=1).values * scale
+    step_EF *= 1 - 0.1 * (torch.rand(step_EF.shape, generator=generator) < 0.05)
+    order_EF = torch.rand(step_EF.shape, generator=generator).argsort(dim=1).int()
+    folder.mkdir(exist_ok=True)
+    write_elimination(layer_file(folder, layer), Elimination(order_EF, step_EF.cumsum(dim=1)), layer=layer, key="bench")
+
+
 def plan_once(folder: Path, sizes: tuple[int, int, int], budget: Budget) -> dict[str, float]:
     """Plan the scores in `folder`; seconds include imports of the planner, reading and writing."""
     started, cpu = time.perf_counter(), time.process_time()
     from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
     from tenp_dist.budget.plan_files import read_plan, write_plan
+    from tenp_dist.elimination.files import read_planning
     from tenp_dist.run_files import layer_name
-    from tenp_dist.scoring.statistics import read_statistics
 
     layers, experts, neurons = sizes
     names = planning_statistics(budget)
     plan = make_plan(
         budget,
         [MoeLayer(layer, experts, neurons) for layer in range(layers)],
-        lambda layer: read_statistics(folder / f"{layer_name(layer)}.safetensors", names),
+        lambda layer: read_planning(folder / f"{layer_name(layer)}.safetensors", folder / "elimination", layer, names),
     )
     paths = write_plan(folder / "plan", plan, source_fingerprint="bench", scores_digest="bench")
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

@@ -25,7 +25,7 @@ from machine import print_machine
 from scoring import ROOT
 
 TABLES = ("methods", "samples", "domains")
-BEST = ("global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
+BEST = ("obs", "global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
 PATHS = click.Path(path_type=Path, exists=True)
 
 
@@ -114,11 +114,12 @@ def by_method(
 
 def settings(method: str) -> list[tuple[str, dict]]:
     """Lines of the table and the budget keys of each: what a method has besides its name."""
-    if method == "global":
+    if method in ("global", "obs"):
         return [
-            ("global, align 16, 2 widths", {"align": 16, "max_widths": 2}),
-            ("global, align 16, 3 widths", {"align": 16, "max_widths": 3}),
-            ("global, free widths", {"align": 1, "max_widths": 10**6}),
+            (f"{method}, align 16, 2 widths", {"align": 16, "max_widths": 2}),
+            (f"{method}, align 16, 3 widths", {"align": 16, "max_widths": 3}),
+            *([("obs, align 16, a width a layer", {"align": 16, "max_widths": 1})] if method == "obs" else []),
+            (f"{method}, free widths", {"align": 1, "max_widths": 10**6}),
         ]
     return [(method, {})]
 

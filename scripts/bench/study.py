@@ -24,6 +24,8 @@ from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
 from tenp_dist.config import Budget, Cluster, Source, Text
+from tenp_dist.elimination.eliminate_pass import EliminateTask, eliminate_model
+from tenp_dist.elimination.files import read_planning
 from tenp_dist.errors import BudgetError
 from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.metrics import SOURCE
@@ -32,7 +34,7 @@ from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.run_files import layer_name
-from tenp_dist.scoring.statistics import read_statistics
+from tenp_dist.scoring.statistics import ELIMINATION
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,22 @@ class Study:
             score_here(self.model, corpus, folder, self.compute, corpus.stem)
         return folder
 
+    @functools.cache  # noqa: B019
+    def eliminations(self, corpus: Path) -> Path:
+        """Folder of the eliminations of a corpus."""
+        folder = self.folder / "eliminations" / corpus.stem
+        task = EliminateTask(self.model, corpus, folder, corpus.stem, self.compute, moe=tuple(self.moe_layers))
+        eliminate_model(self.context, task)
+        return folder
+
     def plan(self, budget: Budget, corpus: Path) -> NamedPlan | None:
         """The plan of a budget from a corpus's scores, None where none meets it."""
         names, scores = planning_statistics(budget), self.scores(corpus)
+        eliminated = self.eliminations(corpus) if set(names) & set(ELIMINATION) else scores
         home = self.folder / "plans" / digest_of([budget.model_dump(mode="json"), corpus.stem])[:16]
 
         def read(layer: int):
-            return read_statistics(scores / f"{layer_name(layer)}.safetensors", names)
+            return read_planning(scores / f"{layer_name(layer)}.safetensors", eliminated, layer, names)
 
         try:
             plan = make_plan(budget, self._moe_layers(), read)

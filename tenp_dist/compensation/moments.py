@@ -130,6 +130,15 @@ class Moments:
         """
         return sorted((e for e in kept if self.token_count_E[e] > 0), key=lambda expert: (len(kept[expert]), expert))
 
+    def active(self) -> list[int]:
+        """Experts that are summed and that any token gave an activation, ascending."""
+        return [expert for expert, total_FU in sorted(self._of.items()) if bool(total_FU.any())]
+
+    def whole(self, experts: Sequence[int]) -> torch.Tensor:
+        """G of experts of which all neurons are summed, [B, F, F] float64, symmetric to the last bit."""
+        gram_BFF = torch.stack([self._of[expert] for expert in experts]).double()
+        return (gram_BFF + gram_BFF.mT) / 2
+
     def solve(
         self,
         kept: Mapping[int, np.ndarray],

@@ -39,6 +39,11 @@ STAGES = (
         ("JOB.yaml --set score.dtype=float32",),
     ),
     StageName(
+        "eliminate",
+        "Find in which order neurons leave, and at what cost, for methods obs and obs-uniform.",
+        ("JOB.yaml --set budget.method=obs",),
+    ),
+    StageName(
         "select",
         "Choose the budget's auto keys on calibration text set aside; write selection.json.",
         ("JOB.yaml --set budget.important=auto --set budget.slope=auto",),

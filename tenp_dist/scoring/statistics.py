@@ -23,6 +23,9 @@ column j of W_down, h the residual stream before the MoE block, r the block's ro
 
 A score file also holds `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
 neurons of experts that no token reached.
+
+What is made once all of a layer's tokens are summed is no sum, of all domains together, and lies in files of its own
+(`tenp_dist/elimination/`): `elimination_order` [1, E, F] int32 and `elimination_cost` [1, E, F].
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS, **PA
 FIRST_STATISTICS = (*EXPERT_STATISTICS, *NEURON_STATISTICS)
 """What every score file holds. Those that hold nothing else are of earlier versions, and good for all methods but
 those that read more: they are asked to score again."""
+ELIMINATION = ("elimination_order", "elimination_cost")
 WEIGHT_NORM = "neuron_weight_norm"
 METADATA = "tenp"
 

@@ -31,6 +31,7 @@ from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.run_files import COMPENSATION, HIDDEN, PLANS, RunFiles
 from tenp_dist.stages.base import RunStage, bits_fields, text_fields, tokenizer_digest
 from tenp_dist.stages.compensate import compensate_fields
+from tenp_dist.stages.eliminate import budgets_of, needed_by
 from tenp_dist.stages.measured_plans import Measured, measure
 from tenp_dist.stages.plan import plan_fields
 from tenp_dist.stages.run import Run
@@ -151,7 +152,7 @@ def _needs(run: Run) -> Sequence[str]:
     """Only a written checkpoint has to be planned and written; other plans are made from the scores."""
     asked, needs = _asked(run), ["inspect", "calibrate"]
     if asked.many:
-        needs += ["score", *(["select"] if asked.grid else [])]
+        needs += ["score", *needed_by(*budgets_of(run)), *(["select"] if asked.grid else [])]
     if asked.checkpoint:
         needs += ["plan", "write"]
     return needs

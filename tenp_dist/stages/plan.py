@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.layouts.table import layout_warnings, plan_settings
 from tenp_dist.pipeline.stage import Output, StageContext
-from tenp_dist.stages.base import RunStage, reads, weight_fields
+from tenp_dist.stages.base import RunStage, weight_fields
+from tenp_dist.stages.eliminate import needed_by
 from tenp_dist.stages.run import Run
 
 
@@ -35,10 +36,14 @@ def _gist(summary: Mapping[str, Any]) -> str:
     return f"kept {summary['retention']['realised']:.2%} of routed parameters"
 
 
+def _needs(run: Run) -> Sequence[str]:
+    return ("inspect", "score", *needed_by(run.job.budget), "select")
+
+
 STAGE = RunStage(
     title="Plan the budget",
     run=plan_model,
-    needs=reads("inspect", "score", "select"),
+    needs=_needs,
     fields=plan_fields,
     owns=("plan.json", "plan.safetensors"),
     gist=_gist,

@@ -20,6 +20,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
+from tenp_dist.elimination.files import read_planning
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.table import layouts_of, written_source
@@ -29,7 +30,7 @@ from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import StageContext
 from tenp_dist.progress import Ledger
 from tenp_dist.run_files import RunFiles
-from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
+from tenp_dist.scoring.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Run:
     def _statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
         """layer -> its statistics, only those that the budget's method reads."""
         names = planning_statistics(budget)
-        return lambda layer: read_statistics(self.files.scores.layer(layer), names)
+        files = self.files
+        return lambda layer: read_planning(files.scores.layer(layer), files.elimination, layer, names)
 
     def store_plan(self, folder: Path, plan: Plan, digests: Mapping[str, str]) -> list[Path]:
         """Write a plan of the source; returns `write_plan`'s paths. digests: of the stages that it was made from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from tenp_dist.evaluation.plans import store_plans
 from tenp_dist.evaluation.selection import candidates, selection_document
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.run_files import PLANS
-from tenp_dist.stages.base import RunStage, reads
+from tenp_dist.stages.base import RunStage
+from tenp_dist.stages.eliminate import needed_by
 from tenp_dist.stages.measured_plans import Measured, measure
 from tenp_dist.stages.plan import plan_fields
 from tenp_dist.stages.run import Run
@@ -62,10 +63,14 @@ def _gist(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in summary["chosen"].items())
 
 
+def _needs(run: Run) -> Sequence[str]:
+    return ("inspect", "calibrate", "score", *needed_by(run.job.budget))
+
+
 STAGE = RunStage(
     title="Choose the budget",
     run=select,
-    needs=reads("inspect", "calibrate", "score"),
+    needs=_needs,
     fields=select_fields,
     not_asked=_not_asked,
     owns=("selection", "selection.json"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tenp_dist.scoring.statistics import (
@@ -47,3 +49,13 @@ def _drawn_pairs(counts_NE: torch.Tensor, draw: torch.Generator) -> dict[str, to
         "coselection_count": count_NEE,
         "gated_norm_product_sum": (steps_NEE + steps_NEE.transpose(1, 2)) * count_NEE,
     }
+
+
+def eliminated(stats: LayerStatistics, seed: int = 0) -> LayerStatistics:
+    """The same with an order in which neurons leave, and costs in steps of 1/64; none where no token came."""
+    draw = torch.Generator().manual_seed(seed)
+    order_EF = torch.rand(E, F, generator=draw).argsort(dim=1).int()
+    cost_EF = (torch.randint(0, 256, (E, F), generator=draw).double() / 64).cumsum(dim=1)
+    cost_EF[(stats["token_count"] == 0).all(dim=0)] = 0
+    made = {"elimination_order": order_EF.unsqueeze(0), "elimination_cost": cost_EF.unsqueeze(0)}
+    return replace(stats, tensors={**stats.tensors, **made})

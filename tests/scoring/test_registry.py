@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.brute_force import routed_tokens
-from helpers.drawn_statistics import E, F, drawn
+from helpers.drawn_statistics import E, F, drawn, eliminated
 from helpers.paths import ROOT
 from helpers.scoring import batches_of, random_corpus, score
 from tenp_dist.budget.kinds.table import KINDS, kind_of
@@ -24,6 +24,7 @@ from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 from tenp_dist.scoring.statistics import (
+    ELIMINATION,
     MERGE_RULES,
     NEURON_STATISTICS,
     PAIR_STATISTICS,
@@ -33,7 +34,8 @@ from tenp_dist.scoring.statistics import (
 )
 
 METHODS = registry.names()
-RANKINGS = [(name, unit) for name in METHODS for unit in ("experts", "neurons") if getattr(registry.get(name), unit)]
+SUMMED = [name for name in METHODS if not set(ELIMINATION) & set(registry.get(name).statistics)]  # others: test_obs.py
+RANKINGS = [(name, unit) for name in SUMMED for unit in ("experts", "neurons") if getattr(registry.get(name), unit)]
 READING = [(name, unit) for name, unit in RANKINGS if getattr(registry.get(name), f"{unit[:-1]}_statistics")]
 LAYER = Context(layer=3, seed=11)
 
@@ -68,7 +70,7 @@ def test_a_method_says_what_it_is(name):
     module = importlib.import_module(f"tenp_dist.scoring.methods.{name.replace('-', '_')}")
     assert method.name == name and method.source and module.__doc__
     assert method.experts or method.neurons or method.pair_losses
-    assert set(method.statistics) <= set(MERGE_RULES)
+    assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION}
     assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in reference.split("## Methods")[1], f"jobs/README.md does not explain method {name}"
@@ -228,7 +230,7 @@ def test_bad_numbers_are_named(name, unit, value):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_plan_and_its_control_are_of_one_size_and_within_the_budget(name):
     layers = [MoeLayer(i, E, F, groups=3, least=6) for i in (1, 2, 4)]
-    scored = {layer.layer: drawn(layer.layer) for layer in layers}
+    scored = {layer.layer: eliminated(drawn(layer.layer)) for layer in layers}
     budget = Budget(method=name, retention="0.6", seed=5)
 
     def plan(of: Budget):

@@ -11,7 +11,7 @@ from helpers.source_files import PACKAGE, SOURCES, name_of
 NAMES = {"removes", "model_wide", "whole_experts"}
 """Names under which methods once said what kind of plan they make; keys of JSON files keep some of them."""
 KINDS = sorted(path for path in (PACKAGE / "budget" / "kinds").glob("*.py") if path.name != "__init__.py")
-RANKINGS = {"experts", "neurons", "worth"}
+RANKINGS = {"experts", "neurons", "worth", "curve"}
 
 
 def names_in(path) -> set[str]:

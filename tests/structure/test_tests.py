@@ -10,8 +10,8 @@ from helpers.source_files import imports_of
 TESTS = ROOT / "tests"
 FOLDERS = {
     "structure", "config", "checkpoint", "calibration", "model", "pool", "pipeline", "passes", "scoring",
-    "compensation", "budget", "layouts", "evaluation", "report", "preflight", "stages", "launch", "cli", "runtime",
-    "system",
+    "compensation", "elimination", "budget", "layouts", "evaluation", "report", "preflight", "stages", "launch", "cli",
+    "runtime", "system",
 }  # fmt: skip
 MODULES = [path for path in sorted(TESTS.rglob("*.py")) if path.parent != TESTS / "helpers"]
 HELPERS = [path for path in sorted((TESTS / "helpers").glob("*.py")) if path.name != "__init__.py"]

@@ -1,4 +1,4 @@
-"""Widths that the scores decide: the neurons of the whole model compete at one price (method `global`).
+"""Widths that the scores decide: the neurons of the whole model compete at one price (methods `global` and `obs`).
 
 Two passes over the layers' statistics, one layer in memory at a time: the first turns what neurons are worth into
 curves (`budget/widths/prices.py`), the second chooses the neurons. Minima and experts to keep whole are checked
@@ -18,6 +18,7 @@ from tenp_dist.budget.kinds.base import WHOLE_KEYS, LayerChoice, PlanKind
 from tenp_dist.budget.selection import top_neurons_each
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
+from tenp_dist.budget.widths.envelope import concave
 from tenp_dist.budget.widths.floors import Floor, check_floors, floor_places
 from tenp_dist.budget.widths.layer_optimum import kept_energy, legal_widths
 from tenp_dist.budget.widths.leftover import spend
@@ -38,7 +39,7 @@ class ByPrice(PlanKind):
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
-        return method.worth is not None
+        return method.worth is not None or method.curve is not None
 
     def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         """Open; only what no widths could meet is refused: minima and protected experts over the budget."""
@@ -65,8 +66,9 @@ class ByPrice(PlanKind):
             context, whole_E = contexts[facts.layer], protected[facts.layer]
             curves.append(self._curves(facts, whole_E, statistics(facts), context))
         allowed, most = _allowed(self.budget, shape.layers), self.budget.max_widths
-        floors = floor_places(curves, allowed, most)
-        places, _ = allocate(curves, allowed, most, floors)
+        hulls = curves if self.method.curve is None else [concave(one) for one in curves]
+        floors = floor_places(hulls, allowed, most)
+        places, _ = allocate(hulls, allowed, most, floors)
         places = spend(curves, places, allowed, most)
         widths = tuple(one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True))
         full = [facts.intermediate_size for facts in shape.layers]
@@ -81,14 +83,19 @@ class ByPrice(PlanKind):
         if self.budget.never_routed == "whole":
             whole_E = protected_E | never_routed(statistics).numpy()
         widths_C = _legal(self.budget, facts)
-        worth_EF = self.method.neuron_worth(statistics, context).numpy()
         return Curves(
             layer=facts.layer,
             widths_C=widths_C,
-            kept_CE=kept_energy(worth_EF, widths_C),
+            kept_CE=self._kept(widths_C, statistics, context),
             whole_E=whole_E,
             minimum=_minimum(self.budget, facts),
         )
+
+    def _kept(self, widths_C: np.ndarray, statistics: LayerStatistics, context: Context) -> np.ndarray:
+        """What every expert keeps at these widths, float64 [C, E]."""
+        if self.method.curve is None:
+            return kept_energy(self.method.neuron_worth(statistics, context).numpy(), widths_C)
+        return np.ascontiguousarray(self.method.kept_curve(statistics, context).numpy()[:, widths_C].T)
 
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
         assert sizes.widths_E is not None, "widths are decided before neurons are chosen"

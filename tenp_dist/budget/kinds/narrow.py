@@ -43,7 +43,7 @@ class Narrow(PlanKind):
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
-        return method.neurons is not None and method.worth is None
+        return method.neurons is not None and method.worth is None and method.curve is None
 
     @property
     def unused_keys(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ to be told of it; tests/scoring/test_registry.py takes every method that is ther
 | neurons only       | every expert keeps its best neurons, all of one width                       |
 | experts and neurons| it keeps its best neurons, the best experts stay whole                      |
 | neurons, by worth  | every expert keeps as many neurons as are worth their price in the model    |
+| ... or by curve    | the same, where what neurons are worth together is not the sum of their worths |
 | sets of experts    | it is removed; what is lost with two of them together counts too            |
 """
 
@@ -59,10 +60,13 @@ class Method:
     source: paper and equation, and what of it is ours.
     experts: statistics of one layer -> float64 [E], a higher score is kept.
     neurons: statistics of one layer -> float64 [E, F], a higher score is kept.
-    expert_statistics, neuron_statistics, worth_statistics, pair_statistics: the statistics that each of them reads.
+    expert_statistics, neuron_statistics, worth_statistics, curve_statistics, pair_statistics: the statistics that
+        each of them reads.
     worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
         has it lets the scores decide every expert's width (`budget/kinds/by_price.py`); the widths of others are
         known before any score is read (`budget/kinds/narrow.py`). It stays when a budget exchanges the neuron ranking.
+    curve: instead of `worth`, where neurons are not worth the same in any company: what an expert keeps with its c
+        best, comparable across the model, float64 [E, F + 1], 0 at c = 0 and never falling.
     pair_losses: what removing experts loses, float64 [E, E], symmetric: on the diagonal one alone, elsewhere half of
         what two add to each other. A method that has it removes experts as a set (`budget/kinds/remove.py`).
     """
@@ -75,13 +79,16 @@ class Method:
     neuron_statistics: tuple[str, ...] = ()
     worth: Ranking | None = None
     worth_statistics: tuple[str, ...] = ()
+    curve: Ranking | None = None
+    curve_statistics: tuple[str, ...] = ()
     pair_losses: Ranking | None = None
     pair_statistics: tuple[str, ...] = ()
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of all statistics that the method reads, each once."""
-        parts = (self.expert_statistics, self.neuron_statistics, self.worth_statistics, self.pair_statistics)
+        ranked = self.expert_statistics, self.neuron_statistics, self.worth_statistics
+        parts = (*ranked, self.curve_statistics, self.pair_statistics)
         return tuple(dict.fromkeys(itertools.chain(*parts)))
 
     def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
@@ -93,6 +100,12 @@ class Method:
         """
         ranking = self._has(self.worth, "worth", "budget.method")
         require_finite(statistics, self.worth_statistics, context.layer)
+        return ranking(statistics, context)
+
+    def kept_curve(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
+        """What every expert keeps at every width, float64 [E, F + 1]. Raises as `neuron_worth` does."""
+        ranking = self._has(self.curve, "curve", "budget.method")
+        require_finite(statistics, self.curve_statistics, context.layer)
         return ranking(statistics, context)
 
     def expert_scores(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
@@ -180,7 +193,8 @@ def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int
             continue
         bad = (~torch.isfinite(statistics[name])).nonzero()
         if len(bad):
-            domain, expert = statistics.domains[bad[0][0]], int(bad[0][1])
+            domain = statistics.domains[bad[0][0]] if len(statistics[name]) > 1 else ", ".join(statistics.domains)
+            expert = int(bad[0][1])
             raise NumericalError(
                 "NaN or Inf in a statistic",
                 where=f"layer {layer}, {name}, domain {domain}, expert {expert}",
