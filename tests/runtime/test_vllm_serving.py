@@ -80,13 +80,14 @@ def one_process(served, refused, fp8, ask) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(served, ask) -> dict[str, dict]:
+def two_ranks(served, fp8, ask) -> dict[str, dict]:
     runs = {
         "qwen tensor": (served["qwen3_moe"]["ragged"], {"tensor_parallel_size": 2}),
         "deepseek expert": (
             served["deepseek_v3"]["ragged"],
             {"tensor_parallel_size": 2, "enable_expert_parallel": True},
         ),
+        "fp8": (fp8["fp8"], {"tensor_parallel_size": 2, "worker_extension_cls": "fp8_emulation.Emulated"}),
     }
     return dict(zip(runs, ask([_run(*run) for run in runs.values()], PROMPTS), strict=True))
 
@@ -141,8 +142,10 @@ def test_memory_is_that_of_the_kept_neurons(one_process):
     assert one_process["qwen padded"]["bytes"] == 4 * 12 * 256 * 3 * 128 * 4
 
 
-def test_fp8_experts_compute_what_they_stand_for(one_process):
+def test_fp8_experts_compute_what_they_stand_for(one_process, two_ranks):
+    """Buckets of 64 and 192 neurons, and shares of 32: their scales are refined."""
     agrees(one_process["fp8"], one_process["fp8 values"])
+    agrees(two_ranks["fp8"], one_process["fp8 values"])
 
 
 def test_random_weights_need_no_checkpoint(one_process):
