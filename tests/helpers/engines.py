@@ -42,13 +42,13 @@ def engine_environment(tmp_path_factory) -> dict[str, str]:
 def ask(vllm_python, engine_environment, tmp_path_factory):
     """ask(runs, prompts) -> per run what `engine_worker.py` found; one process, `variables` go into its environment."""
 
-    def start(runs: list[dict], prompts: list[list[int]], timeout: float = 400, **variables: str) -> list[dict]:
+    def start(runs: list[dict], prompts: list[list[int]], **variables: str) -> list[dict]:
         folder = tmp_path_factory.mktemp("engine")
         job, out = folder / "job.json", folder / "out.json"
         job.write_text(json.dumps({"prompts": prompts, "runs": runs}))
         environment = os.environ | engine_environment | {"PYTHONPATH": str(HELPERS)} | variables
         command = [vllm_python, HELPERS / "engine_worker.py", job, out]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return json.loads(out.read_text())
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from setuptools import find_namespace_packages
 
+import tenp_dist_vllm
 from helpers.paths import ROOT
 from tenp_dist.runtime import ragged_config
+from tenp_dist_vllm import compatibility
 from tenp_dist_vllm.configs import config_class
 from tenp_dist_vllm.families import FAMILIES, architecture
 from tenp_dist_vllm.matrices import NEURON_AXIS, fill_up, matrix_shape, refine
@@ -133,3 +138,28 @@ def test_it_is_a_distribution_of_its_own():
     assert ragged.read_bytes() == (ROOT / "tenp_dist" / "runtime" / "ragged_config.py").read_bytes()
     texts = [path.read_text() for path in (PLUGIN / "tenp_dist_vllm").glob("*.py")]
     assert not any("from tenp_dist." in text or "import tenp_dist\n" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("version", "works"), [("0.32.0+cpu", True), ("0.33.1", True), ("0.31.9", False), ("0.34.0", False)]
+)
+def test_other_versions_are_refused(monkeypatch, version, works):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    refused = pytest.raises(
+        compatibility.UnsupportedVllmError, match=rf"vLLM {version}.* works with vLLM 0\.32 and 0\.33"
+    )
+    with nullcontext() if works else refused:
+        compatibility.check_version()
+
+
+def test_a_vllm_that_lacks_a_part_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    sys.modules["vllm"].__version__ = "0.33.0"
+    with pytest.raises(compatibility.UnsupportedVllmError, match="it lacks what is imported here: No module named"):
+        compatibility.check_parts()
+
+
+def test_registering_never_raises(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))  # one without a registry
+    tenp_dist_vllm.register()
+    assert "ragged checkpoints are refused, others are served" in caplog.text

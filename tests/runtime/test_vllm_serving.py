@@ -35,11 +35,11 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def refused(served, tmp_path_factory):
-    """What vLLM refuses to start -> its run, and what the error says."""
+    """What vLLM refuses to start -> the folder, settings, and what the error says."""
     ragged, folder = served["qwen3_moe"]["ragged"], tmp_path_factory.mktemp("damaged")
     tenp = json.loads((ragged / "config.json").read_text())["tenp"]
     changes = {MATRIX: torch.zeros(128, 255)}
-    cases = {
+    return {
         "missing": (
             damage(ragged, folder / "missing", lambda t: t.pop(MATRIX)),
             {},
@@ -52,7 +52,6 @@ def refused(served, tmp_path_factory):
         "format": (ragged, {"load_format": "sharded_state"}, "--load-format sharded_state: use one of"),
         "backend": (ragged, {"model_impl": "transformers"}, "not a registered model in the Transformers library"),
     }
-    return {name: ({"folder": str(f), "settings": settings}, says) for name, (f, settings, says) in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -61,38 +60,61 @@ def fp8(served, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_process(served, refused, fp8, ask) -> dict[str, dict]:
-    """Everything that runs on one rank, engine after engine; the emulated kernel of FP8 changes the process: last."""
+def one_rank(served, answers) -> dict[str, dict]:
     qwen, deepseek = served["qwen3_moe"], served["deepseek_v3"]
-    emulated = {"worker_extension_cls": "fp8_emulation.Emulated"}
-    runs = {
-        "qwen padded": (qwen["padded"], {}),
-        "qwen chunked": (qwen["ragged"], CHUNKED),
-        "deepseek padded": (deepseek["padded"], {}),
-        "deepseek drafts": (deepseek["ragged"], MTP),
-        "deepseek compiled": (deepseek["ragged"], {"enforce_eager": False}),
-        "dummy": (qwen["ragged"], {"load_format": "dummy"}),
-        **{name: (run["folder"], run["settings"]) for name, (run, _) in refused.items()},
-        "fp8 values": (fp8["values"], {}),
-        "fp8": (fp8["fp8"], emulated),
-    }
-    return dict(zip(runs, ask([_run(*run) for run in runs.values()], PROMPTS), strict=True))
+    return answers(
+        {
+            "qwen padded": (qwen["padded"], {}),
+            "qwen chunked": (qwen["ragged"], CHUNKED),
+            "deepseek padded": (deepseek["padded"], {}),
+            "deepseek drafts": (deepseek["ragged"], MTP),
+            "deepseek compiled": (deepseek["ragged"], {"enforce_eager": False}),
+        }
+    )
 
 
 @pytest.fixture(scope="module")
-def two_ranks(served, ask) -> dict[str, dict]:
-    runs = {
-        "qwen tensor": (served["qwen3_moe"]["ragged"], {"tensor_parallel_size": 2}),
-        "deepseek expert": (
-            served["deepseek_v3"]["ragged"],
-            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-        ),
-    }
-    return dict(zip(runs, ask([_run(*run) for run in runs.values()], PROMPTS), strict=True))
+def two_ranks(served, answers) -> dict[str, dict]:
+    return answers(
+        {
+            "qwen tensor": (served["qwen3_moe"]["ragged"], {"tensor_parallel_size": 2}),
+            "deepseek expert": (
+                served["deepseek_v3"]["ragged"],
+                {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+            ),
+        }
+    )
 
 
-def _run(folder, settings) -> dict:
-    return {"folder": str(folder), "settings": settings}
+@pytest.fixture(scope="module")
+def quantised(fp8, answers) -> dict[str, dict]:
+    """The emulated kernel changes the process: last."""
+    emulated = {"worker_extension_cls": "fp8_emulation.Emulated"}
+    return answers(
+        {
+            "values": (fp8["values"], {}),
+            "fp8": (fp8["fp8"], emulated),
+            "fp8, two ranks": (fp8["fp8"], emulated | {"tensor_parallel_size": 2}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def not_started(refused, served, answers) -> dict[str, dict]:
+    """What is refused, and an engine of random weights, which is not."""
+    dummy = {"dummy": (served["qwen3_moe"]["ragged"], {"load_format": "dummy"})}
+    return answers({name: (folder, settings) for name, (folder, settings, _) in refused.items()} | dummy)
+
+
+@pytest.fixture(scope="module")
+def answers(ask):
+    """answers({name: (folder, settings)}) -> name -> what was found, engine after engine in one process."""
+
+    def start(runs: dict[str, tuple], **variables: str) -> dict[str, dict]:
+        given = [{"folder": str(folder), "settings": settings} for folder, settings in runs.values()]
+        return dict(zip(runs, ask(given, PROMPTS, **variables), strict=True))
+
+    return start
 
 
 def agrees(found: dict, wanted: dict) -> None:
@@ -101,60 +123,62 @@ def agrees(found: dict, wanted: dict) -> None:
     assert off < TOLERANCE and found["tokens"] == wanted["tokens"], off
 
 
-def test_chunked_prefill_and_prefix_caching(one_process):
-    found = one_process["qwen chunked"]
-    agrees(found, one_process["qwen padded"])
+def test_chunked_prefill_and_prefix_caching(one_rank):
+    found = one_rank["qwen chunked"]
+    agrees(found, one_rank["qwen padded"])
     assert found["metrics"]["vllm:prefix_cache_hits"] > 0
 
 
-def test_prompts_tell_a_wrong_expert(one_process):
+def test_prompts_tell_a_wrong_expert(one_rank, quantised):
     """The figures compared differ by far more than the tolerance where weights are others."""
-    off = torch.tensor(one_process["fp8 values"]["logprobs"]) - torch.tensor(one_process["qwen padded"]["logprobs"])
+    off = torch.tensor(quantised["values"]["logprobs"]) - torch.tensor(one_rank["qwen padded"]["logprobs"])
     assert off.abs().max() > 100 * TOLERANCE
 
 
-def test_speculative_decoding_with_the_layer_that_predicts_two_tokens(one_process):
+def test_speculative_decoding_with_the_layer_that_predicts_two_tokens(one_rank):
     """Its experts are whole; drafts change no token."""
-    found = one_process["deepseek drafts"]
-    agrees(found, one_process["deepseek padded"])
+    found = one_rank["deepseek drafts"]
+    agrees(found, one_rank["deepseek padded"])
     assert found["metrics"]["vllm:spec_decode_num_drafts"] > 0
 
 
-def test_compiled(one_process):
-    agrees(one_process["deepseek compiled"], one_process["deepseek padded"])
+def test_compiled(one_rank):
+    agrees(one_rank["deepseek compiled"], one_rank["deepseek padded"])
 
 
-def test_two_tensor_parallel_ranks(one_process, two_ranks):
+def test_two_tensor_parallel_ranks(one_rank, two_ranks):
     """Widths of 33 and 50 neurons are not divisible by two."""
-    agrees(two_ranks["qwen tensor"], one_process["qwen padded"])
+    agrees(two_ranks["qwen tensor"], one_rank["qwen padded"])
 
 
-def test_expert_parallel(one_process, two_ranks):
-    agrees(two_ranks["deepseek expert"], one_process["deepseek padded"])
+def test_expert_parallel(one_rank, two_ranks):
+    agrees(two_ranks["deepseek expert"], one_rank["deepseek padded"])
 
 
-def test_memory_is_that_of_the_kept_neurons(one_process):
+def test_memory_is_that_of_the_kept_neurons(one_rank):
     """float32, hidden size 128; widths rounded to 32 as by vLLM on CPUs; one layer whole, one without neurons."""
     rounded = [256, 64, 64, 64, 0, 64, 256, 96, 160, 64, 0, 32]
     kept = 256 * 12 + sum(rounded) + 64 * 12
-    assert one_process["qwen chunked"]["bytes"] == kept * 3 * 128 * 4
-    assert one_process["qwen padded"]["bytes"] == 4 * 12 * 256 * 3 * 128 * 4
+    assert one_rank["qwen chunked"]["bytes"] == kept * 3 * 128 * 4
+    assert one_rank["qwen padded"]["bytes"] == 4 * 12 * 256 * 3 * 128 * 4
 
 
-def test_fp8_experts_compute_what_they_stand_for(one_process):
-    agrees(one_process["fp8"], one_process["fp8 values"])
+@pytest.mark.parametrize("name", ["fp8", "fp8, two ranks"])
+def test_fp8_experts_compute_what_they_stand_for(quantised, name):
+    """Buckets of 64 and 192 neurons, and shares of 32: their scales are refined."""
+    agrees(quantised[name], quantised["values"])
 
 
-def test_random_weights_need_no_checkpoint(one_process):
-    assert "error" not in one_process["dummy"] and one_process["dummy"]["tokens"]
+def test_random_weights_need_no_checkpoint(not_started):
+    assert "error" not in not_started["dummy"] and not_started["dummy"]["tokens"]
 
 
 @pytest.mark.parametrize("name", ["missing", "wider", "version", "experts", "lora", "format", "backend"])
-def test_refused(one_process, refused, name):
-    assert refused[name][1] in one_process[name]["error"]
+def test_refused(not_started, refused, name):
+    assert refused[name][2] in not_started[name]["error"]
 
 
-def test_the_server(served, one_process, vllm_python, engine_environment, tmp_path):
+def test_the_server(served, one_rank, vllm_python, engine_environment, tmp_path):
     """As `vllm serve RUN_DIR/checkpoint/ragged` starts it: compiled, with chunks and a prefix cache."""
     port, folder = free_port(), str(served["qwen3_moe"]["ragged"])
     options = ["--dtype", "float32", "--max-model-len", "128", "--skip-tokenizer-init", "--port", str(port)]
@@ -170,7 +194,7 @@ def test_the_server(served, one_process, vllm_python, engine_environment, tmp_pa
             server.terminate()
     logprobs = [p[str(t)]["logprob"] for one, prompt in zip(found, PROMPTS, strict=True)
                 for t, p in zip(prompt[1:], one["prompt_logprobs"][1:], strict=True)]  # fmt: skip
-    wanted = one_process["qwen padded"]
+    wanted = one_rank["qwen padded"]
     assert (torch.tensor(logprobs) - torch.tensor(wanted["logprobs"])).abs().max() < TOLERANCE
     assert [one["token_ids"] for one in found] == [tokens for tokens, _ in wanted["tokens"]]
 
@@ -192,6 +216,6 @@ def completion(port: int, model: str, prompt: list[int], server: subprocess.Pope
             time.sleep(0.5)
 
 
-def test_without_the_plugin_it_is_refused(served, ask):
-    (found,) = ask([_run(served["qwen3_moe"]["ragged"], {})], PROMPTS, VLLM_PLUGINS="")
-    assert "trust_remote_code" in found["error"]
+def test_without_the_plugin_it_is_refused(served, answers):
+    found = answers({"stock": (served["qwen3_moe"]["ragged"], {})}, VLLM_PLUGINS="")
+    assert "trust_remote_code" in found["stock"]["error"]

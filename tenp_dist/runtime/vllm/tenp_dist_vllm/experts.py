@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
+from tenp_dist_vllm import rows_op  # noqa: F401  registers the op
 from tenp_dist_vllm.buckets import Bucket
 from tenp_dist_vllm.matrices import CHECKPOINT_NAMES, matrix_shape
 from tenp_dist_vllm.ragged_config import widths_by_layer

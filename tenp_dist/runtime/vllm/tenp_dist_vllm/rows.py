@@ -2,28 +2,24 @@
 
 Shape legend: T tokens, K experts per token, S = T * K slots, R slots of one bucket, D hidden size, E experts.
 
-Every bucket gets its own (token, expert) pairs only. The op is opaque to torch.compile, because how many those are
-differs from step to step.
+Every bucket gets its own (token, expert) pairs only.
 """
 
 import torch
 from torch import nn
-from vllm.forward_context import get_forward_context
-from vllm.utils.torch_utils import direct_register_custom_op
 
 
 class Slots(nn.Module):
-    """Where every expert of a layer lies: `bucket_E` its bucket, `place_E` its place there.
+    """Where every expert of a layer lies: `bucket_E` its bucket, `place_E` its place there; `of` both, for the host.
 
     Experts that are in no bucket here (width 0, or of another rank) count to one bucket after the last.
     """
 
     def __init__(self, buckets: list[list[int]], experts: int):
         super().__init__()
-        bucket, place = [len(buckets)] * experts, [0] * experts
-        for index, ids in enumerate(buckets):
-            for position, expert in enumerate(ids):
-                bucket[expert], place[expert] = index, position
+        places = {expert: (index, place) for index, ids in enumerate(buckets) for place, expert in enumerate(ids)}
+        self.of = [places.get(expert, (len(buckets), 0)) for expert in range(experts)]
+        bucket, place = zip(*self.of, strict=True)
         self.register_buffer("bucket_E", torch.tensor(bucket), persistent=False)
         self.register_buffer("place_E", torch.tensor(place, dtype=torch.int32), persistent=False)
 
@@ -31,36 +27,39 @@ class Slots(nn.Module):
 def run_rows(
     buckets: nn.ModuleList, slots: Slots, x_TD: torch.Tensor, weight_TK: torch.Tensor, id_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs, [T, D]; added up in float32, bucket after bucket.
+    """Weighted sum of the chosen experts' outputs, [T, D]; added up in float32, bucket after bucket."""
+    run = _one_token if len(id_TK) == 1 else _many_tokens
+    return run(buckets, slots, x_TD, weight_TK, id_TK).to(x_TD.dtype)
 
-    Beside the output it holds one bucket's rows, at most S x D, and a float32 [T, D].
-    """
-    tokens, top_k = id_TK.shape
-    id_S, weight_S = id_TK.reshape(-1), weight_TK.reshape(-1)
+
+def _one_token(
+    buckets: nn.ModuleList, slots: Slots, x_TD: torch.Tensor, weight_TK: torch.Tensor, id_TK: torch.Tensor
+) -> torch.Tensor:
+    """A bucket gets the token once, with those of its K experts that it holds. What is small is done in Python."""
+    total_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
+    chosen = [(*slots.of[expert], k) for k, expert in enumerate(id_TK[0].tolist())]
+    for index, bucket in enumerate(buckets):
+        if mine := [(place, k) for owner, place, k in chosen if owner == index]:
+            places, ks = zip(*mine, strict=True)
+            weight_1R = weight_TK if len(ks) == len(chosen) else weight_TK[:, list(ks)]
+            total_TD += bucket.forward_modular(x_TD, weight_1R, torch.tensor([places], dtype=torch.int32))
+    return total_TD
+
+
+def _many_tokens(
+    buckets: nn.ModuleList, slots: Slots, x_TD: torch.Tensor, weight_TK: torch.Tensor, id_TK: torch.Tensor
+) -> torch.Tensor:
+    """Slots are sorted by bucket. Holds one bucket's rows, at most S x D, and a float32 [T, D] beside the input."""
+    id_S = id_TK.reshape(-1)
     bucket_S = slots.bucket_E[id_S]
     order_S = bucket_S.argsort(stable=True)
     ends = torch.bincount(bucket_S, minlength=len(buckets) + 1).cumsum(0).tolist()
-    place_S, weight_S, token_S = slots.place_E[id_S][order_S], weight_S[order_S], order_S // top_k
+    place_S1, weight_S1 = slots.place_E[id_S][order_S, None], weight_TK.reshape(-1)[order_S, None]
+    token_S = order_S // id_TK.size(1)
     total_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
-    start = 0
-    for bucket, end in zip(buckets, ends, strict=False):
-        rows = slice(start, end)
-        if tokens == 1 and end > start:  # one token: its experts of this bucket in one row
-            total_TD += bucket.forward_modular(x_TD, weight_S[None, rows], place_S[None, rows])
-        elif end > start:
-            y_RD = bucket.forward_modular(x_TD[token_S[rows]], weight_S[rows, None], place_S[rows, None])
-            total_TD.index_add_(0, token_S[rows], y_RD.float())
-        start = end
-    return total_TD.to(x_TD.dtype)
-
-
-def _run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
-    layer = get_forward_context().no_compile_layers[layer_name].routed_experts
-    return run_rows(layer.buckets, layer.slots, x, topk_weights, topk_ids)
-
-
-def _shape_of(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-direct_register_custom_op(op_name="tenp_ragged_experts", op_func=_run, fake_impl=_shape_of)
+    for bucket, start, end in zip(buckets, [0, *ends], ends, strict=False):
+        if end > start:
+            rows, token_R = slice(start, end), token_S[start:end]
+            y_RD = bucket.forward_modular(x_TD[token_R], weight_S1[rows], place_S1[rows])
+            total_TD.index_add_(0, token_R, y_RD.float())
+    return total_TD

@@ -1,0 +1,111 @@
+"""Ragged checkpoints in vLLM in every configuration, against padded ones in stock vLLM and against stock transformers.
+
+Random models in float32 with widths that nothing divides; per family and configuration the differences of the prompts'
+log-probabilities, and whether greedy tokens are equal. `uniform` is compared with transformers too. Tests run a part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
+from machine import print_machine
+from scoring import ROOT
+
+from helpers.checkpoints import write
+from helpers.engines import HELPERS, QUIET
+from helpers.served import SETTINGS, VOCABULARY, drawn, make_served
+
+CONFIGURATIONS = {
+    "eager": {},
+    "compiled": {"enforce_eager": False},
+    "chunks of 32, prefix cache": {
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 32,
+        "enable_prefix_caching": True,
+    },
+    "two ranks": {"tensor_parallel_size": 2},
+    "two ranks, experts by id": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "drafts": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}},
+}
+PROMPTS = torch.randint(2, VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
+
+
+@click.command(help=__doc__)
+@click.option("--family", "families", multiple=True, default=list(SETTINGS), type=click.Choice(list(SETTINGS)))
+@click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
+def main(families, folder):
+    subprocess.run([ROOT / "scripts/setup-vllm"], check=True)
+    print_machine("torch", "transformers")
+    click.echo(
+        f"{'family':<12} {'configuration':<28} {'over padded in stock vLLM':<27} {'over transformers':<27} tokens"
+    )
+    for family in families:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            compare(family, Path(temporary))
+
+
+def compare(family: str, folder: Path) -> None:
+    checkpoints = make_served(family, folder)
+    padded = answers([checkpoints["padded"]], {}, folder)[0]
+    stock = by_transformers(checkpoints["padded"])
+    show(family, "padded, stock vLLM", padded, None, stock)
+    for name, settings in CONFIGURATIONS.items():
+        if "speculative_config" not in settings or family == "deepseek_v3":
+            show(family, name, answers([checkpoints["ragged"]], settings, folder)[0], padded, stock)
+    uniform = write_uniform(checkpoints["source"], folder / "uniform")
+    show(family, "uniform, stock vLLM", answers([uniform], {}, folder)[0], None, by_transformers(uniform))
+
+
+def write_uniform(source: Path, folder: Path) -> Path:
+    config = json.loads((source / "config.json").read_text())
+    layers = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
+    write(source, {layer: drawn([96] * 12, layer) for layer in layers}, folder, "uniform", shard_size=10**7)
+    return folder
+
+
+def answers(folders: list[Path], settings: dict, folder: Path) -> list[dict]:
+    """What `engine_worker.py` finds for these checkpoints; an error ends the run."""
+    job, out = folder / "job.json", folder / "out.json"
+    runs = [{"folder": str(one), "settings": settings} for one in folders]
+    job.write_text(json.dumps({"prompts": PROMPTS.tolist(), "runs": runs}))
+    python = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin/python"
+    command = [python, HELPERS / "engine_worker.py", job, out]
+    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True)
+    found = json.loads(out.read_text()) if done.returncode == 0 else [{"error": done.stderr[-4000:]}]
+    if errors := [one["error"] for one in found if "error" in one]:
+        raise click.ClickException(errors[0])
+    return found
+
+
+@torch.inference_mode()
+def by_transformers(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logprobs = model(PROMPTS).logits[:, :-1].log_softmax(-1)
+    return logprobs.gather(2, PROMPTS[:, 1:, None]).flatten()
+
+
+def show(family: str, name: str, found: dict, padded: dict | None, stock: torch.Tensor) -> None:
+    logprobs = torch.tensor(found["logprobs"])
+    over = spread(logprobs, torch.tensor(padded["logprobs"])) if padded else "-"
+    tokens = "equal" if padded is None or found["tokens"] == padded["tokens"] else "DIFFERENT"
+    click.echo(f"{family:<12} {name:<28} {over:<27} {spread(logprobs, stock):<27} {tokens}")
+
+
+def spread(left: torch.Tensor, right: torch.Tensor) -> str:
+    off = (left - right).abs()
+    return f"mean {off.mean():.1e} max {off.max():.1e}"
+
+
+if __name__ == "__main__":
+    main()
