@@ -92,6 +92,7 @@ ELSEWHERE = {
         "kubectl delete -f cluster/kuberay/rayjob.yaml",
     ],
     "installs": ["pip install ."],
+    "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "test_tab_completion runs it": [
         """echo 'eval "$(_TENP_DIST_COMPLETE=bash_source tenp-dist)"' >> ~/.bashrc""",
     ],
