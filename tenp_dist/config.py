@@ -237,6 +237,37 @@ class Output(_Part):
         return None if self.layout_by is None else int(self.layout_by.partition("=")[2])
 
 
+class Benchmark(_Part):
+    """Tasks of lm-eval that source and pruned checkpoint are measured on."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or groups, lm-eval's or of tasks_folder")
+    tasks_folder: Path | None = Field(None, description="folder with tasks of your own, as lm-eval describes them")
+    backend: Literal["transformers", "vllm", "server"] = Field(
+        "transformers", description="what runs the models: transformers or vllm here, or OpenAI-compatible servers"
+    )
+    source_url: str | None = Field(None, description="server of the source, http://HOST:PORT/v1")
+    pruned_url: str | None = Field(None, description="server of the pruned checkpoint, http://HOST:PORT/v1")
+    source_name: str | None = Field(None, description="the source as its server calls it; default its only model")
+    pruned_name: str | None = Field(None, description="the pruned model as its server calls it")
+    layout: LayoutName | None = Field(None, description="checkpoint to measure; default the one that is evaluated")
+    limit: int | None = Field(None, ge=1, description="items of a task, its first ones; default all")
+    fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default the task's own number")
+    batch_size: int = Field(8, ge=1, description="items that go through the model together")
+    seed: int = Field(0, description="of the examples in prompts, and of sampling")
+    chat_template: bool = Field(False, description="put prompts through the model's chat template")
+    python: Path | None = Field(None, description="python of an environment with lm-eval; default one is made")
+    model_args: Mapping[str, Any] = Field({}, description="further arguments of lm-eval's model, for both models")
+
+    @model_validator(mode="after")
+    def _servers_of_both(self) -> Benchmark:
+        given = [url for url in (self.source_url, self.pruned_url) if url]
+        if self.backend == "server" and len(given) < 2:
+            raise ValueError("the server backend needs source_url and pruned_url")
+        if self.backend != "server" and given:
+            raise ValueError(f"source_url and pruned_url are for backend server, found {self.backend}")
+        return self
+
+
 class Cluster(_Part):
     shards: int = Field(1, ge=1, description="layer shards, each a group of ranks on one node")
     tensor_parallel: int = Field(1, ge=1, description="ranks of a shard, one accelerator each")
@@ -263,6 +294,7 @@ class Job(_Part):
     budget: Budget = Budget()
     output: Output = Output()
     evaluation: Evaluation | None = None
+    benchmark: Benchmark | None = None
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")

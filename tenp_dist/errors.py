@@ -15,6 +15,7 @@
     │   └── WorkerLost           11   one worker died; the engine starts it again
     ├── StaleError               12   scores, plan or checkpoint of another model, or missing
     ├── VerifyError              13   checkpoint differs from what the plan says
+    ├── BenchmarkError           14   lm-eval missing or failing, unknown task, server that does not answer
     └── Interrupted             130   Ctrl-C or SIGTERM
 
 A message says what failed, where, what was found, what was wanted and what to do next.
@@ -132,6 +133,10 @@ class StaleError(TenpError):
 
 class VerifyError(TenpError):
     exit_code = 13
+
+
+class BenchmarkError(TenpError):
+    exit_code = 14
 
 
 class Interrupted(TenpError):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tenp_dist.config import Evaluation, Job, Text
+from tenp_dist.config import Benchmark, Evaluation, Job, Text
 from tenp_dist.errors import JobError
 
 T = TypeVar("T", bound=Text)
@@ -83,6 +83,7 @@ def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -
             "model": _resolve(base, job.model),
             "run_dir": _resolve(base, job.run_dir),
             "calibration": _resolve_sources(base, job.calibration),
+            "benchmark": job.benchmark and _resolve_benchmark(base, job.benchmark),
             "evaluation": job.evaluation and _resolve_plans(base, _resolve_sources(base, job.evaluation)),
         }
     )
@@ -119,6 +120,13 @@ def _resolve_sources(base: Path, text: T) -> T:
 
 def _resolve_plans(base: Path, evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update={"plans": tuple(_resolve(base, path) for path in evaluation.plans)})
+
+
+def _resolve_benchmark(base: Path, benchmark: Benchmark) -> Benchmark:
+    """A python stays the link that it is: resolved, it would be that of another environment."""
+    python = benchmark.python and base / Path(_expand(str(benchmark.python))).expanduser()
+    folder = benchmark.tasks_folder and _resolve(base, benchmark.tasks_folder)
+    return benchmark.model_copy(update={"python": python, "tasks_folder": folder})
 
 
 def _apply_override(values: dict, override: str) -> None:

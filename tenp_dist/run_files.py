@@ -11,6 +11,7 @@
       checkpoint/<layout>/            the pruned model
       verify/, verify.json            parts of the check while it is made, and its outcome
       evaluation/, evaluation.json    tokens, plans and hidden states of the evaluation, and its figures
+      benchmark/, benchmark.json      figures of every model on tasks, and both side by side
       report/                         the page and the numbers behind it
       stages/                         a record and a ledger of every stage, the journal, the lock
       logs/                           a log of every worker
@@ -202,6 +203,17 @@ class RunFiles:
     @property
     def evaluation(self) -> Path:
         return self.run_dir / "evaluation.json"
+
+    @property
+    def benchmark(self) -> Path:
+        return self.run_dir / "benchmark.json"
+
+    def benchmark_column(self, model: str) -> Path:
+        """What a model scored on every task and item."""
+        return self.run_dir / "benchmark" / f"{model}.json"
+
+    def benchmark_log(self, model: str) -> Path:
+        return worker_logs(self.run_dir / "benchmark") / f"{model}.log"
 
     @property
     def report_folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""The commands around a run: write it for Slurm, hand it to a Ray cluster, look at it, check the place for it."""
+"""The commands around a run: write it for Slurm, hand it to a Ray cluster, look at it and at what it made."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from tenp_dist.cli import compare
 from tenp_dist.cli.outcome import exit_on_error, with_examples
 
 EXAMPLES = {
@@ -24,6 +25,7 @@ EXAMPLES = {
     "submit": ["JOB.yaml --address http://head:8265", "JOB.yaml --address http://head:8265 --no-wait"],
     "doctor": ["", "--run-dir /shared/runs", "--address head:6379 --job JOB.yaml"],
     "status": ["RUN_DIR", "RUN_DIR --watch", "RUN_DIR --json"],
+    "compare": compare.EXAMPLES,
 }
 _job = click.argument("job", type=click.Path(path_type=Path))
 _overrides = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a job field.")
@@ -192,4 +194,4 @@ def _doctor(address: str | None, job: Path | None, run_dir: Path | None, as_json
     sys.exit(1 if failed else 0)
 
 
-COMMANDS = [slurm, submit, status, doctor]
+COMMANDS = [slurm, submit, status, doctor, compare.compare]

@@ -23,7 +23,7 @@ from tenp_dist.pipeline.records import StageRecord
 from tenp_dist.pipeline.stage import Listener, Stage
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress as Step
-from tenp_dist.report.text import size
+from tenp_dist.report.text import size, with_error
 
 _WIDE = 120  # columns from which a table shows every domain
 _LISTED = 4  # workers whose memory is shown one by one
@@ -146,6 +146,11 @@ def print_summary(job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
             _print_evaluation(console, stages["evaluate"])
         if stages["evaluate"]["plans"]:
             print_plans(console, stages["evaluate"])
+    if "benchmark" in stages:
+        console.print(benchmark_table(stages["benchmark"]))
+        console.print(
+            "[dim]± is one standard error; a difference is of the same items. Tokens are those of an answer.[/dim]\n"
+        )
     _print_places(console, job, stages)
 
 
@@ -207,6 +212,23 @@ def _print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         "[dim]NLL in nats per token. The random control keeps as many experts and neurons, drawn by chance.[/dim]"
     )
     console.print()
+
+
+def benchmark_table(benchmark: Mapping[str, Any]) -> Table:
+    """Both columns, what changed on the same items, and the length of answers in tokens."""
+    table = Table(title="Tasks", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("task", overflow="fold")
+    for heading in ("source", "pruned", "difference", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in benchmark["rows"]:
+        difference, tokens = row["difference"], row["answer_tokens"]
+        table.add_row(
+            f"{row['task']}\n  [dim]{row['metric']}, {row['items']:,} items[/dim]",
+            *(with_error(row[column], 3) for column in ("source", "pruned")),
+            with_error(difference, 3, signed=True) if difference else "",
+            f"{tokens['source']['value']:.1f} -> {tokens['pruned']['value']:.1f}" if tokens else "",
+        )
+    return table
 
 
 def print_plans(console: Console, evaluation: Mapping[str, Any]) -> None:

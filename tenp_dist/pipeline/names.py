@@ -71,6 +71,11 @@ STAGES = (
         "Compare source, pruned and a random control on held-out text.",
         ("JOB.yaml --set evaluation.sequence_length=1024", "JOB.yaml --plans a.json b.json"),
     ),
+    StageName(
+        "benchmark",
+        "Measure source and pruned checkpoint on tasks with lm-eval; write benchmark.json.",
+        ("JOB.yaml", "JOB.yaml --set 'benchmark.tasks=[arc_easy, gsm8k]' --set benchmark.limit=100"),
+    ),
     StageName("report", "Write report/index.html, report/report.json and the model card."),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -15,7 +15,7 @@ from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width
+from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width, layouts_of
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
@@ -38,6 +38,7 @@ def check_job(job: Job, source: Source) -> None:
     check_expected_of(job, source)
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
+    _check_benchmark(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
         check_sources(text)
@@ -80,6 +81,26 @@ def _check_compensation(job: Job) -> None:
             where="output.compensate",
             wanted="a method that narrows experts",
             next_step="set output.compensate to false",
+        )
+
+
+def _check_benchmark(job: Job) -> None:
+    asked, written = job.benchmark, [layout.name for layout in layouts_of(job)]
+    if asked and asked.layout and asked.layout not in written:
+        raise JobError(
+            "The benchmark measures a layout that is not written",
+            where="benchmark.layout",
+            found=asked.layout,
+            wanted=" or ".join(written),
+            next_step="correct it, or add the layout to output.layouts",
+        )
+    if asked and asked.tasks_folder and not asked.tasks_folder.is_dir():
+        raise JobError(
+            "The folder of tasks is not there",
+            where="benchmark.tasks_folder",
+            found=asked.tasks_folder,
+            wanted="a folder with tasks as lm-eval describes them",
+            next_step="correct the path; scripts/stdlib_tasks.py makes such a folder",
         )
 
 

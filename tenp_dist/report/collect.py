@@ -13,6 +13,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
 | checkpoints | layout -> files and bytes on disk, and what became of prediction layers (mtp)   |
 | evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
+| benchmark   | `benchmark.json`: tasks, both columns and their paired differences, or None       |
 | selection   | `selection.json`: the curve that an `auto` budget was chosen on, or None          |
 | verify      | `verify.json`, or None                                                          |
 | compensation | `compensation.json` and what verify says of it, or None                        |
@@ -80,6 +81,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     verify = _optional(files.verify)
     compensation = _compensation(files, job, verify)
     evaluation = _evaluation(_optional(files.evaluation))
+    benchmark = _optional(files.benchmark) if job.get("benchmark") else None
     checkpoints = _checkpoints(files)
     layers = layer_figures(files, plan, domain_weights(job))
     return {
@@ -87,7 +89,9 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "model": {"name": facts.model, **{key: facts.plain()[key] for key in MODEL_KEYS}},
         "headline": _headline(facts, plan, checkpoints, evaluation, verify),
         "warnings": [
-            warning for part in (plan, compensation, evaluation) for warning in (part or {}).get("warnings", [])
+            warning
+            for part in (plan, compensation, evaluation, benchmark)
+            for warning in (part or {}).get("warnings", [])
         ],
         "absent": _absent(layers, checkpoints, verify, evaluation),
         "plan": {key: plan.get(key) for key in PLAN_KEYS},
@@ -98,6 +102,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "verify": verify and verify["layouts"],
         "compensation": compensation,
         "evaluation": evaluation,
+        "benchmark": benchmark,
         "selection": _optional(files.selection) if is_auto(job) else None,
         "job": described_job(job),
         "provenance": _provenance(files, facts, plan),

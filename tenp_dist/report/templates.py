@@ -20,6 +20,9 @@ def load(name: str, *, escape: bool, **filters: Callable[..., str]) -> jinja2.Te
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    shared = {f.__name__: f for f in (text.percent, text.number, text.count, text.size, text.ids, text.widths)}
+    shared = {
+        f.__name__: f
+        for f in (text.percent, text.number, text.count, text.size, text.ids, text.widths, text.with_error)
+    }
     environment.filters |= shared | filters
     return environment.get_template(name)

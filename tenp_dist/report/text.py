@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ABSENT = "not measured"
 
@@ -19,6 +19,15 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return ABSENT
     return f"{value:,.{digits}f}" if math.isfinite(value) else str(value)
+
+
+def with_error(figure: Mapping[str, float | None] | None, digits: int = 4, *, signed: bool = False) -> str:
+    """{"value": 0.52, "stderr": 0.01} -> `0.5200 ± 0.0100`."""
+    if figure is None or figure["value"] is None:
+        return ABSENT
+    value, error = figure["value"], figure["stderr"]
+    text = ("+" if signed and value >= 0 else "") + number(value, digits)
+    return text if error is None else f"{text} ± {number(error, digits)}"
 
 
 def count(value: float) -> str:

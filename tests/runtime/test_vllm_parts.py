@@ -103,7 +103,8 @@ def test_config_is_a_stock_one_that_keeps_the_widths(family):
     config = config_class(family).from_dict(json.loads(json.dumps(made)))
     assert type(config) is getattr(transformers, FAMILIES[family].config)
     assert config.model_type == family and config.architectures == [architecture(family)] == made["architectures"]
-    assert config.tenp == made["tenp"] and config.num_hidden_layers == 5 and not hasattr(config, "auto_map")
+    assert config.tenp == ragged_config.unsealed(made)["tenp"] and config.moe_intermediate_size == 64
+    assert config.num_hidden_layers == 5 and not hasattr(config, "auto_map")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ ELSEWHERE = {
         "kubectl delete -f cluster/kuberay/rayjob.yaml",
     ],
     "installs": ["pip install ."],
+    "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
+    "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
     "test_tab_completion runs it": [
         """echo 'eval "$(_TENP_DIST_COMPLETE=bash_source tenp-dist)"' >> ~/.bashrc""",
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from tenp_dist_vllm.families import FAMILIES, architecture
-from tenp_dist_vllm.ragged_config import PREFIX, widths_by_layer
+from tenp_dist_vllm.ragged_config import PREFIX, unsealed, widths_by_layer
 
 
 def config_class(model_type: str) -> type[transformers.PretrainedConfig]:
@@ -35,5 +35,5 @@ class RaggedConfig(transformers.PretrainedConfig):
                 f"config.json has model_type {cls.model_type!r} but was made from {source!r}; write it again"
             )
         stock = getattr(transformers, FAMILIES[model_type].config)
-        kept = {key: value for key, value in config_dict.items() if key not in ("model_type", "auto_map")}
+        kept = {key: value for key, value in unsealed(config_dict).items() if key not in ("model_type", "auto_map")}
         return stock.from_dict(kept | {"architectures": [architecture(model_type)]}, **kwargs)
