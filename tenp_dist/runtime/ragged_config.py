@@ -21,12 +21,24 @@ import copy
 
 FORMAT_VERSION = 1
 PREFIX = "tenp_"
-# source model_type -> prefix of the stock classes; a new family is one line
+# source model_type -> what the names of its ragged classes start with, after `Tenp`; a new family is one line
 FAMILIES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
+    "glm4_moe": "Glm4Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "dots1": "Dots1",
+    "solar_open": "SolarOpen",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
+    "olmoe": "Olmoe",
+    "flex_olmo": "FlexOlmo",
+    "mixtral": "Mixtral",
+    "minimax_m2": "MiniMaxM2",
+    "phimoe": "Phimoe",
+    "ernie4_5_moe": "Ernie4_5_Moe",
 }
 FIRST_CODE = ord("0")
 WIDTH_KEY = "moe_intermediate_size"
@@ -37,7 +49,7 @@ SEAL = (
 
 
 def class_prefix(family: str) -> str:
-    """Prefix of the ragged classes of a family: deepseek_v3 -> TenpDeepseekV3.
+    """What the names of a family's ragged classes start with: deepseek_v3 -> TenpDeepseekV3.
 
     Raises:
         ValueError: the family has no line in `FAMILIES`.

@@ -10,12 +10,12 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from tenp_dist.checkpoint.families import deepseek, qwen
+from tenp_dist.checkpoint.families import deepseek, deepseek_kin, ernie, mixtral, olmo, qwen
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.runtime.ragged_config import unsealed
 
-FILES = (deepseek, qwen)
+FILES = (deepseek, deepseek_kin, qwen, olmo, mixtral, ernie)
 
 
 FAMILIES: Mapping[str, Family] = {row.model_type: row for file in FILES for row in file.ROWS}
