@@ -127,7 +127,9 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
                 cut = partial(torch.index_select, dim=NEURON_AXIS[expert[1]], index=ids)
                 wanted = Wanted(origin, cut, readers.solved(origin))
             elif neurons.experts is not None and reading.of_router(name):
-                wanted = Wanted(origin, partial(_chosen, num_experts=neurons.num_experts, kept=neurons.experts.tolist()))
+                wanted = Wanted(
+                    origin, partial(_chosen, num_experts=neurons.num_experts, kept=neurons.experts.tolist())
+                )
             elif family.shared_key and reading.inside(name, family.shared_experts) and not same:
                 wanted = Wanted(origin, partial(_filled, shape=shape))
         found += check_tensor(name, readers, wanted)

@@ -41,7 +41,8 @@ FAMILIES = {
     "ernie4_5_moe": "Ernie4_5_Moe",
 }
 FIRST_CODE = ord("0")
-WIDTH_KEY = "moe_intermediate_size"
+# config key of the width of an expert, where it is another than `moe_intermediate_size`
+WIDTH_KEYS = dict.fromkeys(("olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe"), "intermediate_size")
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"
@@ -57,6 +58,11 @@ def class_prefix(family: str) -> str:
     if family not in FAMILIES:
         raise ValueError(f"no ragged runtime for model_type {family!r}; supported: {', '.join(FAMILIES)}")
     return f"Tenp{FAMILIES[family]}"
+
+
+def width_key(family: str) -> str:
+    """Config key of the width of a family's experts."""
+    return WIDTH_KEYS.get(family, "moe_intermediate_size")
 
 
 def modeling_module(family: str) -> str:
@@ -118,8 +124,9 @@ def ragged_config(
 
 def sealed(config: dict) -> dict:
     """A ragged config as it goes into a file: no stock class accepts it. Its argument is not modified."""
-    kept = {WIDTH_KEY: config.get(WIDTH_KEY)}  # None: the source does not state it
-    return {**config, WIDTH_KEY: SEAL, "tenp": {**config["tenp"], "sealed": kept}}
+    key = width_key(config["model_type"].removeprefix(PREFIX))
+    kept = {key: config.get(key)}  # None: the source does not state it
+    return {**config, key: SEAL, "tenp": {**config["tenp"], "sealed": kept}}
 
 
 def unsealed(config: dict) -> dict:

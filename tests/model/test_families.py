@@ -27,6 +27,7 @@ from tenp_dist.evaluation.variants import Variant
 from tenp_dist.model.stock import build_model
 from tenp_dist.model.tensor_names import check_tensors
 from tenp_dist.passes.ranks import check_parallel
+from tenp_dist.runtime.ragged_config import width_key
 from tenp_dist.scoring.statistics import MERGE_RULES
 
 TOKENS = torch.randint(2, 250, (2, 19), generator=torch.Generator().manual_seed(7))
@@ -115,6 +116,11 @@ def stored_names(folder) -> dict[str, str]:
     return names_of_parameters(build_model(source.index.config, torch.float32, "eager"), source.index.tensors)
 
 
+def test_the_runtime_seals_the_width_that_the_row_names(case):
+    """The runtime has a table of its own: its text is copied into checkpoints."""
+    assert width_key(case.name) == case.row.width_key
+
+
 # one layer after another, and scores
 
 
@@ -161,6 +167,8 @@ def test_ragged_padded_and_masked_are_one_model(case, tmp_path):
     generated = [m.generate(prompt, attention_mask=torch.ones_like(prompt), **options) for m in (model, expected)]
     assert torch.equal(*generated)
     model.save_pretrained(tmp_path / "again")
+    with pytest.raises(Exception, match="would fill them with random numbers"):
+        type(expected).from_pretrained(tmp_path / "ragged")
     assert_same_tensors(all_tensors(tmp_path / "ragged"), {"again": tmp_path / "again"})
 
 

@@ -36,7 +36,7 @@ def keys_of(row: Family) -> set[str]:
     return {key for keys in stated if keys for key in ((keys,) if isinstance(keys, str) else keys)}
 
 
-KEYS = {"model_type"}.union(*map(keys_of, FAMILIES.values()))
+KEYS = {"model_type"}.union(*map(keys_of, FAMILIES.values())) - {"intermediate_size"}  # plan.json has one of that name
 FACTS = {field.name for field in dataclasses.fields(Facts)}  # facts have names of their own, some of them the same
 OTHERS = [path for path in SOURCES if not name_of(path).startswith(("checkpoint/families/", "runtime/"))]
 
