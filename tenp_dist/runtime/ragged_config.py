@@ -39,10 +39,21 @@ FAMILIES = {
     "minimax_m2": "MiniMaxM2",
     "phimoe": "Phimoe",
     "ernie4_5_moe": "Ernie4_5_Moe",
+    "glm_moe_dsa": "GlmMoeDsa",
+    "qwen3_5_moe_text": "Qwen3_5MoeText",
+    "axk1": "AXK1",
+    "afmoe": "Afmoe",
+    "exaone_moe": "ExaoneMoe",
+    "hy_v3": "HYV3",
+    "cohere2_moe": "Cohere2Moe",
+    "lfm2_moe": "Lfm2Moe",
+    "jamba": "Jamba",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
-WIDTH_KEYS = dict.fromkeys(("olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe"), "intermediate_size")
+WIDTH_KEYS = dict.fromkeys(
+    ("olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba"), "intermediate_size"
+)
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"

@@ -22,7 +22,7 @@ class Tap:
 
     def __init__(self, layer: torch.nn.Module, residual: str = "post_attention_layernorm"):
         self.calls: list[dict[str, torch.Tensor]] = []
-        self.experts = layer.mlp.experts
+        self.experts = _experts_of(layer)
         self._residual: torch.Tensor | None = None
         self._handles = [
             layer.get_submodule(residual).register_forward_pre_hook(self._before_norm),
@@ -41,6 +41,11 @@ class Tap:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _experts_of(layer: torch.nn.Module) -> torch.nn.Module | None:
+    """The routed experts of a layer, None if it is dense."""
+    return next((module for name, module in layer.named_modules() if name.endswith(".experts")), None)
 
 
 def brute_force_statistics(
@@ -65,14 +70,14 @@ def _tapped(model_folder: Path, batches, residual: str = "post_attention_layerno
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
     ).eval()
-    layers = {i: layer for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+    layers = {i: layer for i, layer in enumerate(model.model.layers) if _experts_of(layer) is not None}
     taps = {i: Tap(layer, residual) for i, layer in layers.items()}
     with torch.no_grad():
         for tokens, mask, _ in batches:
             model(tokens, attention_mask=None if mask is None else mask.long())
     for tap in taps.values():
         tap.close()
-    return taps, model.config.hidden_act
+    return taps, getattr(model.config, "hidden_act", "silu")  # LFM2 has no key for it
 
 
 @dataclass

@@ -43,9 +43,37 @@ OTHERS: Mapping[str, dict] = {
         "moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
         "num_hidden_layers": 3,
     },
+    "glm_moe_dsa": GROUPED | LATENT | {"q_lora_rank": 16, "index_topk": 5, "index_n_heads": 4, "index_head_dim": 16},
+    "axk1": GROUPED | LATENT | {"q_lora_rank": 16},
+    "qwen3_5_moe_text": {"num_experts": EXPERTS} | LINEAR,
+    "afmoe": {
+        "num_experts": EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1, "num_hidden_layers": 4, "head_dim": 8,
+        "sliding_window": 8, "global_attn_every_n_layers": 2,
+    },
+    "exaone_moe": {
+        "num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8,
+        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+    },
+    "hy_v3": {"num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 3, "head_dim": 8},
+    "cohere2_moe": {
+        "num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8,
+        "intermediate_size": NEURONS,
+    },
+    "lfm2_moe": {
+        "num_experts": EXPERTS, "num_hidden_layers": 4, "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "jamba": {
+        "num_experts": EXPERTS, "num_hidden_layers": 4, "intermediate_size": NEURONS, "mamba_d_state": 4,
+        "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
 }  # fmt: skip
 """Settings of the families beside those of `helpers.models`, which the tests of ranks share."""
-RESIDUAL = {"flex_olmo": "mlp"}
+RESIDUAL = {
+    "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
+    "jamba": "pre_ff_layernorm",
+}  # fmt: skip
 """Module whose input is the residual stream before the MoE block, where it is no norm named as usual."""
 
 
@@ -99,10 +127,14 @@ def _numbered_mtp(folder: Path, config: Mapping) -> None:
 
 
 def _named_mtp(folder: Path, config: Mapping) -> None:
-    """Qwen3-Next: prediction layers under names of their own, with all experts; layer types counted, not listed."""
+    """Qwen3-Next and EXAONE: prediction layers under names of their own, with all experts."""
     tensors = {n: t for n, t in all_tensors(folder).items() if n.startswith("model.layers.3.")}
     extra = {n.replace("model.layers.3.", "mtp.layers.0."): t for n, t in tensors.items()}
     _add(folder, extra | {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)})
+
+
+def _qwen3_next(folder: Path, config: Mapping) -> None:
+    _named_mtp(folder, config)
     values = json.loads((folder / "config.json").read_text()) | {"full_attention_interval": 4}
     del values["layer_types"]
     (folder / "config.json").write_text(json.dumps(values))
@@ -117,9 +149,13 @@ def _ernie(folder: Path, config: Mapping) -> None:
 PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "deepseek_v3": _numbered_mtp,
     "deepseek_v32": _numbered_mtp,
+    "glm_moe_dsa": _numbered_mtp,
     "glm4_moe": _numbered_mtp,
     "glm4_moe_lite": _numbered_mtp,
-    "qwen3_next": _named_mtp,
+    "hy_v3": _numbered_mtp,
+    "qwen3_next": _qwen3_next,
+    "qwen3_5_moe_text": _named_mtp,
+    "exaone_moe": _named_mtp,
     "ernie4_5_moe": _ernie,
     "minimax_m2": lambda folder, config: change_config(folder, num_mtp_modules=3, use_mtp=True),  # no tensors of it
 }

@@ -67,7 +67,7 @@ def logits_by_layers(folder, kept_of_layer, tokens_BS, changes):
         for attribute, key in (("num_group", "n_group"), ("topk_group", "topk_group")):
             if key in changes:
                 setattr(router, attribute, changes[key])
-    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+    for name in ("model.embed_tokens", f"model.{skeleton.family.final_norm}", "lm_head"):
         skeleton.load_module(name)
     frame, batch = Frame(skeleton), Microbatch(tokens_BS, 0)
     hidden = frame.embed(batch)

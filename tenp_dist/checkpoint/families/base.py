@@ -58,6 +58,7 @@ class Family:
         width alone.
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
     mtp_tensors: prefixes of the tensors of prediction layers that are not numbered behind the decoder's.
+    refused: config key -> what no layer may be by it: forms of the family that are not scored yet.
     tensor_parallel: verified with more than one rank per shard.
     """
 
@@ -90,6 +91,7 @@ class Family:
     width_of_others: tuple[str, ...] = ()
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     mtp_tensors: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     tensor_parallel: bool = False
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,4 +12,5 @@ ROWS = (
     qwen(model_type="qwen2_moe", tensor_parallel=True),
     qwen(model_type="qwen3_moe", tensor_parallel=True),
     qwen(model_type="qwen3_next", mtp_tensors=("mtp.",)),
+    qwen(model_type="qwen3_5_moe_text", mtp_tensors=("mtp.",)),
 )
