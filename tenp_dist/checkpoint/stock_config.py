@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tenp_dist.checkpoint.families.table import source_config, stock_config
+from tenp_dist.checkpoint.families.table import family_and_config, stock_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -15,12 +15,12 @@ def transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """transformers' own config of the model that a checkpoint is, or was made from.
 
     It goes by the family's own `model_type`: transformers would make a bare config of a name that it does not know
-    (`kimi_k2`), and that cannot bear every field of a real one. Raises KeyError where it knows no such model.
+    (`kimi_k2`), and that cannot bear every field of a real one. Raises as `family_of`.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    stock = source_config(stock_config(config))
-    return CONFIG_MAPPING[stock["model_type"]].from_dict(plain_floats(stock))
+    family, stock = family_and_config(stock_config(config))
+    return CONFIG_MAPPING[family.model_type].from_dict(plain_floats(stock))
 
 
 def plain_floats(value: Any) -> Any:

@@ -97,7 +97,7 @@ def open_tail(checkpoint: Path, compute: Compute) -> Frame:
     """The model with only its final norm and head loaded: enough for `Frame.logits`."""
     frame = Frame(open_skeleton(checkpoint, compute))
     head = next(n for n, m in frame.model.named_modules() if m is frame.model.get_output_embeddings())
-    norm = next(n for n, m in frame.model.named_modules() if m is frame.model.base_model.norm)
+    norm = next(n for n, m in frame.model.named_modules() if m is frame.skeleton.final_norm)
     for name in (head, norm):
         frame.skeleton.load_module(name)
     return frame

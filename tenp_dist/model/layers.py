@@ -41,18 +41,20 @@ class Microbatch:
 class _Recorder(nn.Module):
     """Stands for a decoder layer: keeps what it was called with, returns its input or `inject`."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, outputs: int):
         super().__init__()
-        for name in ("attention_type", "layer_type", "is_sliding"):  # read by some models' forwards
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        for name, value in vars(layer).items():  # some models' forwards read what their layers say of themselves
+            if isinstance(value, str | int | float) and not hasattr(self, name):
+                setattr(self, name, value)
+        self.outputs = outputs
         self.arguments: dict[str, Any] = {}
         self.hidden: torch.Tensor | None = None
         self.inject: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor | tuple:
         self.hidden, self.arguments = hidden_states, arguments
-        return hidden_states if self.inject is None else self.inject
+        leaving = hidden_states if self.inject is None else self.inject
+        return leaving if self.outputs == 1 else (leaving, *[None] * (self.outputs - 1))
 
 
 class Frame:
@@ -61,7 +63,7 @@ class Frame:
     def __init__(self, skeleton: Skeleton):
         self.model = skeleton.model
         self.layers = list(skeleton.layers)
-        self._recorders = [_Recorder(layer) for layer in self.layers]
+        self._recorders = [_Recorder(layer, skeleton.family.layer_outputs) for layer in self.layers]
         self._recording_layers = nn.ModuleList(self._recorders)
         self._cache: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self.skeleton = skeleton
@@ -102,13 +104,14 @@ class Frame:
     def _record(self, *, mask_BS: torch.Tensor | None, **inputs: torch.Tensor) -> torch.Tensor:
         """Have every recorder keep its layer's arguments; returns what enters the first layer."""
         mask = None if mask_BS is None else mask_BS.to(torch.int64)
-        norm, self.model.base_model.norm = self.model.base_model.norm, nn.Identity()
+        base, norm = self.model.base_model, self.skeleton.final_norm
+        base.set_submodule(self.skeleton.family.final_norm, nn.Identity())
         try:
             with self._recording():
-                self.model.base_model(**inputs, attention_mask=mask, use_cache=False)
+                base(**inputs, attention_mask=mask, use_cache=False)
                 entered = self._recorders[0].hidden
         finally:
-            self.model.base_model.norm = norm
+            base.set_submodule(self.skeleton.family.final_norm, norm)
         if entered is None:
             raise RuntimeError("the model's forward calls none of its layers")
         return entered

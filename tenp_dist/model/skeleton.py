@@ -76,6 +76,11 @@ class Skeleton:
     def vocab_size(self) -> int:
         return self.family.vocab_size(self.config_dict)
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """What normalises the hidden states that leave the last layer."""
+        return self.model.base_model.get_submodule(self.family.final_norm)
+
     def experts_of(self, layer: nn.Module) -> FusedExperts | None:
         """The routed experts of a decoder layer, None if it is dense."""
         module: Any = layer

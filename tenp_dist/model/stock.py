@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.stock_config import transformers_config
+from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.attention import mark_model, register_attention
 
 if TYPE_CHECKING:
@@ -24,19 +27,35 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
     Args:
         config: of a source checkpoint (`source_config`).
         experts_implementation: name in transformers' experts interface.
+
+    Raises:
+        UnsupportedModelError: a form of the family that its row refuses.
     """
     from transformers import AutoModelForCausalLM
 
-    settings = transformers_config(config)
+    stock = transformers_config(config)
+    _check_forms(family_of(config), stock)
     for name in _EXTRAS:
-        if getattr(settings, name, False):
-            setattr(settings, name, False)
+        if getattr(stock, name, False):
+            setattr(stock, name, False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            settings,
+            stock,
             dtype=dtype,
             attn_implementation=register_attention(),
             experts_implementation=experts_implementation,
         )
     mark_model(model)
     return model.eval().requires_grad_(False)
+
+
+def _check_forms(family: Family, stock: Any) -> None:
+    for key, form in family.refused.items():
+        if form in (getattr(stock, key, None) or ()):
+            raise UnsupportedModelError(
+                f"Layers of {family.model_type} in a form that is not scored yet",
+                where=f"config.json: {key}",
+                found=form,
+                wanted="layers that need nothing of the layer before but its hidden states",
+                next_step="choose a model of the family without such layers",
+            )

@@ -163,15 +163,15 @@ class BucketedExperts(nn.Module):
             values[f"buckets.{index}.{name}"] = value
         return values
 
-    def from_buckets(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Inverse of `to_buckets` for any subset of bucket parameters: `{expert}.{matrix}.weight`."""
+    def from_buckets(self, values: dict[str, torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
+        """Inverse of `to_buckets` for any subset of bucket parameters: (expert, matrix) -> its tensor."""
         tensors = {}
         for key, value in values.items():
             _, index, name = key.split(".")
             bucket = self.buckets[int(index)]
             for position, expert in enumerate(bucket.ids):
                 for matrix, block in zip(PARAMETERS[name][0], bucket.blocks(name, value, position), strict=True):
-                    tensors[f"{expert}.{matrix}.weight"] = block.contiguous()
+                    tensors[expert, matrix] = block.contiguous()
         return tensors
 
     def _slots(self, device: torch.device) -> torch.Tensor:

@@ -4,16 +4,9 @@ import json
 import os
 
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tenp_dist.runtime.ragged_config import (
-    FAMILIES,
-    PREFIX,
-    class_prefix,
-    modeling_module,
-    sealed,
-    unsealed,
-    widths_by_layer,
-)
+from tenp_dist.runtime.ragged_config import PREFIX, class_prefix, modeling_module, sealed, unsealed, widths_by_layer
 
 
 class RaggedConfig:
@@ -70,7 +63,7 @@ def ragged_config_class(family: str, module: str) -> type:
         module: name of the module that will hold the class.
     """
     name = f"{class_prefix(family)}Config"
-    stock = getattr(transformers, f"{FAMILIES[family]}Config")
+    stock = getattr(transformers, CONFIG_MAPPING_NAMES[family])
     body = {
         "__module__": module,
         "__doc__": f"{stock.__name__} of a ragged checkpoint: `tenp` holds the width of every expert.",
@@ -85,4 +78,4 @@ def ragged_config_class(family: str, module: str) -> type:
 
 
 def _without_experts(plan: dict[str, str] | None) -> dict[str, str] | None:
-    return plan and {name: rule for name, rule in plan.items() if ".mlp.experts" not in name}
+    return plan and {name: rule for name, rule in plan.items() if ".experts" not in name}

@@ -21,15 +21,39 @@ import copy
 
 FORMAT_VERSION = 1
 PREFIX = "tenp_"
-# source model_type -> prefix of the stock classes; a new family is one line
+# source model_type -> what the names of its ragged classes start with, after `Tenp`; a new family is one line
 FAMILIES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
+    "glm4_moe": "Glm4Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "dots1": "Dots1",
+    "solar_open": "SolarOpen",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
+    "olmoe": "Olmoe",
+    "flex_olmo": "FlexOlmo",
+    "mixtral": "Mixtral",
+    "minimax_m2": "MiniMaxM2",
+    "phimoe": "Phimoe",
+    "ernie4_5_moe": "Ernie4_5_Moe",
+    "glm_moe_dsa": "GlmMoeDsa",
+    "qwen3_5_moe_text": "Qwen3_5MoeText",
+    "axk1": "AXK1",
+    "afmoe": "Afmoe",
+    "exaone_moe": "ExaoneMoe",
+    "hy_v3": "HYV3",
+    "cohere2_moe": "Cohere2Moe",
+    "lfm2_moe": "Lfm2Moe",
+    "jamba": "Jamba",
 }
 FIRST_CODE = ord("0")
-WIDTH_KEY = "moe_intermediate_size"
+# config key of the width of an expert, where it is another than `moe_intermediate_size`
+WIDTH_KEYS = dict.fromkeys(
+    ("olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba"), "intermediate_size"
+)
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"
@@ -37,7 +61,7 @@ SEAL = (
 
 
 def class_prefix(family: str) -> str:
-    """Prefix of the ragged classes of a family: deepseek_v3 -> TenpDeepseekV3.
+    """What the names of a family's ragged classes start with: deepseek_v3 -> TenpDeepseekV3.
 
     Raises:
         ValueError: the family has no line in `FAMILIES`.
@@ -45,6 +69,11 @@ def class_prefix(family: str) -> str:
     if family not in FAMILIES:
         raise ValueError(f"no ragged runtime for model_type {family!r}; supported: {', '.join(FAMILIES)}")
     return f"Tenp{FAMILIES[family]}"
+
+
+def width_key(family: str) -> str:
+    """Config key of the width of a family's experts."""
+    return WIDTH_KEYS.get(family, "moe_intermediate_size")
 
 
 def modeling_module(family: str) -> str:
@@ -106,8 +135,9 @@ def ragged_config(
 
 def sealed(config: dict) -> dict:
     """A ragged config as it goes into a file: no stock class accepts it. Its argument is not modified."""
-    kept = {WIDTH_KEY: config.get(WIDTH_KEY)}  # None: the source does not state it
-    return {**config, WIDTH_KEY: SEAL, "tenp": {**config["tenp"], "sealed": kept}}
+    key = width_key(config["model_type"].removeprefix(PREFIX))
+    kept = {key: config.get(key)}  # None: the source does not state it
+    return {**config, key: SEAL, "tenp": {**config["tenp"], "sealed": kept}}
 
 
 def unsealed(config: dict) -> dict:

@@ -6,11 +6,13 @@ Needs torch and transformers only: the modeling files next to the weights carry 
 
 import torch
 import transformers
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
-from tenp_dist.runtime.ragged_config import FAMILIES, PREFIX, class_prefix
+from tenp_dist.runtime.ragged_config import PREFIX, class_prefix
 
 
 class ToBuckets(ConversionOps):
@@ -26,7 +28,8 @@ class ToBuckets(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
         path, _, parameter = full_layer_name.partition(".buckets.")
         name = parameter.rpartition(".")[2]
-        tensors = {matrix: input_dict.pop(_expert_pattern(matrix), []) for matrix in PARAMETERS[name][0]}
+        matrices = zip(PARAMETERS[name][0], source_patterns, strict=True)
+        tensors = {matrix: input_dict.pop(pattern, []) for matrix, pattern in matrices}
         values = model.get_submodule(path).to_buckets(name, tensors)
         return {f"{path}.{key}": value for key, value in values.items()}
 
@@ -43,9 +46,11 @@ class FromBuckets(ConversionOps):
     @torch.no_grad
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
         path = full_layer_name.partition(".*.")[0]
-        values = {pattern.removeprefix("mlp.experts."): value for pattern, (value,) in input_dict.items()}
+        values = {pattern.partition("experts.")[2]: value for pattern, (value,) in input_dict.items()}
+        name = next(iter(values)).rpartition(".")[2]
+        stored = dict(zip(PARAMETERS[name][0], (_after_expert(pattern) for pattern in target_patterns), strict=True))
         tensors = model.get_submodule(path).from_buckets(values)
-        return {f"{path}.{key}": tensor for key, tensor in tensors.items()}
+        return {f"{path}.{expert}.{stored[matrix]}": tensor for (expert, matrix), tensor in tensors.items()}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -66,12 +71,12 @@ class RaggedForCausalLM:
             raise ValueError(f"{type(config).__name__} has no `tenp` entry: not the config of a ragged checkpoint")
         super().__init__(config, *args, **kwargs)
         widths_of = config.expert_widths()
-        for index, layer in enumerate(self.model.layers):
-            stock = getattr(layer.mlp, "experts", None)
+        for index, layer in enumerate(self.base_model.layers):
+            inside, stock = _experts_of(layer)
             if stock is not None:
                 widths = widths_of.pop(index, [stock.intermediate_dim] * stock.num_experts)
-                path = f"model.layers.{index}.mlp.experts"
-                layer.mlp.experts = BucketedExperts(stock, widths, path, config.initializer_range)
+                path = f"{self.base_model_prefix}.layers.{index}.{inside}"
+                layer.set_submodule(inside, BucketedExperts(stock, widths, path, config.initializer_range))
         if widths_of:
             raise ValueError(f"config.json has expert widths for layers {sorted(widths_of)}, which are no MoE layers")
 
@@ -105,21 +110,31 @@ def _refusal(source: str, reasons: list[str]) -> str:
     return f"the experts in {source} contradict its config.json; write or download the checkpoint again:\n  {shown}"
 
 
-def _expert_pattern(matrix: str) -> str:
-    return f"mlp.experts.*.{matrix}.weight"
+def _experts_of(layer: nn.Module) -> tuple[str, nn.Module | None]:
+    """Name and module of a layer's routed experts, None if it is dense."""
+    held = ((name, module) for name, module in layer.named_modules() if "gate_up_proj" in module._parameters)
+    return next(held, ("", None))
 
 
-def _register_conversion(class_name: str) -> None:
-    converters = [
-        WeightConverter(
-            [_expert_pattern(matrix) for matrix in matrices],
-            [f"mlp.experts.buckets.{index}.{name}" for index in range(MAX_BUCKETS)],
-            [ToBuckets()],
-        )
-        for name, (matrices, _) in PARAMETERS.items()
-    ]
+def _after_expert(pattern: str) -> str:
+    """What follows an expert's number in the names of its tensors: `gate_proj.weight`."""
+    return pattern.rpartition("*.")[2]
+
+
+def _register_conversion(class_name: str, family: str) -> None:
+    """The stock family's own rules, with buckets in the place of fused experts."""
+    rules = get_checkpoint_conversion_mapping(family)
     # modeling files of several checkpoints may be loaded in one process
-    register_checkpoint_conversion_mapping(class_name, converters, overwrite=True)
+    register_checkpoint_conversion_mapping(class_name, [_to_buckets(rule) for rule in rules], overwrite=True)
+
+
+def _to_buckets(rule: WeightTransform) -> WeightTransform:
+    """A rule that makes a fused parameter of experts' tensors as one that makes buckets of them; others as they are."""
+    path, _, name = rule._original_target_patterns[0].rpartition(".")
+    if not (isinstance(rule, WeightConverter) and path.endswith(".experts") and name in PARAMETERS):
+        return rule
+    targets = [f"{path}.buckets.{index}.{name}" for index in range(MAX_BUCKETS)]
+    return WeightConverter(rule._original_source_patterns, targets, [ToBuckets()])
 
 
 def ragged_model_class(config_class: type, module: str) -> type:
@@ -131,7 +146,7 @@ def ragged_model_class(config_class: type, module: str) -> type:
     """
     family = config_class.model_type.removeprefix(PREFIX)
     name = f"{class_prefix(family)}ForCausalLM"
-    stock = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")
+    stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
     doc = f"{stock.__name__} with experts of different widths."
-    _register_conversion(name)
+    _register_conversion(name, family)
     return type(name, (RaggedForCausalLM, stock), {"__module__": module, "__doc__": doc, "config_class": config_class})

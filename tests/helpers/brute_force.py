@@ -20,12 +20,12 @@ CHUNK = 64  # tokens whose F x D neuron outputs exist at once
 class Tap:
     """Keeps the inputs of every experts call and the residual stream before its block."""
 
-    def __init__(self, layer: torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module, residual: str = "post_attention_layernorm"):
         self.calls: list[dict[str, torch.Tensor]] = []
-        self.experts = layer.mlp.experts
+        self.experts = _experts_of(layer)
         self._residual: torch.Tensor | None = None
         self._handles = [
-            layer.post_attention_layernorm.register_forward_pre_hook(self._before_norm),
+            layer.get_submodule(residual).register_forward_pre_hook(self._before_norm),
             self.experts.register_forward_hook(self._after_experts),
         ]
 
@@ -43,32 +43,41 @@ class Tap:
             handle.remove()
 
 
+def _experts_of(layer: torch.nn.Module) -> torch.nn.Module | None:
+    """The routed experts of a layer, None if it is dense."""
+    return next((module for name, module in layer.named_modules() if name.endswith(".experts")), None)
+
+
 def brute_force_statistics(
-    model_folder: Path, batches: Sequence[tuple[torch.Tensor, torch.Tensor | None, int]], domains: int
+    model_folder: Path,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None, int]],
+    domains: int,
+    residual: str = "post_attention_layernorm",
 ) -> dict[int, dict[str, torch.Tensor]]:
     """layer -> statistic -> float64 [N, E] or [N, E, F].
 
     batches: (tokens [B, S], mask [B, S] or None, domain). Padding (mask 0) counts for nothing.
+    residual: module inside a layer whose input is the residual stream before the MoE block.
     """
-    taps, activation = _tapped(model_folder, batches)
+    taps, activation = _tapped(model_folder, batches, residual)
     return {i: _layer_statistics(tap, batches, domains, activation) for i, tap in taps.items()}
 
 
-def _tapped(model_folder: Path, batches) -> tuple[dict[int, Tap], str]:
+def _tapped(model_folder: Path, batches, residual: str = "post_attention_layernorm") -> tuple[dict[int, Tap], str]:
     """A tap per MoE layer after the stock model saw the batches, and the activation's name."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
     ).eval()
-    layers = {i: layer for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
-    taps = {i: Tap(layer) for i, layer in layers.items()}
+    layers = {i: layer for i, layer in enumerate(model.model.layers) if _experts_of(layer) is not None}
+    taps = {i: Tap(layer, residual) for i, layer in layers.items()}
     with torch.no_grad():
         for tokens, mask, _ in batches:
             model(tokens, attention_mask=None if mask is None else mask.long())
     for tap in taps.values():
         tap.close()
-    return taps, model.config.hidden_act
+    return taps, getattr(model.config, "hidden_act", "silu")  # LFM2 has no key for it
 
 
 @dataclass

@@ -36,7 +36,7 @@ def logits_of(model, corpus) -> torch.Tensor:
 def masked(model, kept):
     """The stock model with the dropped neurons' down columns set to zero."""
     for layer, neurons in kept.items():
-        down = model.model.layers[layer].mlp.experts.down_proj
+        down = next(p for name, p in model.model.layers[layer].named_parameters() if name.endswith("experts.down_proj"))
         with torch.no_grad():
             down *= torch.from_numpy(neurons.mask(down.shape[2]))[:, None, :]
     return model

@@ -63,11 +63,11 @@ def logits_by_layers(folder, kept_of_layer, tokens_BS, changes):
         setattr(skeleton.model.config, key, value)
         skeleton.config_dict[key] = value
     for layer in skeleton.moe_layers():
-        router = skeleton.layers[layer].mlp.gate
+        router = skeleton.layers[layer].get_submodule(skeleton.family.router)
         for attribute, key in (("num_group", "n_group"), ("topk_group", "topk_group")):
             if key in changes:
                 setattr(router, attribute, changes[key])
-    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+    for name in ("model.embed_tokens", f"model.{skeleton.family.final_norm}", "lm_head"):
         skeleton.load_module(name)
     frame, batch = Frame(skeleton), Microbatch(tokens_BS, 0)
     hidden = frame.embed(batch)
@@ -80,5 +80,5 @@ def logits_by_layers(folder, kept_of_layer, tokens_BS, changes):
                 experts.tenp_state = ExpertsState()
             hidden = frame.run_layer(layer, module, batch, hidden)
         assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-        assert experts is None or module.mlp.gate.num_experts == experts.num_experts
+        assert experts is None or module.get_submodule(skeleton.family.router).num_experts == experts.num_experts
     return torch.stack([frame.logits(row) for row in hidden])

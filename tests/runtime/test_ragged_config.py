@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenp_dist.artifacts import write_json
-from tenp_dist.runtime.ragged_config import FAMILIES, SEAL, ragged_config, sealed, unsealed, widths_by_layer
+from tenp_dist.runtime.ragged_config import FAMILIES, SEAL, ragged_config, sealed, unsealed, width_key, widths_by_layer
 
 LAYERS = st.dictionaries(
     st.integers(0, 200), st.lists(st.integers(0, 64), min_size=1, max_size=20), min_size=0, max_size=6
@@ -19,7 +19,7 @@ def test_config_round_trip(widths, family):
     source = {
         "model_type": family,
         "architectures": ["X"],
-        "moe_intermediate_size": 64,
+        width_key(family): 64,
         "auto_map": {"AutoConfig": "y.Z"},
     }
     before = json.dumps(source)
@@ -28,7 +28,7 @@ def test_config_round_trip(widths, family):
     assert widths_by_layer(json.loads(json.dumps(config))) == widths
     assert config["tenp"]["source"] == {"model_type": family, "architectures": ["X"], "fingerprint": "abc"}
     assert config["auto_map"]["AutoConfig"] == f"modeling_tenp_{family}.Tenp{FAMILIES[family]}Config"
-    assert config["moe_intermediate_size"] == SEAL and unsealed(config)["moe_intermediate_size"] == 64
+    assert config[width_key(family)] == SEAL and unsealed(config)[width_key(family)] == 64
     assert "sealed" not in unsealed(config)["tenp"] and sealed(unsealed(config)) == config
 
 

@@ -20,7 +20,8 @@ from tenp_dist.checkpoint import families, formats
 from tenp_dist.checkpoint.entries import StoredTensors, TensorEntry
 from tenp_dist.checkpoint.facts import Facts
 from tenp_dist.checkpoint.families.base import DOWN, GATE, UP, Family
-from tenp_dist.checkpoint.families.table import FAMILIES
+from tenp_dist.checkpoint.families.refused import REASONS
+from tenp_dist.checkpoint.families.table import FAMILIES, family_of
 from tenp_dist.checkpoint.formats import table as formats_table
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
@@ -36,7 +37,7 @@ def keys_of(row: Family) -> set[str]:
     return {key for keys in stated if keys for key in ((keys,) if isinstance(keys, str) else keys)}
 
 
-KEYS = {"model_type"}.union(*map(keys_of, FAMILIES.values()))
+KEYS = {"model_type"}.union(*map(keys_of, FAMILIES.values())) - {"intermediate_size"}  # plan.json has one of that name
 FACTS = {field.name for field in dataclasses.fields(Facts)}  # facts have names of their own, some of them the same
 OTHERS = [path for path in SOURCES if not name_of(path).startswith(("checkpoint/families/", "runtime/"))]
 
@@ -73,9 +74,16 @@ def test_keys_of_configs_stand_in_rows(path):
 
 
 def test_every_file_of_families_is_in_the_table():
-    names = {module.name for module in pkgutil.iter_modules(families.__path__)} - {"base", "table"}
+    names = {module.name for module in pkgutil.iter_modules(families.__path__)} - {"base", "table", "refused"}
     rows = [row for name in names for row in import_module(f"{families.__name__}.{name}").ROWS]
     assert {row.model_type: row for row in rows} == FAMILIES and len(rows) == len(FAMILIES)
+
+
+def test_a_family_is_supported_or_refused():
+    assert not FAMILIES.keys() & REASONS.keys()
+    for model_type, reason in REASONS.items():
+        with pytest.raises(UnsupportedModelError, match=re.escape(f"{model_type} cannot be pruned yet: {reason}")):
+            family_of({"model_type": model_type, "text_config": {"num_experts": 4}})
 
 
 def test_every_file_of_formats_is_in_the_table():

@@ -42,6 +42,8 @@ class Family:
     experts: the experts module inside a layer, as in the modeling code.
     expert_tensor: an expert's tensor inside a layer, as in the checkpoint.
     matrices: the checkpoint's names of gate, up and down.
+    final_norm: module of the decoder that normalises what leaves its last layer.
+    layer_outputs: values that a decoder layer returns, the hidden states first; the others are not handed on.
     block_norm: module inside a layer whose input is the residual stream before the MoE block.
     router: module inside a layer that returns the chosen experts' ids as its only tensor of integers, and knows
         their number.
@@ -57,6 +59,7 @@ class Family:
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
     mtp_tensors: prefixes of the tensors of prediction layers that are not numbered behind the decoder's.
     mtp_changes: fields of the row that differ in those layers; their prefix at least.
+    refused: config key -> what no layer may be by it: forms of the family that are not scored yet.
     tensor_parallel: verified with more than one rank per shard.
     """
 
@@ -75,6 +78,8 @@ class Family:
     experts: str = "mlp.experts"
     expert_tensor: str = "mlp.experts.{expert}.{matrix}.weight"
     matrices: Mapping[str, str] = field(default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"})
+    final_norm: str = "norm"
+    layer_outputs: int = 1
     block_norm: str = "post_attention_layernorm"
     router: str = "mlp.gate"
     router_tensors: tuple[str, ...] = ("mlp.gate.",)
@@ -88,6 +93,7 @@ class Family:
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     mtp_tensors: tuple[str, ...] = ("mtp.",)
     mtp_changes: Mapping[str, Any] = field(default_factory=lambda: {"layer": "mtp.layers.{layer}."})
+    refused: Mapping[str, str] = field(default_factory=dict)
     tensor_parallel: bool = False
 
     @property

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3, and checkpoints that are one of them under another name."""
+"""DeepSeek-V2, V3 and V3.2, and checkpoints that are one of them under another name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ deepseek = partial(
     groups_key="n_group",
     chosen_groups_key="topk_group",
     shared_key="n_shared_experts",
-    tensor_parallel=True,
 )
+deepseek_v3 = partial(deepseek, group_scorers=2)
 
 ROWS = (
-    deepseek(model_type="deepseek_v2"),
-    deepseek(model_type="deepseek_v3", aliases=("kimi_k2",), group_scorers=2),  # Kimi-K2 says so in its `auto_map`
+    deepseek(model_type="deepseek_v2", tensor_parallel=True),
+    # Kimi-K2 says so in its `auto_map`
+    deepseek_v3(model_type="deepseek_v3", aliases=("kimi_k2",), tensor_parallel=True),
+    deepseek_v3(model_type="deepseek_v32"),
 )

@@ -6,6 +6,11 @@ from functools import partial
 
 from tenp_dist.checkpoint.families.base import Family
 
-qwen = partial(Family, experts_keys=("num_experts", "num_local_experts"), tensor_parallel=True)
+qwen = partial(Family, experts_keys=("num_experts", "num_local_experts"))
 
-ROWS = (qwen(model_type="qwen2_moe"), qwen(model_type="qwen3_moe"))
+ROWS = (
+    qwen(model_type="qwen2_moe", tensor_parallel=True),
+    qwen(model_type="qwen3_moe", tensor_parallel=True),
+    qwen(model_type="qwen3_next", mtp_tensors=("mtp.",)),
+    qwen(model_type="qwen3_5_moe_text", mtp_tensors=("mtp.",)),
+)

@@ -10,12 +10,26 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from tenp_dist.checkpoint.families import deepseek, qwen
+from tenp_dist.checkpoint.families import (
+    afmoe,
+    cohere,
+    deepseek,
+    deepseek_kin,
+    ernie,
+    exaone,
+    hunyuan,
+    jamba,
+    lfm2,
+    mixtral,
+    olmo,
+    qwen,
+)
 from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.families.refused import REASONS
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.runtime.ragged_config import unsealed
 
-FILES = (deepseek, qwen)
+FILES = (deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2)
 
 
 FAMILIES: Mapping[str, Family] = {row.model_type: row for file in FILES for row in file.ROWS}
@@ -62,7 +76,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The row for a source config.
 
     Raises:
-        UnsupportedModelError: the config names no experts, or no row knows its `model_type`.
+        UnsupportedModelError: the config names no experts, its family is known and refused (`refused.py`), or no row
+            knows its `model_type`.
     """
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
@@ -74,6 +89,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
             found=f"model_type {model_type}",
             wanted=f"one of {', '.join(FAMILIES)}",
             next_step="set `model` to the checkpoint that it was made from",
+        )
+    if model_type in REASONS:
+        raise UnsupportedModelError(
+            f"{model_type} cannot be pruned yet: {REASONS[model_type]}",
+            where="config.json",
+            found=f"model_type {model_type}",
+            wanted=f"one of {', '.join(FAMILIES)}",
+            next_step="choose a model of one of these families",
         )
     section = _section_with_experts(config)
     if section is None:

@@ -1,0 +1,15 @@
+"""Families of others that route, share and count experts as DeepSeek-V3 does: GLM, dots.llm1, Solar Open."""
+
+from __future__ import annotations
+
+from tenp_dist.checkpoint.families.deepseek import deepseek_v3
+
+ROWS = (
+    deepseek_v3(model_type="glm4_moe"),  # GLM-4.5, 4.6 and 4.7
+    deepseek_v3(model_type="glm4_moe_lite"),  # GLM-4.7-Flash
+    # GLM-5: a layer returns what its indexer chose; layers that take it from the one before are not scored yet
+    deepseek_v3(model_type="glm_moe_dsa", layer_outputs=2, refused={"indexer_types": "shared"}),
+    deepseek_v3(model_type="dots1"),
+    deepseek_v3(model_type="solar_open"),
+    deepseek_v3(model_type="axk1"),
+)

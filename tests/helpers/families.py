@@ -1,0 +1,161 @@
+"""A small random model of every family in the table, as transformers saves it and with what published folders have.
+
+A family without an entry here fails the proof of its row: every row of the table is asked for by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from helpers.checkpoints import all_tensors, change_config
+from helpers.models import COMMON, EXPERTS, LATENT, NEURONS, SETTINGS
+from tenp_dist.checkpoint.index import INDEX_NAME
+
+GROUPED = {
+    "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+}  # fmt: skip
+LINEAR = {
+    "num_hidden_layers": 4, "shared_expert_intermediate_size": 16, "head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+ALONE = {"num_hidden_layers": 2, "intermediate_size": NEURONS}
+OTHERS: Mapping[str, dict] = {
+    "deepseek_v3": SETTINGS["deepseek_v3"] | {"n_group": 2, "topk_group": 1},
+    "deepseek_v32": GROUPED | LATENT | {"q_lora_rank": 16, "index_topk": 5, "index_n_heads": 4, "index_head_dim": 16},
+    "glm4_moe": GROUPED | {"head_dim": 8},
+    "glm4_moe_lite": GROUPED | LATENT | {"q_lora_rank": 16},
+    "dots1": GROUPED | {"head_dim": 8},
+    "solar_open": GROUPED | {"head_dim": 8},
+    "qwen3_next": {"num_experts": EXPERTS, "norm_topk_prob": True} | LINEAR,
+    "olmoe": {"num_experts": EXPERTS} | ALONE,
+    "flex_olmo": {"num_experts": EXPERTS} | ALONE,
+    "mixtral": {"num_local_experts": EXPERTS} | ALONE,
+    "minimax_m2": {"num_local_experts": EXPERTS, "head_dim": 8, "rotary_dim": 4} | ALONE,
+    "phimoe": {"num_local_experts": EXPERTS} | ALONE,
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+    },
+    "glm_moe_dsa": GROUPED | LATENT | {"q_lora_rank": 16, "index_topk": 5, "index_n_heads": 4, "index_head_dim": 16},
+    "axk1": GROUPED | LATENT | {"q_lora_rank": 16},
+    "qwen3_5_moe_text": {"num_experts": EXPERTS} | LINEAR,
+    "afmoe": {
+        "num_experts": EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1, "num_hidden_layers": 4, "head_dim": 8,
+        "sliding_window": 8, "global_attn_every_n_layers": 2,
+    },
+    "exaone_moe": {
+        "num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8,
+        "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+    },
+    "hy_v3": {"num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 3, "head_dim": 8},
+    "cohere2_moe": {
+        "num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8,
+        "intermediate_size": NEURONS,
+    },
+    "lfm2_moe": {
+        "num_experts": EXPERTS, "num_hidden_layers": 4, "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "jamba": {
+        "num_experts": EXPERTS, "num_hidden_layers": 4, "intermediate_size": NEURONS, "mamba_d_state": 4,
+        "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+}  # fmt: skip
+"""Settings of the families beside those of `helpers.models`, which the tests of ranks share."""
+RESIDUAL = {
+    "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
+    "jamba": "pre_ff_layernorm",
+}  # fmt: skip
+"""Module whose input is the residual stream before the MoE block, where it is no norm named as usual."""
+
+
+def save_family(folder: Path, family: str) -> Path:
+    """A model of a family with noise on every weight, bias and buffer: a default would hide a tensor left out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(sum(map(ord, family)))
+    config = AutoConfig.for_model(family, **(COMMON | (SETTINGS | OTHERS)[family]))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.randn_like(tensor), alpha=0.1)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+# what published folders have beside it
+
+
+def published(folder: Path, target: Path, family: str) -> Path:
+    """A copy of a saved model as its published files are: an older config, and prediction layers where there are."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
+    config |= {"torch_dtype": config.pop("dtype", "float32"), "eos_token_id": [1, 2], "auto_map": {"AutoConfig": "a.B"}}
+    config |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
+    (target / "config.json").write_text(json.dumps(config))
+    PUBLISHED.get(family, lambda folder, config: None)(target, config)
+    return target
+
+
+def _add(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "extra.safetensors")
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "extra.safetensors")
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def _numbered_mtp(folder: Path, config: Mapping) -> None:
+    """DeepSeek-V3, V3.2 and GLM: one prediction layer, numbered behind the decoder's, with embedding and head."""
+    tensors, last = all_tensors(folder), config["num_hidden_layers"]
+    copied = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{last - 1}.")}
+    extra = {n.replace(f"layers.{last - 1}.", f"layers.{last}."): t for n, t in copied.items()}
+    prefix = f"model.layers.{last}."
+    extra |= {prefix + name: torch.randn(32) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    extra |= {prefix + "eh_proj.weight": torch.randn(32, 64), prefix + "embed_tokens.weight": torch.randn(320, 32)}
+    _add(folder, extra)
+    change_config(folder, num_nextn_predict_layers=1)
+
+
+def _named_mtp(folder: Path, config: Mapping) -> None:
+    """Qwen3-Next and EXAONE: prediction layers under names of their own, with all experts."""
+    tensors = {n: t for n, t in all_tensors(folder).items() if n.startswith("model.layers.3.")}
+    extra = {n.replace("model.layers.3.", "mtp.layers.0."): t for n, t in tensors.items()}
+    _add(folder, extra | {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)})
+
+
+def _qwen3_next(folder: Path, config: Mapping) -> None:
+    _named_mtp(folder, config)
+    values = json.loads((folder / "config.json").read_text()) | {"full_attention_interval": 4}
+    del values["layer_types"]
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def _ernie(folder: Path, config: Mapping) -> None:
+    _add(
+        folder, {"model.mtp_emb_norm.0.weight": torch.randn(32), "model.mtp_linear_proj.0.weight": torch.randn(32, 64)}
+    )
+
+
+PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
+    "deepseek_v3": _numbered_mtp,
+    "deepseek_v32": _numbered_mtp,
+    "glm_moe_dsa": _numbered_mtp,
+    "glm4_moe": _numbered_mtp,
+    "glm4_moe_lite": _numbered_mtp,
+    "hy_v3": _numbered_mtp,
+    "qwen3_next": _qwen3_next,
+    "qwen3_5_moe_text": _named_mtp,
+    "exaone_moe": _named_mtp,
+    "ernie4_5_moe": _ernie,
+    "minimax_m2": lambda folder, config: change_config(folder, num_mtp_modules=3, use_mtp=True),  # no tensors of it
+}

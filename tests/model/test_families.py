@@ -1,0 +1,249 @@
+"""The proof of every row in the table of families, on a small random model of it.
+
+Whatever the table lists is asked for: a row without a model in `helpers.families` fails.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.brute_force import brute_force_statistics
+from helpers.checkpoints import all_tensors, verify, write
+from helpers.evaluation import evaluate, expected_figures, load, logits_of, masked
+from helpers.families import RESIDUAL, published, save_family
+from helpers.routing import logits_by_layers
+from helpers.scoring import batches_of, random_corpus, score
+from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.table import FAMILIES
+from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.source import open_source
+from tenp_dist.errors import UnsupportedModelError
+from tenp_dist.evaluation.measure import VariantsPass
+from tenp_dist.evaluation.variants import Variant
+from tenp_dist.model.stock import build_model
+from tenp_dist.model.tensor_names import check_tensors
+from tenp_dist.passes.ranks import check_parallel
+from tenp_dist.runtime.ragged_config import width_key
+from tenp_dist.scoring.statistics import MERGE_RULES
+
+TOKENS = torch.randint(2, 250, (2, 19), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(one_thread):
+    """One in all tests here."""
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def case(request, tmp_path_factory):
+    """A family's row, a model of it as saved, and in the form of the published files."""
+    root, name = tmp_path_factory.mktemp(request.param), request.param
+    saved = save_family(root / "saved", name)
+    return SimpleNamespace(
+        name=name, row=FAMILIES[name], saved=saved, published=published(saved, root / "published", name)
+    )
+
+
+def narrow(folder, widths) -> dict[int, KeptNeurons]:
+    """Random neurons of every expert of every MoE layer. widths: of experts 0, 1, ... in turn."""
+    facts, draw = open_source(folder).facts, np.random.default_rng(3)
+    kept = {}
+    for layer in facts.moe_layers:
+        mask = np.zeros((facts.num_experts, facts.intermediate_size), dtype=bool)
+        for expert in range(facts.num_experts):
+            mask[expert, draw.permutation(facts.intermediate_size)[: widths[expert % len(widths)]]] = True
+        kept[layer] = KeptNeurons.from_mask(mask)
+    return kept
+
+
+def fewer(folder) -> dict[int, KeptNeurons]:
+    """Other experts in every MoE layer, equally many in each group."""
+    source, draw = open_source(folder), np.random.default_rng(5)
+    facts, groups = source.facts, source.family.groups(source.index.config)
+    size = facts.num_experts // groups
+    return {
+        layer: KeptNeurons.without_others(
+            sorted(g * size + i for g in range(groups) for i in draw.permutation(size)[: max(size - 1, 1)]),
+            facts.num_experts,
+            facts.intermediate_size,
+        )
+        for layer in facts.moe_layers
+    }
+
+
+def shapes_of(row, config, **changes) -> dict[str, torch.Size]:
+    model = build_model(row.with_numbers(config, changes), torch.float32, "eager")
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+# names
+
+
+def test_every_tensor_is_known_in_both_forms(case):
+    for folder in (case.saved, case.published):
+        check_tensors(open_source(folder).index)
+
+
+@pytest.mark.parametrize("what", ["experts", "width"])
+def test_the_row_names_all_that_depends_on_experts(case, what):
+    """Of the model with other numbers, other tensors have another shape than those that the row tells of."""
+    row, source = case.row, open_source(case.saved)
+    config, layers = source.index.config, source.facts.moe_layers
+    keys = row.experts_keys if what == "experts" else (row.width_key,)
+    changes = dict.fromkeys(keys, 16)
+    before, after = shapes_of(row, config), shapes_of(row, config, **changes)
+    changed = {name for name in before if before[name] != after[name]}
+    told = {f"model.layers.{i}.{row.experts}.{name}" for i in layers for name in ("gate_up_proj", "down_proj")}
+    assert told <= changed
+    names = {k: v for k, v in stored_names(case.saved).items() if k in changed - told}
+    for parameter in changed - told:
+        inside = names[parameter].partition(".layers.")[2].partition(".")[2]
+        if what == "experts":
+            assert inside.startswith(row.router_tensors), parameter
+        else:
+            shared = row.shared_experts if row.shared_widths(config) else "no module"
+            assert inside.startswith((shared, *row.width_of_others)), parameter
+
+
+def stored_names(folder) -> dict[str, str]:
+    from tenp_dist.model.tensor_names import names_of_parameters
+
+    source = open_source(folder)
+    return names_of_parameters(build_model(source.index.config, torch.float32, "eager"), source.index.tensors)
+
+
+def test_the_runtime_seals_the_width_that_the_row_names(case):
+    """The runtime has a table of its own: its text is copied into checkpoints."""
+    assert width_key(case.name) == case.row.width_key
+
+
+# one layer after another, and scores
+
+
+@pytest.mark.parametrize("form", ["saved", "published"])
+def test_layer_by_layer_equals_the_stock_forward(case, form, tmp_path):
+    folder, corpus = getattr(case, form), random_corpus(256, padded=form == "saved")
+    found = evaluate([VariantsPass(folder, {"source": Variant()})], corpus, tmp_path)
+    logits = logits_of(load(folder), corpus)
+    for i, domain in enumerate(corpus.domains):
+        expected = expected_figures(logits, logits, corpus, i)
+        assert found["source"]["domains"][domain]["nll"] == pytest.approx(expected["nll"], abs=2e-5)
+
+
+def test_scores_equal_brute_force(case, tmp_path):
+    corpus = random_corpus(256, sequences=4)
+    scored = score(case.saved, corpus, tmp_path)
+    expected = brute_force_statistics(
+        case.saved, batches_of(corpus), domains=2, residual=RESIDUAL.get(case.name, "post_attention_layernorm")
+    )
+    assert scored.keys() == expected.keys() == set(open_source(case.saved).facts.moe_layers)
+    for layer, statistics in scored.items():
+        for name in MERGE_RULES:
+            wanted = expected[layer][name]
+            scale = wanted.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+            assert ((statistics[name] - wanted).abs() / scale).max() < 1e-4, (layer, name)
+
+
+# layouts
+
+
+def test_ragged_padded_and_masked_are_one_model(case, tmp_path):
+    kept = narrow(case.saved, (24, 7, 16))
+    expected = masked(load(case.saved), kept)
+    for layout in ("ragged", "padded"):
+        write(case.saved, kept, tmp_path / layout, layout)
+        verify(case.saved, kept, tmp_path / layout, layout, tmp_path)
+        with torch.no_grad():
+            found, wanted = load(tmp_path / layout)(TOKENS).logits, expected(TOKENS).logits
+        assert (found - wanted).abs().max() <= 3e-5 * wanted.abs().max().clamp_min(1)
+    with torch.no_grad():
+        assert (load(case.saved)(TOKENS).logits - wanted).abs().max() > 1e-3, "pruning must show"
+    model, options = load(tmp_path / "ragged"), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    prompt = TOKENS[:, :6]
+    generated = [m.generate(prompt, attention_mask=torch.ones_like(prompt), **options) for m in (model, expected)]
+    assert torch.equal(*generated)
+    model.save_pretrained(tmp_path / "again")
+    with pytest.raises(Exception, match="would fill them with random numbers"):
+        type(expected).from_pretrained(tmp_path / "ragged")
+    assert_same_tensors(all_tensors(tmp_path / "ragged"), {"again": tmp_path / "again"})
+
+
+def assert_same_tensors(wanted, folders) -> None:
+    from safetensors.torch import load_file
+
+    for folder in folders.values():
+        files = sorted(folder.glob("*.safetensors"))
+        found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_all_kept_gives_the_bytes_of_the_source(case, tmp_path):
+    full, wanted = narrow(case.published, (24,)), all_tensors(case.published)
+    for layout in ("ragged", "padded", "uniform"):
+        write(case.published, full, tmp_path / layout, layout)
+        found = all_tensors(tmp_path / layout)
+        assert found.keys() <= wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+        left = wanted.keys() - found.keys()
+        assert not left or (layout == "uniform" and all("mtp" in n or n.startswith(last_layer(case)) for n in left))
+
+
+def last_layer(case) -> str:
+    return case.row.layer.format(layer=open_source(case.saved).facts.num_layers)
+
+
+@torch.no_grad()
+def test_stock_loads_fewer_experts(case, tmp_path):
+    """As REAP removes them, from the published form; and the pass over the source that leaves them out agrees."""
+    kept = fewer(case.published)
+    write(case.published, kept, tmp_path / "uniform", "uniform")
+    verify(case.published, kept, tmp_path / "uniform", "uniform", tmp_path)
+    found = load_whole(tmp_path / "uniform")(TOKENS).logits
+    stay = {layer: neurons.experts.tolist() for layer, neurons in kept.items()}
+    streamed = logits_by_layers(case.published, stay, TOKENS, {})
+    torch.testing.assert_close(found, streamed, rtol=1e-4, atol=3e-5)
+    assert (load(case.published)(TOKENS).logits - streamed).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_stock_loads_one_width(case, tmp_path):
+    if case.row.width_of_others:  # `check_width` refuses it, from the job alone
+        return
+    kept = narrow(case.published, (16,))
+    write(case.published, kept, tmp_path / "uniform", "uniform")
+    verify(case.published, kept, tmp_path / "uniform", "uniform", tmp_path)
+    found, wanted = load_whole(tmp_path / "uniform")(TOKENS).logits, masked(load(case.saved), kept)(TOKENS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=3e-5)
+
+
+def load_whole(folder):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+# ranks
+
+
+def test_ranks_are_verified_or_refused_by_name(case):
+    config = open_source(case.saved).index.config
+    if case.row.tensor_parallel:  # `tests/passes/test_parallel.py` runs them
+        check_parallel(case.row, config, 2)
+    else:
+        with pytest.raises(UnsupportedModelError, match="not verified") as caught:
+            check_parallel(case.row, config, 2)
+        assert case.name in str(caught.value.found)
+
+
+def test_experts_lie_where_the_row_says(case):
+    tensors = open_source(case.saved).index.tensors
+    for layer in open_source(case.saved).facts.moe_layers:
+        for _, _, place in ExpertSlices(case.row).of_layer(layer, range(8)):
+            assert place.tensor in tensors
