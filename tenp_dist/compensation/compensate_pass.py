@@ -78,6 +78,10 @@ class CompensateTask(LayerSumTask):
     def done_by(self, layer: int, rank: int) -> bool:
         return all(self.stored(target, layer, rank) for target in self.targets)
 
+    def outcome(self, target: Target, neurons: int) -> dict[str, Any]:
+        """`compensation.json` of a plan. neurons: F of the source."""
+        return outcome(self, target, neurons)
+
 
 class CompensateSum(LayerSum[Moments]):
     """Sums the moments of a layer's experts that one rank holds, and stores their solutions."""

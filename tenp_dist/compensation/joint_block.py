@@ -73,11 +73,17 @@ class BlockRun:
         """What the experts compute of the same microbatch where the router knows these alone."""
         tee, skeleton = _Tee(), self._shard.skeleton
         fused = skeleton.experts_of(self._module)
-        with restricted_router(skeleton, self._module, experts):
+        with restricted_router(skeleton, self._layer, self._module, experts):
             fused.tenp_state = ExpertsState(valid_T=self._batch.valid_T, observer=tee, **self._shard.share)
             self._block(self._input)
         fused.tenp_state = None
         return tee.dispatch()
+
+    @property
+    def valid_T(self) -> torch.Tensor:
+        """Which tokens are no padding."""
+        valid_T = self._batch.valid_T
+        return torch.ones(len(self.x_TD), dtype=torch.bool, device=self.x_TD.device) if valid_T is None else valid_T
 
     def valid(self, part_TX: torch.Tensor) -> torch.Tensor:
         """The rows of tokens that are no padding."""

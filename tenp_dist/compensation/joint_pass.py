@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.checkpoint.compensated import CompensatedExpert, compensated_tensors, copy_layer, write_layer
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
@@ -27,6 +27,7 @@ from tenp_dist.compensation.compensate_pass import CompensateSum, CompensateTask
 from tenp_dist.compensation.joint_block import BlockRun
 from tenp_dist.compensation.joint_features import SHARED, Columns, SharedExpert, columns_of, routed_features
 from tenp_dist.compensation.joint_features import shared_expert as load_shared_expert
+from tenp_dist.compensation.joint_outcome import joint_outcome
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
 from tenp_dist.compensation.normal_equations import JointSolution, NormalEquations
 from tenp_dist.model.experts import Dispatch, FusedExperts
@@ -53,6 +54,10 @@ class JointTask(CompensateTask):
     def done_by(self, layer: int, rank: int) -> bool:
         """Whether all ranks have stored a layer."""
         return all(self.stored(target, layer, one) for target in self.targets for one in range(self.ranks))
+
+    def outcome(self, target: Target, neurons: int) -> dict[str, Any]:
+        files = {layer: [self.file(target, layer, rank) for rank in range(self.ranks)] for layer in self.moe}
+        return joint_outcome(target.plan, files, self.ridge, self.joint_ridge)
 
 
 @dataclass

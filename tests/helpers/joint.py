@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +21,19 @@ from tenp_dist.checkpoint.kept import KeptNeurons, write_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.compensation.compensate_pass import Target, compensate_model
 from tenp_dist.compensation.joint_pass import JointTask
+from tenp_dist.compensation.joint_recheck import JointRecheckTask
 from tenp_dist.compensation.moments import ENOUGH
+from tenp_dist.compensation.recheck_pass import recheck_model
 from tenp_dist.passes.compute import Compute
+from tenp_dist.passes.layer_sums import LayerSumTask
 
 JOINT_RIDGE = 0.003
 SHARED = -1
 
 
-def compensate_jointly(model, folder, plans, *, corpus=None, weights=None, pool=None, dtype="float32", **cluster):
+def compensate_jointly(
+    model, folder, plans, *, corpus=None, weights=None, pool=None, dtype="float32", joint_ridge=0.003, **cluster
+):
     """All plans (name -> kept) in one pass in this process; each in `folder/<name>`."""
     folder.mkdir(exist_ok=True)
     write_corpus(folder / "corpus.arrow", corpus if corpus is not None else random_corpus(256, sequences=12))
@@ -38,7 +44,7 @@ def compensate_jointly(model, folder, plans, *, corpus=None, weights=None, pool=
         model, folder / "corpus.arrow", folder / "all", "key", Compute("cpu", dtype, 64, 1), waves=3,
         ranks=context.cluster.tensor_parallel, moe=tuple(next(iter(plans.values()))), weights=weights or {},
         targets=tuple(Target(folder / f"{name}.safetensors", folder / name) for name in plans),
-        joint_ridge=JOINT_RIDGE,
+        joint_ridge=joint_ridge,
     )  # fmt: skip
     compensate_model(context, task)
     return task
@@ -79,9 +85,9 @@ def blocks(model, corpus, weights=None, pruned=None) -> dict[int, Block]:
         for tokens, mask, _ in batches:
             source(tokens, attention_mask=None if mask is None else mask.long())
         return {
-            number: _block(source.model.layers[number].mlp, other.model.layers[number].mlp.gate, seen, batches, corpus, weights)
+            number: _block(source.model.layers[number].mlp, other.model.layers[number].mlp.gate, seen, corpus, weights)
             for number, seen in calls.items()
-        }  # fmt: skip
+        }
 
 
 def _loaded(folder):
@@ -92,14 +98,14 @@ def _loaded(folder):
     ).eval()
 
 
-def _block(mlp, router, seen, batches, corpus, weights, stay=None) -> Block:
+def _block(mlp, router, seen, corpus, weights) -> Block:
     parts: dict[int, list] = {}
     ys, down = [], {e: w.double().numpy() for e, w in enumerate(mlp.experts.down_proj)}
     shared = getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
     if shared is not None:
         down[SHARED] = shared.down_proj.weight.double().numpy()
     tokens = dict.fromkeys(down, 0)
-    for (_, mask, domain), (x, y) in zip(batches, seen, strict=True):
+    for (_, mask, domain), (x, y) in zip(batches_of(corpus), seen, strict=True):
         scale = (weights or {}).get(corpus.domains[domain], 1.0) ** 0.5
         used = torch.ones(x.shape[0] * x.shape[1], dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
         flat = x.reshape(-1, x.shape[-1])
@@ -177,3 +183,14 @@ def stored(task, name) -> dict[tuple[int, int], torch.Tensor]:
             **{(la, SHARED): family.shared_down(la) for la in task.moe},
         }
         return {place: reader.tensor(n) for place, n in names.items() if n in reader.index.tensors}
+
+
+def recheck_jointly(task, folder, pool=None):
+    """Verify the only plan of a task."""
+    shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerSumTask)} | {"folder": folder}
+    (target,) = task.targets
+    again = JointRecheckTask(
+        **shared, plan=target.plan, ridge=task.ridge, joint_ridge=task.joint_ridge, compensation=target.folder
+    )
+    cluster = {"tensor_parallel": task.ranks, "commit_seconds": 0}
+    return recheck_model(pass_context(task.model, folder / "ledger", pool, **cluster), again)
