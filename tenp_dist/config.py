@@ -137,7 +137,7 @@ class Evaluation(Text):
         if any(not values or AUTO in values for values in grid.values()):
             raise ValueError("grid wants at least one value per key, and no `auto`")
         if any(value is not True and value is not False and value != JOINT for value in grid.get(COMPENSATE, ())):
-            raise ValueError(f"grid takes true, false and {JOINT} for compensate")
+            raise ValueError(f"grid takes true and false, and {JOINT}, for compensate")
         return grid
 
     @property

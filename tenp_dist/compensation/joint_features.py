@@ -6,12 +6,13 @@ X V then, X [T, N] the features and V [N, D] all columns of W_down that are kept
 
 A plan that removes experts has features of its own: without them the router chooses others.
 
-Shape letters: T tokens, S slots, N features, D model width, E experts of the layer, F neurons of the shared expert.
+Shape letters: T tokens, R tokens that reach an expert, W features of it, N features of the layer, D model width,
+S slots, E experts, F neurons of the shared expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,13 +94,17 @@ def shared_expert(skeleton: Skeleton, layer: int) -> SharedExpert | None:
     return SharedExpert(module, module.get_submodule(family.matrices[DOWN]), gate)
 
 
-def routed_features(x_TN: torch.Tensor, columns: Columns, dispatch: Dispatch, held: range) -> None:
-    """Fill in the features of this rank's experts. x_TN: float32, zero. held: their global ids."""
+def routed_features(
+    columns: Columns, dispatch: Dispatch, held: range
+) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Expert of this rank -> the tokens that reach it, [R], and its features of them, [R, W] float32.
+
+    held: global ids of this rank's experts.
+    """
     ends = [0, *dispatch.offsets_E.tolist()]
-    for block, span in columns.spans.items():
-        if block not in held:
-            continue
-        rows = slice(*ends[block - held.start : block - held.start + 2])
-        ids = torch.from_numpy(columns.neurons[block].astype(np.int64)).to(x_TN.device)
-        a_SN = dispatch.m_SF[rows][:, ids].float() * dispatch.g_S[rows].float().unsqueeze(1)
-        x_TN[dispatch.token_S[rows], span] = a_SN
+    for block, neurons in columns.neurons.items():
+        if block in held:
+            rows = slice(*ends[block - held.start : block - held.start + 2])
+            ids = torch.from_numpy(neurons.astype(np.int64)).to(dispatch.m_SF.device)
+            a_RW = dispatch.m_SF[rows][:, ids].float() * dispatch.g_S[rows].float().unsqueeze(1)
+            yield block, (dispatch.token_S[rows], a_RW)

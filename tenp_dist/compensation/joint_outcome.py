@@ -18,9 +18,9 @@ FEW = 0.1  # share of solved experts with few tokens above which there is a warn
 def joint_outcome(plan: Path, files: Mapping[int, Sequence[Path]], ridge: float, joint_ridge: float) -> dict[str, Any]:
     """What was done to every layer of a plan. plan: its kept neurons. files: layer -> its file of every rank.
 
-    `before`, `apart` and `after`: the error of the layer's MoE block on the calibration tokens, as a share of the energy
-    of what it gives: with the source's columns, solved expert by expert, and solved together. `damped`: experts with few
-    tokens; `left_alone`: with none. `shared`: whether the shared expert was solved too.
+    `before`, `apart` and `after`: the error of the layer's MoE block on the calibration tokens, as a share of the
+    energy of what it gives: with the source's columns, solved expert by expert, and solved together. `damped`: experts
+    with few tokens; `left_alone`: with none. `shared`: whether the shared expert was solved too.
     """
     kept = read_kept(plan)
     layers = {str(layer): _layer(kept[layer], paths, joint_ridge) for layer, paths in files.items()}
@@ -40,20 +40,11 @@ def _layer(kept: KeptNeurons, paths: Sequence[Path], joint_ridge: float) -> dict
         for table in tables
         for block, value in zip(table["experts"], table["damping"], strict=True)
     }  # fmt: skip
-    found = next(
-        ((table, read_said(path)) for table, path in zip(tables, paths, strict=True) if table["experts"]), None
-    )
-    if found is None:
-        return {
-            "compensated": 0,
-            "before": 0.0,
-            "apart": 0.0,
-            "after": 0.0,
-            "damped": [],
-            "left_alone": [],
-            "shared": False,
-        }
-    table, said = found
+    made = [(table, read_said(path)) for table, path in zip(tables, paths, strict=True) if table["experts"]]
+    if not made:
+        errors = dict.fromkeys(("before", "apart", "after"), 0.0)
+        return {"compensated": 0, **errors, "damped": [], "left_alone": [], "shared": False}
+    table, said = made[0]
     experts = sorted(set(damping) - {SHARED})
     return {
         "compensated": len(experts),

@@ -4,14 +4,13 @@ Every microbatch goes through the layer as it is, which gives the target and the
 expert; for plans that remove experts its MoE block runs again with their routers (`model/routing.py`). When all waves
 are through, experts are solved one by one first (`moments.py`), and the whole starts from there.
 
-Ranks of a shard add up their features in float32, which is exact, for each fills in its own experts alone; then all of
-them sum and solve the same and each stores its own experts, the first one the shared expert too. So a layer is stored
-when all ranks have stored it: one of them alone could not go through it again.
+Every rank stores its own experts, the first one the shared expert too. Ranks talk to each other while they sum and
+begin to solve (`joint_systems.py`), so a layer is stored when all have stored it: none could go through it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +24,12 @@ from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.compensation.compensate_pass import CompensateSum, CompensateTask, Target, kept_of
 from tenp_dist.compensation.joint_block import BlockRun
-from tenp_dist.compensation.joint_features import SHARED, Columns, SharedExpert, columns_of, routed_features
+from tenp_dist.compensation.joint_features import SHARED, SharedExpert, columns_of
 from tenp_dist.compensation.joint_features import shared_expert as load_shared_expert
 from tenp_dist.compensation.joint_outcome import joint_outcome
+from tenp_dist.compensation.joint_systems import JointSolution, JointSystem, Start, make_system
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
-from tenp_dist.compensation.normal_equations import JointSolution, NormalEquations
-from tenp_dist.model.experts import Dispatch, FusedExperts
+from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_step import OpenShard
 from tenp_dist.passes.layer_sums import LayerSum
@@ -61,35 +60,19 @@ class JointTask(CompensateTask):
 
 
 @dataclass
-class System:
-    """What is summed for plans of one routing.
-
-    equations: the sums over the features that any of them keeps.
-    tokens: block -> tokens that reached it.
-    """
-
-    equations: NormalEquations
-    tokens: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def columns(self) -> Columns:
-        return self.equations.columns
-
-
-@dataclass
 class LayerSystems:
     """The sums of a layer.
 
     moments: of narrow experts, to solve them one by one.
     shared: the shared expert, None where there is none.
     systems: routing -> its sums.
-    starts: routing and kept neurons of a plan -> the source's columns and those solved one by one, [M, D] float64.
+    plans: `key_of` a plan -> where it starts, and what gives its solution.
     """
 
     moments: Moments
     shared: SharedExpert | None
-    systems: dict[Routing, System]
-    starts: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    systems: dict[Routing, JointSystem]
+    plans: dict[bytes, tuple[Start, Callable[[], JointSolution]]] = field(default_factory=dict)
 
 
 class JointSum(LayerSum[LayerSystems]):
@@ -110,10 +93,14 @@ class JointSum(LayerSum[LayerSystems]):
             if prunes(kept, neurons):
                 plans.setdefault(routing_of(kept), []).append(kept)
         narrow = [self._apart.narrow_of(kept, neurons) for kept in plans.get(None, [])]
+        files, memory = self.task.hidden_state_files.folder, self.task.host_memory
         systems = {
-            routing: System(NormalEquations(columns_of([blocks_of(kept, shared) for kept in some]), hidden, device))
-            for routing, some in plans.items()
-        }
+            routing: make_system(
+                self.shard, columns_of([blocks_of(kept, shared) for kept in some]), hidden, device,
+                files, f"rank_{self.shard.rank:03d}.routing_{number}", memory // len(plans),
+            )
+            for number, (routing, some) in enumerate(plans.items())
+        }  # fmt: skip
         return LayerSystems(Moments(union_of(narrow), self._weights, held, neurons, device), shared, systems)
 
     def add(
@@ -132,71 +119,42 @@ class JointSum(LayerSum[LayerSystems]):
             run.check_sum(dispatch, shared_TF, sums.shared)
             for routing, system in sums.systems.items() if weight else ():
                 own = dispatch if routing is None else run.restricted(routing)
-                self._add_features(system, own, run, shared_TF, weight**0.5)
-
-    def _add_features(
-        self, system: System, dispatch: Dispatch, run: BlockRun, shared_TF: torch.Tensor | None, scale: float
-    ) -> None:
-        columns, held = system.columns, self.shard.held
-        x_TN = torch.zeros(len(run.x_TD), columns.count, device=run.x_TD.device)
-        routed_features(x_TN, columns, dispatch, held)
-        count_E = torch.zeros(1, self.shard.skeleton.num_experts, device=run.x_TD.device)
-        ends_E = dispatch.offsets_E.float()
-        count_E[0, held.start : held.stop] = ends_E.diff(prepend=ends_E.new_zeros(1))
-        x_TN, count_E = (self._added_up(part) for part in (x_TN, count_E))
-        if shared_TF is not None:
-            x_TN[:, columns.spans[SHARED]] = shared_TF
-        x_TN, y_TD = run.valid(x_TN), run.valid(run.y_TD)
-        system.equations.add(x_TN * scale, y_TD * scale)
-        for block in columns.neurons:
-            reached = len(x_TN) if block == SHARED else int(count_E[0, block])
-            system.tokens[block] = system.tokens.get(block, 0) + reached
-
-    def _added_up(self, part: torch.Tensor) -> torch.Tensor:
-        """Over the ranks; float32, and exact where one rank alone holds a value."""
-        reduce = self.shard.share.get("reduce")
-        return part if reduce is None else reduce(part)
+                system.add(run, own, shared_TF, weight**0.5)
 
     def settle(self, layer: int, sums: LayerSystems, down_EDF: torch.Tensor) -> None:
-        """Gather the source's columns and those solved expert by expert of every plan."""
+        """Begin solving every plan, from its experts solved one by one."""
         for target in self.task.targets:
             kept = kept_of(target, layer)
-            if prunes(kept, down_EDF.shape[2]) and key_of(kept) not in sums.starts:
-                sums.starts[key_of(kept)] = self._start(layer, kept, sums, down_EDF)
+            if prunes(kept, down_EDF.shape[2]) and key_of(kept) not in sums.plans:
+                start = self._start(layer, kept, sums, down_EDF)
+                sums.plans[key_of(kept)] = start, sums.systems[routing_of(kept)].begin(start)
             self.shard.count_work()
+        for system in sums.systems.values():
+            system.close()
 
-    def _start(
-        self, layer: int, kept: KeptNeurons, sums: LayerSystems, down_EDF: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[M, D] of the plan's features; what other ranks hold comes from them."""
-        columns, held = self._features_of(kept, sums), self.shard.held
-        plain_MD = torch.zeros(columns.count, down_EDF.shape[1], dtype=torch.float64, device=down_EDF.device)
-        for block, span in columns.spans.items():
-            ids = torch.from_numpy(columns.neurons[block].astype(np.int64))
-            if block in held:
-                source_DF = self._apart.source_down(layer, down_EDF, [block - held.start])[0]
-                plain_MD[span] = source_DF[:, ids.to(source_DF.device)].T.double()
-            elif block == SHARED and self.shard.rank == 0:
-                plain_MD[span] = self._shared_down(layer).T.to(plain_MD)
-        prior_MD = plain_MD.clone()
+    def _start(self, layer: int, kept: KeptNeurons, sums: LayerSystems, down_EDF: torch.Tensor) -> Start:
+        system = sums.systems[routing_of(kept)]
+        reached = {b: ids for b, ids in blocks_of(kept, sums.shared).items() if system.tokens[b]}
+        columns = columns_of([reached])  # there is nothing to learn for others
+        plain = {b: self._source(layer, b, ids, down_EDF) for b, ids in columns.neurons.items() if system.owns(b)}
+        prior = dict(plain)
         if kept.experts is None:
             narrow = self._apart.narrow_of(kept, down_EDF.shape[2])
             for expert in self._apart.solved(layer, narrow, sums.moments, down_EDF):
-                prior_MD[columns.spans[int(expert.row[0])]] = expert.down_DW.T
-        return self._gathered(plain_MD), self._gathered(prior_MD)
+                prior[int(expert.row[0])] = expert.down_DW.T
+        starved = {b: max(1.0, ENOUGH * len(ids) / system.tokens[b]) for b, ids in columns.neurons.items()}
+        damping = {block: self.task.joint_ridge * factor for block, factor in starved.items()}
+        return Start(columns, damping, plain, prior)
 
-    def _gathered(self, part_MD: torch.Tensor) -> torch.Tensor:
-        return part_MD if "reduce" not in self.shard.share else self._added_up(part_MD.float()).double()
-
-    def _shared_down(self, layer: int) -> torch.Tensor:
-        skeleton = self.shard.skeleton
-        with TensorReader(skeleton.index) as reader:
-            return reader.tensor(skeleton.family.shared_down(layer))
-
-    def _features_of(self, kept: KeptNeurons, sums: LayerSystems) -> Columns:
-        """The blocks that a plan keeps and that a token reached: there is nothing to learn for others."""
-        tokens = sums.systems[routing_of(kept)].tokens
-        return columns_of([{b: ids for b, ids in blocks_of(kept, sums.shared).items() if tokens.get(b)}])
+    def _source(self, layer: int, block: int, ids: np.ndarray, down_EDF: torch.Tensor) -> torch.Tensor:
+        """The source's columns of a block, [W, D] float64."""
+        if block == SHARED:
+            skeleton = self.shard.skeleton
+            with TensorReader(skeleton.index) as reader:
+                source_DF = reader.tensor(skeleton.family.shared_down(layer))
+        else:
+            source_DF = self._apart.source_down(layer, down_EDF, [block - self.shard.held.start])[0]
+        return source_DF[:, torch.from_numpy(ids.astype(np.int64)).to(source_DF.device)].T.to(down_EDF.device).double()
 
     def finish(self, layer: int, sums: LayerSystems, down_EDF: torch.Tensor) -> None:
         """Solve every plan and store this rank's part, once where several do the same to the layer."""
@@ -204,59 +162,40 @@ class JointSum(LayerSum[LayerSystems]):
         for target in self.task.targets:
             kept, path = kept_of(target, layer), self.task.file(target, layer, self.shard.rank)
             same = alike.setdefault(key_of(kept), target)
+            if self.task.stored(target, layer, self.shard.rank):
+                continue
             if same is not target:
                 copy_layer(self.task.file(same, layer, self.shard.rank), path)
             elif not prunes(kept, down_EDF.shape[2]):
                 write_layer(path, [], [], layer=layer, key=self.task.file_key)
-            elif not self.task.stored(target, layer, self.shard.rank):
+            else:
                 self._store(layer, kept, target, sums)
             self.shard.count_work()
 
     def _store(self, layer: int, kept: KeptNeurons, target: Target, sums: LayerSystems) -> None:
-        columns, system = self._features_of(kept, sums), sums.systems[routing_of(kept)]
-        plain_MD, prior_MD = sums.starts[key_of(kept)]
-        places_M = system.columns.places(columns.neurons)
-        diagonal_M = system.equations.gram_NN.diagonal()[torch.from_numpy(places_M)]
-        damping = self._damping(columns, system)
-        ridge_M = torch.cat([
-            torch.full_like(part, damping[block] * (float(part.mean()) or 1.0))
-            for block, part in ((block, diagonal_M[span]) for block, span in columns.spans.items())
-        ])  # fmt: skip
-        solution = system.equations.solve(places_M, ridge_M, plain_MD, prior_MD)
-        self._write(layer, kept, target, columns, system, solution)
+        start, solved = sums.plans[key_of(kept)]
+        solution, tokens = solved(), sums.systems[routing_of(kept)].tokens
+        said = {"features": start.columns.count, "apart": solution.apart, "falls": solution.falls}
+        own = [block for block in start.columns.neurons if block in solution.weights]
 
-    def _damping(self, columns: Columns, system: System) -> dict[int, float]:
-        """Block -> r_b over its mean diagonal: the ridge, more of it for an expert that few tokens reached."""
-        starved = {b: max(1.0, ENOUGH * len(ids) / system.tokens[b]) for b, ids in columns.neurons.items()}
-        return {block: self.task.joint_ridge * factor for block, factor in starved.items()}
-
-    def _write(
-        self,
-        layer: int,
-        kept: KeptNeurons,
-        target: Target,
-        columns: Columns,
-        system: System,
-        solution: JointSolution,
-    ) -> None:
-        skeleton, held = self.shard.skeleton, self.shard.held
-        own = [b for b in columns.neurons if b in held or (b == SHARED and self.shard.rank == 0)]
-        experts = [block for block in own if block != SHARED]
-        tensors = compensated_tensors(skeleton.index, skeleton.family, layer, experts, kept)
-        if SHARED in own:
-            entry = skeleton.index.entry(skeleton.family.shared_down(layer))
-            tensors.append(TensorHeader(entry.name, entry.dtype, entry.shape))
-        damping = self._damping(columns, system)
-
-        def solved() -> Iterator[CompensatedExpert]:
+        def experts() -> Iterator[CompensatedExpert]:
             errors = (solution.energy, solution.before, solution.after)
             for block in own:
-                row = (block, system.tokens[block], damping[block] * solution.damping, *errors)
-                yield CompensatedExpert(solution.weights_MD[columns.spans[block]].T, row)
+                row = (block, tokens[block], start.damping[block] * solution.damping, *errors)
+                yield CompensatedExpert(solution.weights[block].T, row)
 
-        said = {"features": columns.count, "apart": solution.apart}
         path = self.task.file(target, layer, self.shard.rank)
-        write_layer(path, tensors, solved(), layer=layer, key=self.task.file_key, said=said)
+        tensors = self._tensors(layer, kept, own)
+        write_layer(path, tensors, experts(), layer=layer, key=self.task.file_key, said=said)
+
+    def _tensors(self, layer: int, kept: KeptNeurons, blocks: Sequence[int]) -> list[TensorHeader]:
+        skeleton = self.shard.skeleton
+        routed = [block for block in blocks if block != SHARED]
+        tensors = compensated_tensors(skeleton.index, skeleton.family, layer, routed, kept)
+        if SHARED in blocks:
+            entry = skeleton.index.entry(skeleton.family.shared_down(layer))
+            tensors.append(TensorHeader(entry.name, entry.dtype, entry.shape))
+        return tensors
 
 
 def prunes(kept: KeptNeurons, neurons: int) -> bool:

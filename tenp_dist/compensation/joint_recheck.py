@@ -1,7 +1,7 @@
 """Check a joint compensation from the calibration tokens, by another road and without its N x N sums.
 
-The solution of a layer (`normal_equations.py`) satisfies (X'X + R) V = X'Y + R V0. Multiplied from the left by a vector v
-of random signs, it needs no more than p = X'(X v), c = Y'(X v) and the diagonal of X'X: what is left over,
+The solution of a layer (`normal_equations.py`) satisfies (X'X + R) V = X'Y + R V0. Multiplied from the left by a vector
+v of random signs, it needs no more than p = X'(X v), c = Y'(X v) and the diagonal of X'X: what is left over,
 (p + R v)'V - c - (R v)'V0, is zero for the solution. It passes if all but a small share of what the source's columns
 leave over is gone (Freivalds' check, as in `random_vectors.py`).
 

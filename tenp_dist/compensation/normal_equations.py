@@ -14,9 +14,6 @@ Shape letters: T tokens, N features, D model width, M features that a plan keeps
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from tenp_dist.compensation.joint_features import Columns
@@ -25,24 +22,6 @@ LARGEST = 1 << 29
 """Bytes of X'X, 8 N^2, up to which a layer is solved by it: 8192 features."""
 
 _ROWS = 2048  # tokens whose features exist in float64 at once
-
-
-@dataclass(frozen=True)
-class JointSolution:
-    """What solving a layer gave; errors are shares of the energy |Y|^2.
-
-    weights_MD: V, float64.
-    damping: by what r_b had to grow beyond what was asked, 1 as a rule.
-    energy: |Y|^2.
-    before, apart, after: the error of the source's columns, of those solved expert by expert, and of V.
-    """
-
-    weights_MD: torch.Tensor
-    damping: float
-    energy: float
-    before: float
-    apart: float
-    after: float
 
 
 class NormalEquations:
@@ -67,27 +46,27 @@ class NormalEquations:
                 self.cross_ND[span] += own @ wide_RD[rows]
 
     def solve(
-        self, places_M: np.ndarray, ridge_M: torch.Tensor, plain_MD: torch.Tensor, prior_MD: torch.Tensor
-    ) -> JointSolution:
-        """A plan's V.
+        self, places_M: torch.Tensor, ridge_M: torch.Tensor, prior_MD: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """V of a plan, [M, D] float64, and by what R had to grow, 1 as a rule.
 
         Args:
-            places_M: columns of its features. ridge_M: r_b over the mean diagonal, of every feature.
-            plain_MD: the source's columns. prior_MD: V0; all float64.
+            places_M: columns of its features. ridge_M: r_b of every feature. prior_MD: V0; float64.
         """
-        ids = torch.from_numpy(places_M).to(self.gram_NN.device)
-        upper_MM, cross_MD = self.gram_NN[ids][:, ids].triu(), self.cross_ND[ids]
-        gram_MM = upper_MM + upper_MM.triu(1).T
-        factor_MM, damping = _factorise(gram_MM, ridge_M)
-        change_MD = torch.cholesky_solve(cross_MD - gram_MM @ prior_MD, factor_MM)
-        weights_MD = prior_MD + change_MD
-        energy = float(self.energy)
+        gram_MM = self._gram_of(places_M)
+        factor_MM, grown = _factorise(gram_MM, ridge_M)
+        change_MD = torch.cholesky_solve(self.cross_ND[places_M] - gram_MM @ prior_MD, factor_MM)
+        return prior_MD + change_MD, grown
 
-        def error(v_MD: torch.Tensor) -> float:
-            left = energy - float(((2 * cross_MD - gram_MM @ v_MD) * v_MD).sum())
-            return max(0.0, left) / max(energy, 1e-300)
+    def error(self, places_M: torch.Tensor, v_MD: torch.Tensor) -> float:
+        """|Y - X V|^2 over |Y|^2."""
+        energy, gram_MM = float(self.energy), self._gram_of(places_M)
+        left = energy - float(((2 * self.cross_ND[places_M] - gram_MM @ v_MD) * v_MD).sum())
+        return max(0.0, left) / max(energy, 1e-300)
 
-        return JointSolution(weights_MD, damping, energy, error(plain_MD), error(prior_MD), error(weights_MD))
+    def _gram_of(self, places_M: torch.Tensor) -> torch.Tensor:
+        upper_MM = self.gram_NN[places_M][:, places_M].triu()
+        return upper_MM + upper_MM.triu(1).T
 
 
 def _factorise(gram_MM: torch.Tensor, ridge_M: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -60,8 +60,10 @@ def solvable(document: Mapping[str, Any], form: Compensate) -> bool:
     Expert by expert, experts that keep a part of their neurons; as one system, whatever loses neurons or experts.
     """
     layers = document["layers"].values()
-    narrow = any(0 < int(width) < layer["intermediate_size"] for layer in layers for width in layer["widths"])
-    return bool(form) and (narrow or (form == JOINT and any(layer["removed"] for layer in layers)))
+    widths = [(int(width), layer["intermediate_size"]) for layer in layers for width in layer["widths"]]
+    if form == JOINT:
+        return any(width < whole for width, whole in widths) or any(layer.get("removed") for layer in layers)
+    return bool(form) and any(0 < width < whole for width, whole in widths)
 
 
 def in_forms(plans: Iterable[NamedPlan], forms: Sequence[Compensate]) -> list[NamedPlan]:

@@ -39,7 +39,7 @@ class LayerSum(Protocol[Sums]):
         """Run the layer over a wave, which overwrites `states`, and add what it does to the sums."""
 
     def settle(self, layer: int, sums: Sums, down_EDF: torch.Tensor) -> None:
-        """Do what ranks have to do together once all waves are in the sums; on the computing thread, unlike `finish`."""
+        """Do what ranks have to do together once all waves are in the sums, on the thread that computes."""
         return
 
     def finish(self, layer: int, sums: Sums, down_EDF: torch.Tensor) -> None:

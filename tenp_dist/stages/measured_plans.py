@@ -62,7 +62,7 @@ def measure(
 def _variants_of(
     run: Run, context: StageContext, where: PassContext, plans: Sequence[NamedPlan], folder: Path
 ) -> dict[str, Variant]:
-    """The plans as variants of the source, by name; those to be measured compensated are solved first, in a pass a form.
+    """The plans as variants of the source, by name; those to be measured compensated are solved first, a pass a form.
 
     folder: of the stage. Equal plans share a folder in its `compensation/`, which holds W_down of their narrow
     experts; the stage removes it when it has its figures.
