@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tenp_dist.artifacts import digest_of
 from tenp_dist.checkpoint.compensated import CompensatedExpert, compensated_tensors, copy_layer, write_layer
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
@@ -46,6 +47,11 @@ class JointTask(CompensateTask):
     """
 
     joint_ridge: float = 1e-3
+
+    @property
+    def file_key(self) -> str:
+        """Apart from that of plans compensated expert by expert in the same stage."""
+        return digest_of([super().file_key, "joint", self.joint_ridge])
 
     def layer_sum(self, shard: OpenShard) -> JointSum:
         return JointSum(self, shard)

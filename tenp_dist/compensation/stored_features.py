@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tenp_dist.model.memory import own_copy
 from tenp_dist.run_files import feature_file
 
 BlockRows = tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +38,7 @@ class StoredFeatures:
         self._tokens.append(tokens)
         self._nbytes += sum(part.nbytes for pair in blocks.values() for part in pair)
         if self._nbytes <= self._memory:
-            self._held.append(dict(blocks))
+            self._held.append({block: (rows, own_copy(part)) for block, (rows, part) in blocks.items()})
         else:
             self._held.append(self._spilled(blocks))
 
@@ -60,7 +61,7 @@ class StoredFeatures:
 
         parts = load_file(path, device=str(self._device))
         blocks = sorted({int(name.split(".")[0]) for name in parts})
-        return {block: (parts[f"{block}.0"], parts[f"{block}.1"]) for block in blocks}
+        return {block: (parts[f"{block}.0"], own_copy(parts[f"{block}.1"])) for block in blocks}
 
     def drop(self) -> None:
         """Remove the files."""
