@@ -7,7 +7,7 @@ says so in config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from tenp_dist.checkpoint.entries import Encoder, Stored, TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.formats.table import WRITTEN
 from tenp_dist.checkpoint.reader import TORCH_DTYPES
-from tenp_dist.checkpoint.recipes import Copy, ExpertRecipe, Inputs, Moved, OutputTensor, Recipe
+from tenp_dist.checkpoint.recipes import Copy, Inputs, Moved, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.errors import JobError
 

@@ -65,7 +65,7 @@ class CompensateTask(LayerSumTask):
     targets: Sequence[Target] = ()
     ridge: float = 0.01
 
-    def layer_sum(self, shard: OpenShard) -> CompensateSum:
+    def layer_sum(self, shard: OpenShard) -> LayerSum[Any]:
         return CompensateSum(self, shard)
 
     def file(self, target: Target, layer: int, rank: int) -> Path:

@@ -106,7 +106,8 @@ def descend(products: Products, gram: Blocks, cross: Blocks, pull: Mapping[int, 
     change = {b: torch.zeros_like(part) for b, part in start.items()}
     z = {b: torch.cholesky_solve(part, factors[b]) for b, part in residual.items()}
     p, size_D = z, products.inner(residual, z)
-    first_D, falls = size_D.clamp_min(1e-300), []
+    first_D = size_D.clamp_min(1e-300)
+    falls: list[float] = []
     while len(falls) < PASSES - 1:
         q = products.normal(p)
         for b, part in q.items():

@@ -6,6 +6,7 @@ Shape letters: T tokens of the microbatch, padding included, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ class BlockRun:
             handle.remove()
         return tee.dispatch()
 
-    def _keep(self, _block: nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+    def _keep(self, _block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         given = output[0] if isinstance(output, tuple) else output
         self._input, self.x_TD = inputs[0], inputs[0].reshape(-1, inputs[0].shape[-1])
         self.y_TD = given.reshape(self.x_TD.shape)
@@ -73,6 +74,7 @@ class BlockRun:
         """What the experts compute of the same microbatch where the router knows these alone."""
         tee, skeleton = _Tee(), self._shard.skeleton
         fused = skeleton.experts_of(self._module)
+        assert fused is not None, "a layer with a block has experts"
         with restricted_router(skeleton, self._layer, self._module, experts):
             fused.tenp_state = ExpertsState(valid_T=self._batch.valid_T, observer=tee, **self._shard.share)
             self._block(self._input)

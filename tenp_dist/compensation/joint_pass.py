@@ -20,9 +20,9 @@ from torch import nn
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.checkpoint.compensated import CompensatedExpert, compensated_tensors, copy_layer, write_layer
+from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.recipes import TensorHeader
 from tenp_dist.compensation.compensate_pass import CompensateSum, CompensateTask, Target, kept_of
 from tenp_dist.compensation.joint_block import BlockRun
 from tenp_dist.compensation.joint_features import SHARED, SharedExpert, columns_of
@@ -35,6 +35,11 @@ from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_step import OpenShard
 from tenp_dist.passes.layer_sums import LayerSum
 
+RIDGE_SHARE = 0.1
+"""The ridge of a layer as one system, over that of an expert alone. Measured on text that was not calibrated on, 25 M
+model, NLL added with 0.01 and 0.001: `global` at 0.3 0.0337 and 0.0327, at 0.6 0.0033 and 0.0030, 12 of 24 experts by REAP
+0.0846 and 0.0855."""
+
 Routing = tuple[int, ...] | None
 """The experts that a plan's router knows, None for all: plans of one routing have their features in common."""
 
@@ -46,7 +51,7 @@ class JointTask(CompensateTask):
     joint_ridge: r_b over the mean diagonal of a block; `ridge` is that of solving expert by expert.
     """
 
-    joint_ridge: float = 1e-3
+    joint_ridge: float = 0.001
 
     @property
     def file_key(self) -> str:

@@ -143,9 +143,9 @@ class NormalSystem(JointSystem):
         for block, span in columns.spans.items():
             ridge_M[span] = pull_of(start.damping[block], diagonal_M[span])
         weights_MD, grown = equations.solve(places_M, ridge_M, prior_MD)
-        errors = [equations.error(places_M, v_MD) for v_MD in (plain_MD, prior_MD, weights_MD)]
+        before, apart, after = (equations.error(places_M, v_MD) for v_MD in (plain_MD, prior_MD, weights_MD))
         own = {block: weights_MD[span] for block, span in columns.spans.items() if self.owns(block)}
-        return JointSolution(own, grown, float(equations.energy), *errors)
+        return JointSolution(own, grown, float(equations.energy), before, apart, after)
 
 
 class GradientSystem(JointSystem):
@@ -153,11 +153,11 @@ class GradientSystem(JointSystem):
 
     def __init__(self, shard: OpenShard, columns: Columns, hidden: int, device: torch.device, stored: StoredFeatures):
         super().__init__(shard, columns, hidden, device)
-        self._stored, wide = stored, {"dtype": torch.float64, "device": device}
+        self._stored, zeros = stored, partial(torch.zeros, dtype=torch.float64, device=device)
         own = {block: len(ids) for block, ids in columns.neurons.items() if self.owns(block)}
-        self._gram: Blocks = {block: torch.zeros(width, width, **wide) for block, width in own.items()}
-        self._cross: Blocks = {block: torch.zeros(width, hidden, **wide) for block, width in own.items()}
-        self._energy = torch.zeros((), **wide)
+        self._gram: Blocks = {block: zeros(width, width) for block, width in own.items()}
+        self._cross: Blocks = {block: zeros(width, hidden) for block, width in own.items()}
+        self._energy = zeros(())
 
     def take(self, run: BlockRun, dispatch: Dispatch, shared_TF: torch.Tensor | None, scale: float) -> None:
         blocks = dict(routed_features(self.columns, dispatch, self.shard.held))
@@ -186,12 +186,13 @@ class GradientSystem(JointSystem):
         pull = {block: float(pull_of(start.damping[block], part.diagonal())) for block, part in gram.items()}
         found = descend(products, gram, cross, pull, start.prior)
         energy = float(self._energy)
-        plain = products.sum(start.plain, products.normal(start.plain)), products.sum(start.plain, cross)
-        errors = [
-            max(0.0, energy - 2 * gained + explained) / max(energy, 1e-300)
-            for explained, gained in (plain, *zip(found.explained, found.gained, strict=True))
-        ]
-        solution = JointSolution(found.weights, 1.0, energy, *errors, falls=tuple(found.falls))
+        gained = products.sum(start.plain, cross), *found.gained
+        explained = products.sum(start.plain, products.normal(start.plain)), *found.explained
+        before, apart, after = (
+            max(0.0, energy - 2 * won + known) / max(energy, 1e-300)
+            for won, known in zip(gained, explained, strict=True)
+        )
+        solution = JointSolution(found.weights, 1.0, energy, before, apart, after, tuple(found.falls))
         return lambda: solution
 
     def close(self) -> None:

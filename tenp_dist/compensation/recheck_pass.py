@@ -56,7 +56,7 @@ class RecheckTask(LayerSumTask):
     compensation: Path = Path()
     ridge: float = 0.01
 
-    def layer_sum(self, shard: OpenShard) -> RecheckSum:
+    def layer_sum(self, shard: OpenShard) -> LayerSum[Any]:
         return RecheckSum(self, shard)
 
     def result(self, layer: int, rank: int) -> Path:

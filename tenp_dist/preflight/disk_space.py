@@ -53,8 +53,10 @@ def _plans(job: Job, asked: Evaluation, source: Source) -> dict[str, Budget]:
 def columns_held(job: Job, source: Source) -> int:
     """Bytes of compensated W_down that lie in the run directory at a time, about: the run's own and a stage's."""
     form = job.output.compensate
-    own = [(job.budget, form)] if form else []
-    tried = [(one, form) for one in candidates(job.budget).values()] if own and job.budget.auto else []
+    own: list[Compensated] = [(job.budget, form)] if form else []
+    tried: list[Compensated] = (
+        [(one, form) for one in candidates(job.budget).values()] if own and job.budget.auto else []
+    )
     held = max(_share(own + tried), _share(own + _measured(job, own, source)))
     return int(source.facts.bytes.routed * held / 3)
 

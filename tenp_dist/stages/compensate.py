@@ -8,7 +8,7 @@ from typing import Any
 from tenp_dist.artifacts import digest_of, file_digest, write_json
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model, layer_files
-from tenp_dist.compensation.joint_pass import JointTask
+from tenp_dist.compensation.joint_pass import RIDGE_SHARE, JointTask
 from tenp_dist.config import JOINT, Compensate
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.stage import Output, StageContext
@@ -29,7 +29,9 @@ def ridge_fields(run: Run) -> dict[str, Any]:
 
 def task_of(form: Compensate, **options: Any) -> CompensateTask:
     """The task that compensates in this form. options: fields of `CompensateTask`."""
-    return (JointTask if form == JOINT else CompensateTask)(**options)
+    if form != JOINT:
+        return CompensateTask(**options)
+    return JointTask(**options, joint_ridge=options["ridge"] * RIDGE_SHARE)
 
 
 def compensate(run: Run, context: StageContext) -> Output:

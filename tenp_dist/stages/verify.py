@@ -16,6 +16,7 @@ from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
 from tenp_dist.checkpoint.verify_form import check_stored_as
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
+from tenp_dist.compensation.joint_pass import RIDGE_SHARE
 from tenp_dist.compensation.joint_recheck import JointRecheckTask
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.config import JOINT
@@ -124,12 +125,13 @@ def _recheck(run: Run, context: StageContext) -> dict[str, Any]:
     files = run.files
     _check_unchanged(run, context)
     joint = run.job.output.compensate == JOINT
-    task = (JointRecheckTask if joint else RecheckTask)(
-        **tokens_again(run, context),
-        folder=files.verify_folder,
-        plan=files.plan_tensors,
-        compensation=files.compensation_folder,
-    )
+    again = tokens_again(run, context) | {
+        "folder": files.verify_folder,
+        "plan": files.plan_tensors,
+        "compensation": files.compensation_folder,
+    }
+    ridge = {"joint_ridge": again["ridge"] * RIDGE_SHARE}
+    task = JointRecheckTask(**again, **ridge) if joint else RecheckTask(**again)
     found = recheck_model(run.pass_context(context, "verify", task.compute), task)
     tried = {"ok": True, "experts_tried": found["tried"], "largest_share_left_over": found["left"]}
     return (

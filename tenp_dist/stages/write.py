@@ -7,7 +7,7 @@ command finds it, keeps the shards that are complete and writes the rest.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -138,7 +138,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
         BudgetError, SourceError: as `Layout.tensors`.
     """
     folder, source = attempt.folder, pruned.source
-    tensors = pruned.form.tensors(source, layout.tensors(pruned))
+    tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
     shards = assign_shards(tensors, attempt.shard_size)
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
     ours = attempt.goes_on
@@ -183,6 +183,11 @@ def _write_one(shared: Shared, folder: Path, shard: OutputShard[OutputTensor]) -
     index, kept, compensated = shared
     with TensorReader(index) as reader, opened(compensated) as columns:
         return write_shard(folder, shard, Inputs(reader, kept, columns))
+
+
+def _solved(pruned: Pruned) -> Collection[str]:
+    """Names of the source's tensors that take compensated values."""
+    return () if pruned.compensated is None else pruned.compensated.tensors.keys()
 
 
 def _check_empty(folder: Path) -> None:
