@@ -67,6 +67,9 @@ LayoutName = Annotated[str, BeforeValidator(parse_layout)]
 
 AUTO = "auto"
 COMPENSATE = "compensate"  # of `output`; of a grid too
+Compensate = bool | Literal["joint"]
+"""Whether W_down is compensated, expert by expert (true) or a whole layer as one system."""
+JOINT: Literal["joint"] = "joint"
 Auto = Literal["auto"]
 
 
@@ -141,8 +144,8 @@ class Evaluation(Text):
             raise ValueError(f"grid names {unknown[0]}, which is no key of budget{hint}")
         if any(not values or AUTO in values for values in grid.values()):
             raise ValueError("grid wants at least one value per key, and no `auto`")
-        if any(not isinstance(value, bool) for value in grid.get(COMPENSATE, ())):
-            raise ValueError("grid takes true and false for compensate")
+        if any(value is not True and value is not False and value != JOINT for value in grid.get(COMPENSATE, ())):
+            raise ValueError(f"grid takes true and false, and {JOINT}, for compensate")
         return grid
 
     @property
@@ -226,8 +229,10 @@ class Output(_Part):
     mtp: Literal["keep", "drop"] = Field(
         "keep", description="multi-token prediction layers: keep (whole; pruned in uniform), or drop"
     )
-    compensate: bool = Field(
-        False, description="solve W_down of narrow experts for what their dropped neurons contributed"
+    compensate: Compensate = Field(
+        False,
+        description="solve W_down for what pruning takes away: true, narrow experts one by one; joint, all kept "
+        "experts of a layer and its shared expert as one system",
     )
     ridge: Exact = Field(Decimal("0.01"), gt=0, description="how much compensation shrinks to the original weights")
 

@@ -73,6 +73,11 @@ def stored_layers(folder: Path, wave: int) -> list[int]:
     return [int(match[2]) for match in found if match]
 
 
+def feature_file(folder: Path, name: str, number: int) -> Path:
+    """Features of a microbatch of the layer in work, where they do not fit the memory. folder: of hidden states."""
+    return folder / "features" / f"{name}.batch_{number:05d}.safetensors"
+
+
 def owner_file(folder: Path, start: int, rank: int) -> Path:
     """The mark of the worker that a rank of the shard from layer `start` on belongs to. folder: of hidden states."""
     return folder / "owners" / f"{layer_name(start)}.{rank_name(rank)}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,24 @@ class CompensatedExpert:
 
 
 def write_layer(
-    path: Path, tensors: Sequence[TensorHeader], experts: Iterable[CompensatedExpert], *, layer: int, key: str
+    path: Path,
+    tensors: Sequence[TensorHeader],
+    experts: Iterable[CompensatedExpert],
+    *,
+    layer: int,
+    key: str,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """Store a layer's experts as they come, in the order of `tensors`; never holds more than one.
+
+    said: what `read_said` is to find, of the layer as a whole.
 
     Raises:
         NumericalError: NaN or Inf in a result, nothing is stored.
     """
     table = [TensorHeader(name, dtype, (len(tensors),)) for name, dtype in COLUMNS.items()]
-    metadata = {"tenp": json.dumps({"schema_version": SCHEMA_VERSION, "layer": layer, "key": key})}
+    about = {"schema_version": SCHEMA_VERSION, "layer": layer, "key": key} | ({"said": said} if said else {})
+    metadata = {"tenp": json.dumps(about)}
     rows = []
     with atomic_write(path) as stream:
         stream.write(shard_header(OutputShard(path.name, (*tensors, *table)), metadata))
@@ -80,6 +89,11 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def made_from(path: Path) -> str | None:
     """The key of a stored layer, None if it is not there or not one."""
     return _metadata(path).get("key") if path.exists() else None
+
+
+def read_said(path: Path) -> dict[str, Any]:
+    """What was stored of a layer as a whole, nothing where it was solved expert by expert."""
+    return _metadata(path).get("said", {})
 
 
 def _metadata(path: Path) -> dict[str, Any]:

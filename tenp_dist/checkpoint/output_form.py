@@ -7,7 +7,7 @@ says so in config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from tenp_dist.checkpoint.entries import Encoder, Stored, TensorEntry
 from tenp_dist.checkpoint.formats.table import WRITTEN
 from tenp_dist.checkpoint.layer_names import layer_names
 from tenp_dist.checkpoint.reader import TORCH_DTYPES
-from tenp_dist.checkpoint.recipes import Copy, ExpertRecipe, Inputs, Moved, OutputTensor, Recipe
+from tenp_dist.checkpoint.recipes import Copy, Inputs, Moved, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.errors import JobError
 
@@ -55,7 +55,7 @@ class EncodePart(Recipe):
 
     def _parts(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         stored, plain = inputs.source.index.entry(self.source).stored, self.plain
-        solved = isinstance(plain, ExpertRecipe) and inputs.solved(plain.source) is not None
+        solved = inputs.solved(plain.source) is not None
         if stored is not None and isinstance(plain, Moved) and not solved:
             return stored.regroup(inputs.source, lambda array: plain.change(array, inputs), plain.axis)
         return self.encoder.encode(inputs.source, _tensor(plain, inputs))
@@ -74,20 +74,26 @@ class OutputForm:
     config_entry: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
-    def tensors(self, source: Source, plain: Sequence[OutputTensor]) -> list[OutputTensor]:
-        """The tensors that lie in the files, in the order of the plain ones."""
-        return [part for tensor in plain for part in self._parts(source.index.entry(tensor.recipe.source), tensor)]
+    def tensors(
+        self, source: Source, plain: Sequence[OutputTensor], solved: Collection[str] = ()
+    ) -> list[OutputTensor]:
+        """The tensors that lie in the files, in the order of the plain ones.
+
+        solved: names of those that take compensated values, so that none of them is the source's byte for byte.
+        """
+        entry = source.index.entry
+        return [part for one in plain for part in self._parts(entry(one.recipe.source), one, solved)]
 
     def nbytes(self, entry: TensorEntry) -> int:
         """What a tensor of the source would take as a whole."""
         encoder = self.encoders.get(entry.name)
         return entry.nbytes if encoder is None else sum(part.nbytes for part in encoder.headers("", entry.shape))
 
-    def _parts(self, entry: TensorEntry, tensor: OutputTensor) -> Iterator[OutputTensor]:
+    def _parts(self, entry: TensorEntry, tensor: OutputTensor, solved: Collection[str]) -> Iterator[OutputTensor]:
         encoder, recipe = self.encoders.get(entry.name), tensor.recipe
         if encoder is None:
             yield tensor
-        elif isinstance(recipe, Copy) and encoder is entry.stored:
+        elif isinstance(recipe, Copy) and encoder is entry.stored and entry.name not in solved:
             yield from _copied(entry.stored, tensor)
         else:
             for part, header in enumerate(encoder.headers(tensor.name, recipe.shape)):

@@ -25,7 +25,8 @@ class Inputs:
 
     source: the source checkpoint.
     kept: MoE layer -> its kept neurons.
-    compensated: kept columns of those W_down that take other values than the source's; None where none does.
+    compensated: kept columns of those W_down that take other values than the source's, of experts or of a shared one;
+        None where none does.
     last: what is asked for again at once: the other parts of the last matrix that was encoded.
     """
 
@@ -39,6 +40,11 @@ class Inputs:
         if self.compensated is None or name not in self.compensated.index.tensors:
             return None
         return _integers(self.compensated, name)
+
+    def whole(self, name: str) -> np.ndarray:
+        """A tensor that loses nothing, as integers: the source's, or a W_down compensated at its full width."""
+        solved = self.solved(name)
+        return _integers(self.source, name) if solved is None else solved
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,11 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class Copy(Recipe):
-    """The source's bytes as they are."""
+    """The source's bytes as they are; compensated columns in place of a whole W_down where there are some."""
 
     def read(self, inputs: Inputs) -> memoryview:
-        return inputs.source.raw(self.source)
+        solved = inputs.solved(self.source)
+        return inputs.source.raw(self.source) if solved is None else _flat(solved)
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,9 @@ class Rows(Moved):
 @dataclass(frozen=True)
 class Fill(Moved):
     """The source's tensor at the front of one that is longer along an axis, zeros behind it."""
+
+    def read(self, inputs: Inputs) -> memoryview:
+        return _flat(self.change(inputs.whole(self.source), inputs))
 
     def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
         more = [(0, self.shape[axis] - size if axis == self.axis else 0) for axis, size in enumerate(array.shape)]

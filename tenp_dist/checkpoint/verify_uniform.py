@@ -146,8 +146,10 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
                 wanted = Wanted(
                     origin, partial(_chosen, num_experts=neurons.num_experts, kept=neurons.experts.tolist())
                 )
-            elif family.shared_key and reading.inside(name, family.shared_experts) and not same:
-                wanted = Wanted(origin, partial(_filled, shape=shape))
+            elif reading.inside(name, family.shared_experts):
+                solved = readers.solved(origin)
+                filled = None if same or not family.shared_key else partial(_filled, shape=shape)
+                wanted = Wanted(origin, filled, solved if solved is None or filled is None else filled(solved))
         found += check_tensor(name, readers, wanted)
     return found
 

@@ -65,7 +65,7 @@ class CompensateTask(LayerSumTask):
     targets: Sequence[Target] = ()
     ridge: float = 0.01
 
-    def layer_sum(self, shard: OpenShard) -> CompensateSum:
+    def layer_sum(self, shard: OpenShard) -> LayerSum[Any]:
         return CompensateSum(self, shard)
 
     def file(self, target: Target, layer: int, rank: int) -> Path:
@@ -78,6 +78,10 @@ class CompensateTask(LayerSumTask):
     def done_by(self, layer: int, rank: int) -> bool:
         return all(self.stored(target, layer, rank) for target in self.targets)
 
+    def outcome(self, target: Target, neurons: int) -> dict[str, Any]:
+        """`compensation.json` of a plan. neurons: F of the source."""
+        return outcome(self, target, neurons)
+
 
 class CompensateSum(LayerSum[Moments]):
     """Sums the moments of a layer's experts that one rank holds, and stores their solutions."""
@@ -88,7 +92,7 @@ class CompensateSum(LayerSum[Moments]):
 
     def begin(self, layer: int, experts: FusedExperts) -> Moments:
         held, _, neurons = experts.down_proj.shape
-        plans = [self._narrow(kept_of(target, layer), neurons) for target in self.task.targets]
+        plans = [self.narrow_of(kept_of(target, layer), neurons) for target in self.task.targets]
         return Moments(union_of(plans), self._weights, held, neurons, experts.down_proj.device)
 
     def add(
@@ -96,7 +100,7 @@ class CompensateSum(LayerSum[Moments]):
     ) -> None:
         run_layer(self.shard.frame, layer, module, batches, states, self.shard.share, sums)
 
-    def _narrow(self, kept: KeptNeurons, neurons: int) -> dict[int, np.ndarray]:
+    def narrow_of(self, kept: KeptNeurons, neurons: int) -> dict[int, np.ndarray]:
         """What a plan keeps of those of this rank's experts that it narrows, as the rank numbers them."""
         return {e - self._held.start: kept.of(e) for e in narrow_experts(kept, neurons) if e in self._held}
 
@@ -116,25 +120,26 @@ class CompensateSum(LayerSum[Moments]):
 
     def _store(self, layer: int, kept: KeptNeurons, target: Target, sums: Moments, down_EDF: torch.Tensor) -> None:
         """Solve a plan's experts and store them one after another."""
-        skeleton, narrow = self.shard.skeleton, self._narrow(kept, down_EDF.shape[2])
+        skeleton, narrow = self.shard.skeleton, self.narrow_of(kept, down_EDF.shape[2])
         experts = [self._held.start + expert for expert in sums.reached(narrow)]
         tensors = compensated_tensors(skeleton.index, skeleton.family, layer, experts, kept)
-        solved = self._solve(layer, narrow, sums, down_EDF)
+        solved = self.solved(layer, narrow, sums, down_EDF)
         path = self.task.file(target, layer, self.shard.rank)
         write_layer(path, tensors, solved, layer=layer, key=self.task.file_key)
 
-    def _solve(
+    def solved(
         self, layer: int, narrow: Mapping[int, np.ndarray], sums: Moments, down_EDF: torch.Tensor
     ) -> Iterator[CompensatedExpert]:
+        """The experts of a plan solved one by one, in the order of `Moments.reached`."""
         hidden, ridge = down_EDF.shape[1], self.task.ridge
-        for batch in sums.solve(narrow, lambda ids: self._down(layer, down_EDF, ids), hidden, ridge):
+        for batch in sums.solve(narrow, lambda ids: self.source_down(layer, down_EDF, ids), hidden, ridge):
             columns = (batch.token_count_B, batch.damping_B, batch.energy_B, batch.before_B, batch.after_B)
             rows = zip(*(column.tolist() for column in columns), strict=True)
             for expert, down_DW, row in zip(batch.experts, batch.down_BDW, rows, strict=True):
                 self.shard.count_work()
                 yield CompensatedExpert(down_DW, (self._held.start + expert, *row))
 
-    def _down(self, layer: int, loaded_EDF: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    def source_down(self, layer: int, loaded_EDF: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
         """W_down of local experts with all the digits of the source: as loaded, or read again where that rounded."""
         skeleton = self.shard.skeleton
         names = [skeleton.slices.of(layer, self._held.start + expert, DOWN).tensor for expert in ids]

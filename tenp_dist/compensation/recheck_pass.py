@@ -56,7 +56,7 @@ class RecheckTask(LayerSumTask):
     compensation: Path = Path()
     ridge: float = 0.01
 
-    def layer_sum(self, shard: OpenShard) -> RecheckSum:
+    def layer_sum(self, shard: OpenShard) -> LayerSum[Any]:
         return RecheckSum(self, shard)
 
     def result(self, layer: int, rank: int) -> Path:
@@ -200,7 +200,7 @@ class RecheckSum(LayerSum[LayerCheck]):
     ) -> None:
         """Raise VerifyError where the share is too large, or the damping not the rule's."""
         least = self.task.ridge * max(1.0, ENOUGH * width / max(tokens, 1))
-        if not (share <= allowed and _is_damped_by_rule(damping / least)):
+        if not (share <= allowed and is_damped_by_rule(damping / least)):
             raise VerifyError(
                 "Compensated weights are not the solution that their definition gives",
                 where=f"{stored.index.folder / stored.index.entry(name).file}: {name}",
@@ -239,7 +239,7 @@ def lost_share(
     return max(0.0, excess(found_DW.double()) - rounding) / max(excess(plain_DW) + noise, 1e-300)
 
 
-def _is_damped_by_rule(ratio: float) -> bool:
+def is_damped_by_rule(ratio: float) -> bool:
     """Whether a damping is the rule's, or that times a power of ten (see `solve_batch`)."""
     power = round(math.log10(ratio)) if ratio > 0 else -1
     return power >= 0 and abs(ratio / 10**power - 1) < 1e-6

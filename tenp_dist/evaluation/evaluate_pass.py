@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
+from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.errors import NumericalError
@@ -21,6 +22,7 @@ from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.routing import restricted_router
+from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.passes.hidden_states import Hidden, HiddenStateFiles
 from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
 from tenp_dist.passes.layer_step import LayerStep, OpenShard
@@ -56,6 +58,18 @@ class VariantsTask(PassTask):
         return max(len(streams.entering(layer)) for layer in range(self.layers + 1))
 
 
+@dataclass(frozen=True)
+class Solved:
+    """What is compensated of a layer, on one rank.
+
+    down_EDF: W_down of its experts at full width, dropped columns zero.
+    shared: the shared experts with theirs, None where it is the source's.
+    """
+
+    down_EDF: torch.Tensor
+    shared: nn.Module | None
+
+
 class EvaluateStep(LayerStep):
     """Takes a pass's variants through the layers that one rank holds."""
 
@@ -65,7 +79,7 @@ class EvaluateStep(LayerStep):
         self.task, self.shard = task, shard
         self._streams = task.streams()
         self._kept: tuple[int, dict[str, KeptNeurons | None]] = (-1, {})  # layer in hand, stream -> what it keeps
-        self._down: tuple[tuple[str, int] | None, torch.Tensor | None] = (None, None)  # stream and layer, its W_down
+        self._solved: tuple[tuple[str, int] | None, Solved | None] = (None, None)  # stream and layer, what is solved
 
     def streams(self, layer: int) -> Sequence[str]:
         return self._streams.entering(layer)
@@ -83,16 +97,16 @@ class EvaluateStep(LayerStep):
         shard, kept = self.shard, self._kept_of(name, layer)
         experts = shard.skeleton.experts_of(module)
         state = {**shard.share, "mask_EF": self._mask(kept, experts)}
-        down_EDF = self._down_of(name, layer, kept, experts)
+        solved = self._solved_of(name, layer, kept, experts)
         chosen = None if kept is None or kept.experts is None else kept.experts.tolist()
         with (
             restricted_router(shard.skeleton, layer, module, chosen),
-            _replaced(experts, down_EDF),
+            _replaced(shard.skeleton, module, experts, solved),
         ):
             run_layer(shard.frame, layer, module, shard.batches[wave], states, state)
         variants = self._streams.within(name, layer + 1)
-        if down_EDF is not None and not all_finite(states):
-            self._check_compensated(down_EDF, layer, variants)
+        if solved is not None and not all_finite(states):
+            self._check_compensated(solved.down_EDF, layer, variants)
         check_finite(states, shard.skeleton, layer, module, shard.share, variants)
 
     def _check_compensated(self, down_EDF: torch.Tensor, layer: int, variants: Sequence[str]) -> None:
@@ -116,23 +130,23 @@ class EvaluateStep(LayerStep):
             kept[variant] = None if path is None else read_kept_layer(path, layer)
         return kept[variant]
 
-    def _down_of(
+    def _solved_of(
         self, variant: str, layer: int, kept: KeptNeurons | None, experts: FusedExperts | None
-    ) -> torch.Tensor | None:
-        """A compensated variant's W_down [E, D, F] of this rank's experts, None for the source's own.
+    ) -> Solved | None:
+        """What is compensated of a variant's layer, None for the source's own.
 
         The last one is kept, and no more: several compensated variants read theirs once a wave.
         """
         folder = self.task.variants[variant].compensation
         if folder is None or kept is None or experts is None:
             return None
-        if self._down[0] != (variant, layer):
-            self._down = (None, None)
+        if self._solved[0] != (variant, layer):
+            self._solved = (None, None)
             with TensorReader(open_compensated(folder, layer)) as reader:
-                family, held = self.shard.skeleton.family, self.shard.share.get("experts")
-                full = full_width_down(reader, family, layer, kept, experts.down_proj, held)
-            self._down = ((variant, layer), full)
-        return self._down[1]
+                skeleton, held = self.shard.skeleton, self.shard.share.get("experts")
+                full = full_width_down(reader, skeleton.family, layer, kept, experts.down_proj, held)
+                self._solved = ((variant, layer), Solved(full, _solved_shared(skeleton, layer, reader)))
+        return self._solved[1]
 
     def _mask(self, kept: KeptNeurons | None, experts: FusedExperts | None) -> torch.Tensor | None:
         """A variant's mask of the experts that this rank holds, [E, F]; removed experts need none."""
@@ -144,15 +158,34 @@ class EvaluateStep(LayerStep):
         return torch.from_numpy(mask_EF).to(down_EDF.device)
 
 
+def _solved_shared(skeleton: Skeleton, layer: int, reader: TensorReader) -> nn.Module | None:
+    """The layer's shared experts with a compensated W_down, None where theirs is the source's; whole on every rank."""
+    name = skeleton.family.shared_down(layer)
+    if name not in reader.index.tensors:
+        return None
+    shared = skeleton.load_part(layer, skeleton.family.shared_experts)
+    assert shared is not None, f"{name} is compensated, and no module has it"
+    weight = shared.get_submodule(skeleton.family.matrices[DOWN]).get_parameter("weight")
+    weight.copy_(reader.tensor(name))
+    return shared
+
+
 @contextlib.contextmanager
-def _replaced(experts: FusedExperts | None, down_EDF: torch.Tensor | None) -> Iterator[None]:
-    """Inside the context the experts' W_down is another."""
-    if experts is None or down_EDF is None:
+def _replaced(
+    skeleton: Skeleton, module: nn.Module, experts: FusedExperts | None, solved: Solved | None
+) -> Iterator[None]:
+    """Inside the context the layer has the W_down that were solved."""
+    if experts is None or solved is None:
         yield
         return
-    own = experts.down_proj
-    experts.down_proj = nn.Parameter(down_EDF, requires_grad=False)
+    path, own = skeleton.family.shared_experts, experts.down_proj
+    shared = module.get_submodule(path) if solved.shared is not None else None
+    experts.down_proj = nn.Parameter(solved.down_EDF, requires_grad=False)
+    if solved.shared is not None:
+        module.set_submodule(path, solved.shared)
     try:
         yield
     finally:
         experts.down_proj = own
+        if shared is not None:
+            module.set_submodule(path, shared)

@@ -18,7 +18,7 @@ from typing import Any
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan import Plan
 from tenp_dist.budget.plan_files import plan_pair, read_plan_pair
-from tenp_dist.config import COMPENSATE, Budget
+from tenp_dist.config import COMPENSATE, JOINT, Budget, Compensate
 from tenp_dist.errors import BudgetError, JobError, StaleError
 from tenp_dist.run_files import PLAN_JSON
 
@@ -36,40 +36,47 @@ class NamedPlan:
     text: its plan.json.
     tensors: its plan.safetensors.
     document: what plan.json says.
-    compensated: whether it is measured with compensated weights.
+    compensated: whether it is measured with compensated weights, and with which.
     """
 
     name: str
     text: Path
     tensors: Path
     document: Mapping[str, Any]
-    compensated: bool = False
+    compensated: Compensate = False
 
     @property
     def budget(self) -> Budget:
         return budget_of(self.document)
 
-    def compensate(self, wanted: bool) -> NamedPlan:
+    def compensate(self, wanted: Compensate) -> NamedPlan:
         """The same, compensated if that is wanted and there is something to solve."""
-        return replace(self, compensated=wanted and narrows(self.document))
+        return replace(self, compensated=wanted if solvable(self.document, wanted) else False)
 
 
-def narrows(document: Mapping[str, Any]) -> bool:
-    """Whether a plan.json has experts that keep a part of their neurons: others leave nothing to compensate."""
+def solvable(document: Mapping[str, Any], form: Compensate) -> bool:
+    """Whether a plan.json leaves something to compensate in this form.
+
+    Expert by expert, experts that keep a part of their neurons; as one system, whatever loses neurons or experts.
+    """
     layers = document["layers"].values()
-    return any(0 < int(width) < layer["intermediate_size"] for layer in layers for width in layer["widths"])
+    widths = [(int(width), layer["intermediate_size"]) for layer in layers for width in layer["widths"]]
+    if form == JOINT:
+        return any(width < whole for width, whole in widths) or any(layer.get("removed") for layer in layers)
+    return bool(form) and any(0 < width < whole for width, whole in widths)
 
 
-def in_forms(plans: Iterable[NamedPlan], forms: Sequence[bool]) -> list[NamedPlan]:
-    """Every plan plain (False in `forms`), compensated (True) or both, named so.
+def in_forms(plans: Iterable[NamedPlan], forms: Sequence[Compensate]) -> list[NamedPlan]:
+    """Every plan in each of the forms that it has, named so: plain (False), compensated (True), or jointly.
 
-    What leaves nothing to compensate is there once, under its own name.
+    What leaves nothing to compensate in any of them is there once, under its own name.
     """
     found = []
     for plan in plans:
-        named = {f"{plan.name} {COMPENSATE}={str(form).lower()}": form for form in forms}
+        own = [form for form in forms if not form or solvable(plan.document, form)]
+        named = {f"{plan.name} {COMPENSATE}={str(form).lower()}": form for form in own}
         many = [replace(plan, name=name, compensated=form) for name, form in named.items()]
-        found += many if narrows(plan.document) else [plan]
+        found += many if any(own) else [plan]
     return found
 
 

@@ -134,6 +134,24 @@ class Skeleton:
     def unload_layer(self, layer: int) -> None:
         self._loaded.pop(layer).to("meta")
 
+    def load_part(self, layer: int, path: str) -> nn.Module | None:
+        """A copy of one module of a decoder layer with its own weights, whole on every rank; None where there is none.
+
+        Args:
+            path: of the module inside the layer.
+        """
+        try:
+            module = copy.deepcopy(self.layers[layer].get_submodule(path))
+        except AttributeError:
+            return None
+        prefix = f"{self.family.layer.format(layer=layer)}{path}."
+        state = {
+            key: self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{path}.{key}").to(self.device)
+            for key, parameter in module.state_dict().items()
+        }
+        module.load_state_dict(state, assign=True, strict=True)
+        return module.eval().requires_grad_(False)
+
     def load_module(self, name: str) -> nn.Module:
         """Fill a module outside the layers (embedding, final norm, head); a tied head takes the embedding's weights."""
         module = self.model.get_submodule(name)

@@ -38,6 +38,10 @@ class LayerSum(Protocol[Sums]):
     ) -> None:
         """Run the layer over a wave, which overwrites `states`, and add what it does to the sums."""
 
+    def settle(self, layer: int, sums: Sums, down_EDF: torch.Tensor) -> None:
+        """Do what ranks have to do together once all waves are in the sums, on the thread that computes."""
+        return
+
     def finish(self, layer: int, sums: Sums, down_EDF: torch.Tensor) -> None:
         """Store what the sums of all waves give. down_EDF: W_down of this rank's experts, as loaded."""
 
@@ -103,6 +107,7 @@ class LayerSumStep(LayerStep, Generic[Sums]):
         self.layer_sum.add(layer, module, batches, states, self._sums)
         check_finite(states, shard.skeleton, layer, module, shard.share)
         if wave == len(shard.batches) - 1:  # `down_proj` itself, for the module goes back to `meta` with the next layer
+            self.layer_sum.settle(layer, self._sums, experts.down_proj)
             self._complete = layer, self._sums, experts.down_proj
             del self._sums
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import COMPENSATE, Budget, Evaluation, Job, Text
+from tenp_dist.config import COMPENSATE, JOINT, Budget, Compensate, Evaluation, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
+
+Compensated = tuple[Budget, Compensate]  # a plan's budget, and how it is compensated
 
 _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every domain
 
@@ -50,26 +52,29 @@ def _plans(job: Job, asked: Evaluation, source: Source) -> dict[str, Budget]:
 
 def columns_held(job: Job, source: Source) -> int:
     """Bytes of compensated W_down that lie in the run directory at a time, about: the run's own and a stage's."""
-    own = [job.budget] * job.output.compensate
-    tried = [*candidates(job.budget).values()] if own and job.budget.auto else []
+    form = job.output.compensate
+    own: list[Compensated] = [(job.budget, form)] if form else []
+    tried: list[Compensated] = (
+        [(one, form) for one in candidates(job.budget).values()] if own and job.budget.auto else []
+    )
     held = max(_share(own + tried), _share(own + _measured(job, own, source)))
     return int(source.facts.bytes.routed * held / 3)
 
 
-def _measured(job: Job, own: list[Budget], source: Source) -> list[Budget]:
+def _measured(job: Job, own: list[Compensated], source: Source) -> list[Compensated]:
     """Budgets of the compensated plans of an evaluation."""
     asked = job.evaluation
     if asked is None:
         return []
     found = own if asked.checkpoint else []  # its control
-    if not asked.many or not any(asked.grid.get(COMPENSATE, (bool(own),))):
-        return found
-    return [*found, *_plans(job, asked, source).values()]
+    forms = [form for form in asked.grid.get(COMPENSATE, (job.output.compensate,)) if form] if asked.many else []
+    return [*found, *((one, form) for one in _plans(job, asked, source).values() for form in forms)] if forms else found
 
 
-def _share(budgets: Sequence[Budget]) -> Fraction:
-    """Share of the routed parameters that plans with narrow experts keep together; only they are compensated."""
-    return sum((one.retention_exact for one in budgets if kind_of(one).leaves_narrow), Fraction(0))
+def _share(budgets: Sequence[Compensated]) -> Fraction:
+    """Share of the routed parameters that the plans keep together of which something is compensated."""
+    solved = (one for one, form in budgets if form == JOINT or kind_of(one).leaves_narrow)
+    return sum((one.retention_exact for one in solved), Fraction(0))
 
 
 def bytes_left(job: Job, source: Source) -> int:

@@ -11,7 +11,7 @@ from tenp_dist.calibration.rows import check_sources
 from tenp_dist.checkpoint.expert_parallel import too_many_ranks
 from tenp_dist.checkpoint.layer_names import experts_by_name
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import Budget, Job
+from tenp_dist.config import JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
@@ -75,12 +75,12 @@ def _check_expert_ranks(job: Job, source: Source, shapes: Sequence[Shape]) -> No
 
 
 def _check_compensation(job: Job) -> None:
-    if job.output.compensate and not kind_of(job.budget).leaves_narrow:
+    if job.output.compensate is True and not kind_of(job.budget).leaves_narrow:
         raise JobError(
             f"Method {job.budget.method} leaves no narrow expert to compensate",
             where="output.compensate",
-            wanted="a method that narrows experts",
-            next_step="set output.compensate to false",
+            wanted=f"a method that narrows experts, or {JOINT}",
+            next_step=f"set output.compensate to {JOINT}, or to false",
         )
 
 

@@ -184,7 +184,7 @@ def _compensation(files: RunFiles, job: Mapping[str, Any], verify: Mapping[str, 
     document = _optional(files.compensation)
     if document is None or not (job.get("output") or {}).get("compensate"):
         return None
-    return {**document, "verified": (verify or {}).get("compensation")}
+    return {"form": "apart", **document, "verified": (verify or {}).get("compensation")}
 
 
 def _absent(

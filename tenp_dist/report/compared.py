@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from tenp_dist.config import JOINT, Compensate
 from tenp_dist.report import svg
 from tenp_dist.report.svg import Chart, Legend
 
@@ -15,6 +16,7 @@ COLOURS = ("#2f7fc1", "#d9660a", "#2a9d6f", "#a05fc4", "#c7447c", "#8a7a1f", "#3
 MARKERS = "osD^vPX*"
 CONTROL, CONTROL_COMPENSATED = "#868d98", "#6b7f99"
 RANDOM, COMPENSATED = "random control", ", compensated"
+JOINTLY = f"{COMPENSATED} jointly"
 WIDTH, HEIGHT = 560, 320
 Point = tuple[float, float, str]
 
@@ -67,11 +69,15 @@ def _lines(plans: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
     both = len({plan["compensated"] for plan in plans}) > 1
     for plan in plans:
         line = RANDOM if plan["control"] or plan["method"].startswith("random") else plan["method"]
-        line += COMPENSATED if both and plan["compensated"] else ""
+        line += _form(plan["compensated"]) if both else ""
         lines.setdefault(line, []).append(
             (plan["retention"]["realised"], plan["mean"]["nll_increase"], plan["retention"]["asked"])
         )
     return dict(sorted(lines.items(), key=lambda item: item[0].startswith(RANDOM)))
+
+
+def _form(compensated: Compensate) -> str:
+    return JOINTLY if compensated == JOINT else COMPENSATED if compensated else ""
 
 
 def _best(points: Sequence[Point]) -> list[Point]:
@@ -92,6 +98,7 @@ def _styles(lines: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Colour and marker of every line."""
     cycle = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(lines))]
     controls = {RANDOM: (CONTROL, "x"), f"{RANDOM}{COMPENSATED}": (CONTROL_COMPENSATED, "+")}
+    controls[f"{RANDOM}{JOINTLY}"] = CONTROL_COMPENSATED, "*"
     return [controls.get(line, style) for line, style in zip(lines, cycle, strict=True)]
 
 

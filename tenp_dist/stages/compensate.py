@@ -7,7 +7,9 @@ from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest, write_json
 from tenp_dist.budget.plan_files import read_plan
-from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model, layer_files, outcome
+from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model, layer_files
+from tenp_dist.compensation.joint_pass import RIDGE_SHARE, JointTask
+from tenp_dist.config import JOINT, Compensate
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, reads, weight_fields
@@ -16,17 +18,31 @@ from tenp_dist.stages.score import score_fields
 
 
 def compensate_fields(run: Run) -> dict[str, Any]:
-    return score_fields(run) | {"ridge": str(run.job.output.ridge), "weights": weight_fields(run)}
+    return score_fields(run) | ridge_fields(run) | {"weights": weight_fields(run)}
+
+
+def ridge_fields(run: Run) -> dict[str, Any]:
+    """What says how W_down is solved."""
+    output = run.job.output
+    return {"ridge": str(output.ridge)} | ({"form": JOINT} if output.compensate == JOINT else {})
+
+
+def task_of(form: Compensate, **options: Any) -> CompensateTask:
+    """The task that compensates in this form. options: fields of `CompensateTask`."""
+    if form != JOINT:
+        return CompensateTask(**options)
+    return JointTask(**options, joint_ridge=options["ridge"] * RIDGE_SHARE)
 
 
 def compensate(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
     target = Target(files.plan_tensors, files.compensation_folder)
-    task = CompensateTask(**tokens_again(run, context), folder=files.compensation_folder, targets=(target,))
+    form = run.job.output.compensate
+    task = task_of(form, **tokens_again(run, context), folder=files.compensation_folder, targets=(target,))
     context.replace()
     done = compensate_model(run.pass_context(context, "compensate", task.compute), task)
-    document = outcome(task, target, run.source.facts.intermediate_size)
+    document = task.outcome(target, run.source.facts.intermediate_size)
     write_json(files.compensation, document)
     written = [*layer_files(task, target), files.compensation]
     digest = digest_of({path.name: file_digest(path) for path in written})

@@ -9,7 +9,7 @@ from typing import Any
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
 from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
-from tenp_dist.config import COMPENSATE, Evaluation
+from tenp_dist.config import COMPENSATE, Compensate, Evaluation
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.measure import VariantsPass
 from tenp_dist.evaluation.metrics import SOURCE
@@ -20,7 +20,7 @@ from tenp_dist.evaluation.plans import (
     given_plans,
     grid_budgets,
     in_forms,
-    narrows,
+    solvable,
     store_plans,
     with_controls,
 )
@@ -124,9 +124,10 @@ def _control(run: Run, context: StageContext) -> NamedPlan:
 
 def _variants(run: Run, control: Sequence[NamedPlan], figures: Mapping[str, Any]) -> dict[str, dict]:
     """The figures of the source and, if the checkpoint is measured, of it and its control; which are compensated."""
-    compensated = {SOURCE: False}
+    compensated: dict[str, Compensate] = {SOURCE: False}
     for random in control:
-        own = run.job.output.compensate and narrows(read_plan(run.files.run_dir))
+        form = run.job.output.compensate
+        own = form if solvable(read_plan(run.files.run_dir), form) else False
         compensated |= {"pruned": own, random.name: random.compensated}
     return {name: {"compensated": value, **figures[name]} for name, value in compensated.items()}
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import file_digest
-from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
+from tenp_dist.compensation.compensate_pass import Target, compensate_model
+from tenp_dist.config import Compensate
 from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, evaluate_model
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import NamedPlan
@@ -21,7 +22,7 @@ from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import StageContext
 from tenp_dist.progress import Progress
 from tenp_dist.run_files import COMPENSATION, HIDDEN
-from tenp_dist.stages.compensate import tokens_again
+from tenp_dist.stages.compensate import task_of, tokens_again
 from tenp_dist.stages.run import Run
 
 
@@ -49,10 +50,10 @@ def measure(
     written: Sequence[VariantsPass] = (),
 ) -> dict[str, dict[str, Any]]:
     """variant -> its figures: the source, every plan of it, and what was written."""
-    job, parts = run.job, 1 + any(plan.compensated for plan in plans)
+    job, parts = run.job, 1 + len(_forms(plans))
     compute = run.compute(context, measured.batch_tokens)
     where = run.pass_context(context, measured.stage, compute)
-    variants = _variants_of(run, context, _part(where, 0, parts), plans, measured.folder)
+    variants = _variants_of(run, context, where, plans, measured.folder)
     passes = [VariantsPass(job.model, {SOURCE: Variant(), **variants}), *written]
     task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
     return evaluate_model(_part(where, parts - 1, parts), task).summary()
@@ -61,19 +62,34 @@ def measure(
 def _variants_of(
     run: Run, context: StageContext, where: PassContext, plans: Sequence[NamedPlan], folder: Path
 ) -> dict[str, Variant]:
-    """The plans as variants of the source, by name; those to be measured compensated are solved first, in one pass.
+    """The plans as variants of the source, by name; those to be measured compensated are solved first, a pass a form.
 
     folder: of the stage. Equal plans share a folder in its `compensation/`, which holds W_down of their narrow
     experts; the stage removes it when it has its figures.
     """
-    home = {plan.name: folder / COMPENSATION / file_digest(plan.tensors)[:16] for plan in plans if plan.compensated}
-    targets = {home[plan.name]: Target(plan.tensors, home[plan.name]) for plan in plans if plan.compensated}
-    if targets:
-        hidden = f"{HIDDEN}/{COMPENSATION}"  # beside those of the evaluation, which come after it
+    home: dict[str, Path] = {}
+    forms = _forms(plans)
+    for number, form in enumerate(forms):
+        own = [plan for plan in plans if plan.compensated == form]
+        name = COMPENSATION if form is True else f"{COMPENSATION}.{form}"
+        home |= {plan.name: folder / COMPENSATION / _folder_name(plan) for plan in own}
+        targets = {home[plan.name]: Target(plan.tensors, home[plan.name]) for plan in own}
+        hidden = f"{HIDDEN}/{name}"  # beside those of the evaluation, which come after it
         again = tokens_again(run, context)
-        task = CompensateTask(**again, folder=folder, hidden=hidden, targets=tuple(targets.values()))
-        compensate_model(where, task)
+        task = task_of(form, **again, folder=folder, hidden=hidden, targets=tuple(targets.values()))
+        compensate_model(_part(where, number, len(forms) + 1), task)
     return {plan.name: Variant(plan.tensors, home.get(plan.name)) for plan in plans}
+
+
+def _forms(plans: Sequence[NamedPlan]) -> list[Compensate]:
+    """How some plan is compensated."""
+    return list(dict.fromkeys(plan.compensated for plan in plans if plan.compensated))
+
+
+def _folder_name(plan: NamedPlan) -> str:
+    """Of its compensated W_down: equal for plans that are equal and compensated alike."""
+    digest = file_digest(plan.tensors)[:16]
+    return digest if plan.compensated is True else f"{digest}.{plan.compensated}"
 
 
 def _part(where: PassContext, number: int, parts: int) -> PassContext:

@@ -14,6 +14,7 @@ from tenp_dist.evaluation.selection import candidates, selection_document
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.run_files import PLANS
 from tenp_dist.stages.base import RunStage
+from tenp_dist.stages.compensate import ridge_fields
 from tenp_dist.stages.eliminate import needed_by
 from tenp_dist.stages.measured_plans import Measured, measure
 from tenp_dist.stages.plan import plan_fields
@@ -23,8 +24,7 @@ from tenp_dist.stages.score import score_fields
 
 def select_fields(run: Run) -> dict[str, Any]:
     tried = [budget.model_dump(mode="json") for budget in candidates(run.job.budget).values()]
-    output = run.job.output
-    solved = {"compensation": {"ridge": str(output.ridge)}} if output.compensate else {}
+    solved = {"compensation": ridge_fields(run)} if run.job.output.compensate else {}
     return plan_fields(run) | score_fields(run) | {"candidates": digest_of(tried)} | solved
 
 

@@ -17,7 +17,10 @@ from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
 from tenp_dist.checkpoint.verify_form import check_stored_as
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
 from tenp_dist.checkpoint.verify_ranks import check_ranks
+from tenp_dist.compensation.joint_pass import RIDGE_SHARE
+from tenp_dist.compensation.joint_recheck import JointRecheckTask
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
+from tenp_dist.config import JOINT
 from tenp_dist.errors import TenpError, VerifyError
 from tenp_dist.model.tensor_names import check_tensors
 from tenp_dist.pipeline.stage import Output, StageContext
@@ -135,20 +138,25 @@ def _recheck(run: Run, context: StageContext) -> dict[str, Any]:
     """Try all that the compensate stage wrote, and solve a sample of it again; what `verify.json` says of it."""
     files = run.files
     _check_unchanged(run, context)
-    task = RecheckTask(
-        **tokens_again(run, context),
-        folder=files.verify_folder,
-        plan=files.plan_tensors,
-        compensation=files.compensation_folder,
-    )
-    found = recheck_model(run.pass_context(context, "verify", task.compute), task)
-    return {
-        "ok": True,
-        "experts_tried": found["tried"],
-        "largest_share_left_over": found["left"],
-        "experts_solved_again": found["experts"],
-        "largest_share_of_gain_lost": found["worst"],
+    joint = run.job.output.compensate == JOINT
+    again = tokens_again(run, context) | {
+        "folder": files.verify_folder,
+        "plan": files.plan_tensors,
+        "compensation": files.compensation_folder,
     }
+    ridge = {"joint_ridge": again["ridge"] * RIDGE_SHARE}
+    task = JointRecheckTask(**again, **ridge) if joint else RecheckTask(**again)
+    found = recheck_model(run.pass_context(context, "verify", task.compute), task)
+    tried = {"ok": True, "experts_tried": found["tried"], "largest_share_left_over": found["left"]}
+    return (
+        tried
+        if joint
+        else tried
+        | {
+            "experts_solved_again": found["experts"],
+            "largest_share_of_gain_lost": found["worst"],
+        }
+    )
 
 
 def _check_unchanged(run: Run, context: StageContext) -> None:

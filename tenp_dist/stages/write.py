@@ -7,7 +7,7 @@ command finds it, keeps the shards that are complete and writes the rest.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -162,7 +162,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     folder, source = attempt.folder, pruned.source
     if layout.prunes_mtp:
         pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept))
-    tensors = pruned.form.tensors(source, layout.tensors(pruned))
+    tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
     sets = _file_sets(tensors, source, attempt)
     shards = sets.shards
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
@@ -214,6 +214,11 @@ def _write_one(shared: Shared, folder: Path, shard: OutputShard[OutputTensor]) -
     index, kept, compensated = shared
     with TensorReader(index) as reader, opened(compensated) as columns:
         return write_shard(folder, shard, Inputs(reader, kept, columns))
+
+
+def _solved(pruned: Pruned) -> Collection[str]:
+    """Names of the source's tensors that take compensated values."""
+    return () if pruned.compensated is None else pruned.compensated.tensors.keys()
 
 
 def _check_empty(folder: Path) -> None:

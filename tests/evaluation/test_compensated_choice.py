@@ -240,6 +240,14 @@ def test_forms_and_names_of_plans():
     assert {plan.tensors.name for plan in found} == {"narrow.safetensors", "whole.safetensors"}
     assert narrow.compensate(True).compensated and not narrow.compensate(False).compensated
     assert not whole.compensate(True).compensated, "there is nothing to solve"
+    assert whole.compensate("joint").compensated == "joint", "what has left is made up for by what stays"
+    found = in_forms([narrow, whole], [False, True, "joint"])
+    assert [plan.name for plan in found] == [
+        "narrow compensate=false", "narrow compensate=true", "narrow compensate=joint",
+        "whole compensate=false", "whole compensate=joint",
+    ]  # fmt: skip
+    untouched = plan_named("untouched", {"8": 4})
+    assert not untouched.compensate("joint").compensated
 
 
 @pytest.mark.parametrize(("value", "says"), [(["yes"], "true and false"), ([1], "true and false"), ([], "one value")])

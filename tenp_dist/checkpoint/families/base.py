@@ -51,8 +51,10 @@ class Family:
     groups_key, chosen_groups_key: config keys of the number of equal groups that experts are routed in and
         of how many of them a token may use, None for a family without groups.
     group_scorers: experts of a group whose scores rank the group.
-    shared_experts: module inside a layer whose width is that of a routed expert times a number in the config.
-    shared_key: config key of that number, None where the config states the width of shared experts itself.
+    shared_experts: module inside a layer that every token goes through beside its routed experts.
+    shared_gate: module inside a layer whose sigmoid multiplies what the shared experts give, None where nothing does.
+    shared_key: config key of the width of shared experts in widths of a routed one, None where the config states the
+        width itself.
     positions_key: config key of the longest sequence that the model was made for.
     width_of_others: modules that are as wide as the config says of an expert, so that experts cannot get another
         width alone.
@@ -87,6 +89,7 @@ class Family:
     chosen_groups_key: str | None = None
     group_scorers: int = 1
     shared_experts: str = "mlp.shared_experts"
+    shared_gate: str | None = None
     shared_key: str | None = None
     positions_key: str = "max_position_embeddings"
     width_of_others: tuple[str, ...] = ()
@@ -140,6 +143,15 @@ class Family:
     def expert_width(self, config: Mapping[str, Any]) -> int:
         """F, neurons of a routed expert."""
         return int(self.text(config)[self.width_key])
+
+    def shared_down(self, layer: int) -> str:
+        """The checkpoint's name of W_down of a layer's shared experts."""
+        return f"{self.layer.format(layer=layer)}{self.shared_experts}.{self.matrices[DOWN]}.weight"
+
+    @property
+    def block(self) -> str:
+        """The module inside a layer that adds up routed and shared experts."""
+        return self.experts.rpartition(".")[0]
 
     def groups(self, config: Mapping[str, Any]) -> int:
         """Equal groups of consecutive ids that experts are routed in, 1 for none."""
