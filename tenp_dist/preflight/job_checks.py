@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.documents import check_sources
+from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError
@@ -29,6 +30,7 @@ def check_job(job: Job, source: Source) -> None:
     layers = moe_layers(source)
     cut_layers(job.cluster, [1] * source.facts.num_layers)
     check_layouts(job, layers, _shapes(job.budget, layers))
+    output_form(source, job.output.dtype)
     _check_compensation(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
