@@ -10,6 +10,7 @@ from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.rows import check_sources
 from tenp_dist.checkpoint.expert_parallel import too_many_ranks
 from tenp_dist.checkpoint.layer_names import experts_by_name
+from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
@@ -37,6 +38,7 @@ def check_job(job: Job, source: Source) -> None:
     check_width(job, source.family, layers, shapes)
     check_expected_of(job, source)
     _check_expert_ranks(job, source, shapes)
+    output_form(source, job.output.dtype)
     _check_compensation(job)
     _check_benchmark(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)

@@ -13,6 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
 from tenp_dist.runtime.ragged_config import PREFIX, class_prefix
+from tenp_dist.runtime.stored_fp8 import read_in_blocks
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class ToBuckets(ConversionOps):
@@ -85,8 +88,13 @@ class RaggedForCausalLM:
         """Like stock, but tensors that contradict config.json are an error, never random weights.
 
         Raises:
-            ValueError: an expert is missing or has another width than config.json says.
+            ValueError: an expert is missing or has another width than config.json says; weights in a form that is not
+                read here.
         """
+        given = {name: kwargs[name] for name in _HUB if name in kwargs}
+        config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **given)
+        if getattr(config, "quantization_config", None) is not None:
+            kwargs["config"] = read_in_blocks(config)
         reasons: list[str] = []
         token = contradictions.set(reasons)
         try:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from tenp_dist.artifacts import digest_of, write_json
-from tenp_dist.checkpoint.source import Source
 from tenp_dist.pipeline.records import read_record
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.report.text import size
@@ -43,18 +42,18 @@ def inspect_source(run: Run, context: StageContext) -> Output:
         "moe_layers": len(facts.moe_layers),
         "bytes": facts.bytes.stored,
         "first_content": first,
-        "warnings": _format_warnings(run.source),
+        "warnings": _format_warnings(run),
     }
     return Output(
         [run.files.facts], digest_of([facts.plain(), run.source.content] if changed else facts.plain()), summary
     )
 
 
-def _format_warnings(source: Source) -> list[str]:
-    """That a source in a stored format is read, and written, as the plain one that it stands for."""
-    stored, read = source.facts.bytes.stored, source.facts.bytes.total
-    formats = sorted({entry.stored.format for entry in source.index.tensors.values() if entry.stored})
-    if not formats:
+def _format_warnings(run: Run) -> list[str]:
+    """That a source in a stored format is written as the larger plain one that it stands for, where it is."""
+    stored, read = run.source.facts.bytes.stored, run.source.facts.bytes.total
+    formats = sorted({entry.stored.format for entry in run.source.index.tensors.values() if entry.stored})
+    if not formats or run.form.name:
         return []
     return [
         f"the source is in {', '.join(formats)} ({size(stored)}): it is read as bfloat16 ({size(read)}), "

@@ -10,6 +10,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from tenp_dist.checkpoint.kept import write_kept
+from tenp_dist.checkpoint.output_form import output_form
+from tenp_dist.checkpoint.source import open_source
+from tenp_dist.checkpoint.verify_layouts import CHECKS
+from tenp_dist.layouts.base import Pruned
+from tenp_dist.layouts.table import LAYOUTS
+from tenp_dist.pool.in_process import InProcessPool
+from tenp_dist.stages.verify import Claim, verify_layout
+from tenp_dist.stages.write import Attempt, write_layout
+
 BLOCK = (16, 20)  # neither divides 24 neurons or 32 channels
 SCALED = "proj.weight"
 
@@ -80,3 +90,18 @@ def make_pair(folder: Path, model: Path, block: tuple[int, int] = BLOCK, powers:
 
     rewrite(plain, dequantised)
     return fp8, plain
+
+
+def made(model: Path, kept, folder: Path, layout: str, dtype: str = "source", **changes):
+    """Write a layout of a model in the form that `output.dtype` names."""
+    options = {"shard_size": 20_000, "key": "key", "progress": lambda step: None} | changes
+    source = open_source(model)
+    pruned = Pruned(source, kept, "0.4", form=output_form(source, dtype))
+    return write_layout(InProcessPool(), LAYOUTS[layout], pruned, Attempt(folder=folder, **options))
+
+
+def checked(model: Path, kept, folder: Path, layout: str, dtype: str = "source"):
+    """What verify says of it."""
+    write_kept(folder.parent / "plan.safetensors", kept, {"plan": "test"})
+    claim = Claim(folder, open_source(model), folder.parent / "plan.safetensors", dtype=dtype)
+    return verify_layout(InProcessPool(), CHECKS[layout], claim, lambda step: None)

@@ -99,8 +99,8 @@ class Halved:
     format = "halves"
 
     @property
-    def nbytes(self) -> int:
-        return self.numbers.nbytes
+    def parts(self) -> tuple[TensorEntry, ...]:
+        return (self.numbers,)
 
     def decode(self, source: StoredTensors, target: torch.Tensor) -> None:
         for part, piece in zip(target.split(2), source.pieces(self.numbers, 2), strict=True):
