@@ -42,6 +42,7 @@ def parse_protected(value: object) -> str:
 
 
 Protected = Annotated[str, BeforeValidator(parse_protected)]
+Protection = Annotated[tuple[Protected, ...], BeforeValidator(lambda given: () if given == NONE else given)]
 
 LAYOUTS = ("ragged", "padded", "uniform")
 """Each names a file of `layouts/`; the first is the default."""
@@ -57,9 +58,10 @@ def parse_layout(value: object) -> object:
 
 LayoutName = Annotated[str, BeforeValidator(parse_layout)]
 
-AUTO = "auto"
+NONE = "none"  # of `budget.protect`: an empty list
 COMPENSATE = "compensate"  # of `output`; of a grid too
 Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
 
 class _Part(BaseModel):
@@ -131,7 +133,7 @@ class Evaluation(Text):
             close = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"grid names {unknown[0]}, which is no key of budget{hint}")
-        if any(not values or AUTO in values for values in grid.values()):
+        if any(not values or (AUTO in values and key != "protect") for key, values in grid.items()):
             raise ValueError("grid wants at least one value per key, and no `auto`")
         if any(not isinstance(value, bool) for value in grid.get(COMPENSATE, ())):
             raise ValueError("grid takes true and false for compensate")
@@ -169,8 +171,9 @@ class Budget(_Part):
     minimum_layer_retention: Exact = Field(
         Decimal(0), ge=0, le=1, description="share of its neurons that every layer keeps at least (method global)"
     )
-    protect: tuple[Protected, ...] = Field(
-        (), description="decoder layers, or layer/expert, kept whole (method global)"
+    protect: Auto | Protection = Field(
+        AUTO,
+        description="decoder layers, or layer/expert, kept whole; auto: experts that must not be starved; none",
     )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",

@@ -137,7 +137,7 @@ def make_plan(
     """Plan a model.
 
     Args:
-        budget: how much stays, and by which method.
+        budget: how much stays, and by which method. `protect: auto` protects nothing here: see `settle.py`.
         layers: the MoE layers in depth order.
         statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the weight
             norm. Called layer by layer, twice where scores decide the widths; no result is held to the next call.
