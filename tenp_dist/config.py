@@ -44,6 +44,9 @@ def parse_protected(value: object) -> str:
 Protected = Annotated[str, BeforeValidator(parse_protected)]
 Protection = Annotated[tuple[Protected, ...], BeforeValidator(lambda given: () if given == NONE else given)]
 
+Fused = Annotated[tuple[str, ...], Field(min_length=1)]
+"""Methods whose rankings become one."""
+
 LAYOUTS = ("ragged", "padded", "uniform")
 """Each names a file of `layouts/`; the first is the default."""
 
@@ -155,8 +158,12 @@ class Score(_Part):
 
 class Budget(_Part):
     method: str = Field("tenp", description="a registered method; jobs/README.md lists them")
-    experts: str | None = Field(None, description="rank experts as this method does instead")
-    neurons: str | None = Field(None, description="rank neurons as this method does instead")
+    experts: str | Fused | None = Field(
+        None, description="rank experts as this method does instead, or by the mean rank of several"
+    )
+    neurons: str | Fused | None = Field(
+        None, description="rank neurons as this method does instead, or by the mean rank of several"
+    )
     retention: Exact = Field(Decimal("0.6"), description="routed-expert parameters kept, 0 < rho <= 1")
     important: Exact | Auto | None = Field(
         None, description="share of experts kept whole, 0 <= alpha <= rho, or auto; default rho/3"

@@ -192,6 +192,7 @@ def _share(part: int, whole: int) -> float | None:
 def _check_layer(facts: MoeLayer, statistics: LayerStatistics) -> None:
     shape_EF = (facts.experts, facts.intermediate_size)
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in statistics.tensors.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in statistics.weights.items()}
     if statistics.weight_norm is not None:
         shapes["neuron_weight_norm"] = tuple(statistics.weight_norm.shape)
     for name, found in shapes.items():
