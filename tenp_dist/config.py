@@ -42,6 +42,10 @@ def parse_protected(value: object) -> str:
 
 
 Protected = Annotated[str, BeforeValidator(parse_protected)]
+Protection = Annotated[tuple[Protected, ...], BeforeValidator(lambda given: () if given == NONE else given)]
+
+Fused = Annotated[tuple[str, ...], Field(min_length=1)]
+"""Methods whose rankings become one."""
 
 LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
 """Each names a file of `layouts/`; the first is the default."""
@@ -65,12 +69,13 @@ def parse_layout_by(value: object) -> object:
 LayoutBy = Annotated[str | None, BeforeValidator(parse_layout_by)]
 LayoutName = Annotated[str, BeforeValidator(parse_layout)]
 
-AUTO = "auto"
+NONE = "none"  # of `budget.protect`: an empty list
 COMPENSATE = "compensate"  # of `output`; of a grid too
 Compensate = bool | Literal["joint"]
 """Whether W_down is compensated, expert by expert (true) or a whole layer as one system."""
 JOINT: Literal["joint"] = "joint"
 Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
 
 class _Part(BaseModel):
@@ -142,7 +147,7 @@ class Evaluation(Text):
             close = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"grid names {unknown[0]}, which is no key of budget{hint}")
-        if any(not values or AUTO in values for values in grid.values()):
+        if any(not values or (AUTO in values and key != "protect") for key, values in grid.items()):
             raise ValueError("grid wants at least one value per key, and no `auto`")
         if any(value is not True and value is not False and value != JOINT for value in grid.get(COMPENSATE, ())):
             raise ValueError(f"grid takes true and false, and {JOINT}, for compensate")
@@ -164,8 +169,12 @@ class Score(_Part):
 
 class Budget(_Part):
     method: str = Field("tenp", description="a registered method; jobs/README.md lists them")
-    experts: str | None = Field(None, description="rank experts as this method does instead")
-    neurons: str | None = Field(None, description="rank neurons as this method does instead")
+    experts: str | Fused | None = Field(
+        None, description="rank experts as this method does instead, or by the mean rank of several"
+    )
+    neurons: str | Fused | None = Field(
+        None, description="rank neurons as this method does instead, or by the mean rank of several"
+    )
     retention: Exact = Field(Decimal("0.6"), description="routed-expert parameters kept, 0 < rho <= 1")
     important: Exact | Auto | None = Field(
         None, description="share of experts kept whole, 0 <= alpha <= rho, or auto; default rho/3"
@@ -180,8 +189,9 @@ class Budget(_Part):
     minimum_layer_retention: Exact = Field(
         Decimal(0), ge=0, le=1, description="share of its neurons that every layer keeps at least (methods global, obs)"
     )
-    protect: tuple[Protected, ...] = Field(
-        (), description="decoder layers, or layer/expert, kept whole (methods global, obs)"
+    protect: Auto | Protection = Field(
+        AUTO,
+        description="decoder layers, or layer/expert, kept whole; auto: experts that must not be starved; none",
     )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",

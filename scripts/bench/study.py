@@ -18,6 +18,8 @@ from machine import pass_context_here, score_here
 from tenp_dist.artifacts import digest_of, read_json, write_json
 from tenp_dist.budget.plan import make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
+from tenp_dist.budget.protection import PEAK_STATISTIC, contribution_peaks
+from tenp_dist.budget.settle import settle
 from tenp_dist.budget.sizes import MoeLayer
 from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write_corpus
 from tenp_dist.checkpoint.families.table import family_of
@@ -107,8 +109,12 @@ class Study:
         def read(layer: int):
             return read_planning(scores / f"{layer_name(layer)}.safetensors", eliminated, layer, names)
 
+        def peaks(layer: int):
+            path = scores / f"{layer_name(layer)}.safetensors"
+            return contribution_peaks(read_statistics(path, (PEAK_STATISTIC,), weight_norm=False), layer)
+
         try:
-            plan = make_plan(budget, self._moe_layers(), read)
+            plan = make_plan(settle(budget, self._moe_layers(), peaks).budget, self._moe_layers(), read)
         except BudgetError as error:
             click.echo(f"left out  {budget.method} at {budget.retention}: {error.what}")
             return None

@@ -137,7 +137,7 @@ def make_plan(
     """Plan a model.
 
     Args:
-        budget: how much stays, and by which method.
+        budget: how much stays, and by which method. `protect: auto` protects nothing here: see `settle.py`.
         layers: the MoE layers in depth order.
         statistics: decoder index -> statistics of that layer, at least `planning_statistics(budget)` and the weight
             norm. Called layer by layer, twice where scores decide the widths; no result is held to the next call.
@@ -192,6 +192,7 @@ def _share(part: int, whole: int) -> float | None:
 def _check_layer(facts: MoeLayer, statistics: LayerStatistics) -> None:
     shape_EF = (facts.experts, facts.intermediate_size)
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in statistics.tensors.items()}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in statistics.weights.items()}
     if statistics.weight_norm is not None:
         shapes["neuron_weight_norm"] = tuple(statistics.weight_norm.shape)
     for name, found in shapes.items():

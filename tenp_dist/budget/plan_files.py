@@ -13,6 +13,7 @@ from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write, digest_of, read_js
 from tenp_dist.budget.plan import LayerPlan, Plan
 from tenp_dist.budget.trapezoid import exact_string
 from tenp_dist.checkpoint.kept import write_kept
+from tenp_dist.config import AUTO
 from tenp_dist.errors import StaleError
 from tenp_dist.run_files import PLAN_JSON, PLAN_TENSORS
 
@@ -36,7 +37,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
             "minimum_important": budget.minimum_important,
             "minimum_width": budget.minimum_width,
             "minimum_layer_retention": exact_string(Fraction(budget.minimum_layer_retention)),
-            "protect": list(budget.protect),
+            "protect": [] if budget.protect == AUTO else list(budget.protect),
             "neuron_domains": budget.neuron_domains,
             "never_routed": budget.never_routed,
             "seed": budget.seed,

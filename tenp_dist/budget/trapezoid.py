@@ -33,7 +33,7 @@ def depth_weights(sizes: Sequence[int], slope: Fraction) -> list[Fraction]:
     return [size * (1 + Fraction(slope) * (2 * z - 1)) for size, z in zip(sizes, depths, strict=True)]
 
 
-def apportion(total: int, sizes: Sequence[int], slope: Fraction, minimum: int = 0) -> list[int]:
+def apportion(total: int, sizes: Sequence[int], slope: Fraction, minimum: int | Sequence[int] = 0) -> list[int]:
     """Whole experts per layer, `total` exactly, each between `minimum` and the layer's size.
 
     The shares follow `depth_weights`; a layer whose share passes its size or falls below `minimum` is
@@ -44,16 +44,19 @@ def apportion(total: int, sizes: Sequence[int], slope: Fraction, minimum: int = 
         total: whole experts in the model (M).
         sizes: routed experts of each MoE layer, in depth order.
         slope: -1 to 1.
-        minimum: whole experts that every layer keeps at least.
+        minimum: whole experts that every layer keeps at least, or a number for each.
 
     Raises:
         BudgetError: no such allocation exists, or the slope is out of range.
     """
-    _check_apportion(total, sizes, slope, minimum)
-    return _largest_remainder(_bounded_shares(total, sizes, depth_weights(sizes, slope), minimum), total)
+    minima = [minimum] * len(sizes) if isinstance(minimum, int) else list(minimum)
+    _check_apportion(total, sizes, slope, minima)
+    return _largest_remainder(_bounded_shares(total, sizes, depth_weights(sizes, slope), minima), total)
 
 
-def _bounded_shares(total: int, sizes: Sequence[int], weights: Sequence[Fraction], minimum: int) -> list[Fraction]:
+def _bounded_shares(
+    total: int, sizes: Sequence[int], weights: Sequence[Fraction], minima: Sequence[int]
+) -> list[Fraction]:
     """clamp(c * weight, minimum, size) with the c that makes the sum `total`.
 
     A layer is fixed only on the side that the whole sum errs to: fixing both sides at once can
@@ -67,7 +70,7 @@ def _bounded_shares(total: int, sizes: Sequence[int], weights: Sequence[Fraction
         weight = {layer: Fraction(sizes[layer]) if by_size else weights[layer] for layer in free}
         unit = left / sum(weight.values(), Fraction(0))
         ideal = {layer: unit * weight[layer] for layer in free}
-        bounded = {layer: min(max(ideal[layer], Fraction(minimum)), Fraction(sizes[layer])) for layer in free}
+        bounded = {layer: min(max(ideal[layer], Fraction(minima[layer])), Fraction(sizes[layer])) for layer in free}
         excess = sum(bounded.values(), Fraction(0)) - left
         if excess == 0:
             fixed = free
@@ -90,7 +93,7 @@ def _largest_remainder(shares: Sequence[Fraction], total: int) -> list[int]:
     return counts
 
 
-def _check_apportion(total: int, sizes: Sequence[int], slope: Fraction, minimum: int) -> None:
+def _check_apportion(total: int, sizes: Sequence[int], slope: Fraction, minima: Sequence[int]) -> None:
     if not sizes or min(sizes) < 1:
         raise BudgetError("A MoE layer needs at least one routed expert", found=list(sizes), wanted="sizes above 0")
     if not -1 <= slope <= 1:
@@ -103,19 +106,19 @@ def _check_apportion(total: int, sizes: Sequence[int], slope: Fraction, minimum:
             wanted=f"0 to {sum(sizes)}, the routed experts of the model",
             next_step="lower budget.important",
         )
-    if minimum > min(sizes):
+    if any(minimum > size for minimum, size in zip(minima, sizes, strict=True)):
         raise BudgetError(
             "A layer has fewer experts than every layer must keep whole",
             where="budget.minimum_important",
-            found=minimum,
+            found=max(minima),
             wanted=f"at most {min(sizes)}",
             next_step="lower budget.minimum_important",
         )
-    if minimum * len(sizes) > total:
+    if sum(minima) > total:
         raise BudgetError(
             "Too few whole experts to give every layer its minimum",
             where="budget.minimum_important",
-            found=f"{minimum} for each of {len(sizes)} layers, {minimum * len(sizes)} in all",
+            found=f"{max(minima)} for each of {len(sizes)} layers, {sum(minima)} in all",
             wanted=f"at most {total} in all, floor(important * experts)",
             next_step="lower budget.minimum_important or raise budget.important",
         )

@@ -120,7 +120,7 @@ def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
     return {**budgets, **controls}
 
 
-def _kind(budget: Budget) -> tuple[str, str | None, Decimal]:
+def _kind(budget: Budget) -> tuple[str, str | tuple[str, ...] | None, Decimal]:
     return budget.method, budget.neurons, budget.retention
 
 

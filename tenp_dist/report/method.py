@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tenp_dist.budget.kinds.base import PlanKind
@@ -21,7 +21,7 @@ def method_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     removes: whether experts leave the model. drawn: whether everything is chosen by chance. experts, neurons: methods
     whose rankings the budget takes instead, or None. map: the method whose expert scores the importance map shows.
     """
-    kind, exchanged = _kind(plan), {unit: plan["budget"].get(unit) for unit in ("experts", "neurons")}
+    kind, exchanged = _kind(plan), {unit: _name(plan["budget"].get(unit)) for unit in ("experts", "neurons")}
     method = kind.method
     return {
         "name": method.name,
@@ -46,6 +46,10 @@ def importance_of(
     """Score of every expert over domains, [E]. weights: domain -> weight, also of domains that were not scored."""
     known = {name: weight for name, weight in weights.items() if name in statistics.domains}
     return ranking.expert_scores(statistics, Context(layer=layer, domain_weights=known)).tolist()
+
+
+def _name(given: str | Sequence[str] | None) -> str | None:
+    return given if given is None or isinstance(given, str) else " + ".join(given)
 
 
 def _kind(plan: Mapping[str, Any]) -> PlanKind:

@@ -8,8 +8,10 @@ Files in reading order:
 - `statistics`: what is summed for a layer, by domain, and its file.
 - `accumulate`: adds what the experts of a microbatch compute to these sums.
 - `pairs`: the part of it that is of two experts at a time.
+- `flatness`: what weights alone say.
 - `partial_sums`: what a rank has summed so far; how the ranks' sums become a layer's score file.
 - `score_pass`: the pass.
 - `domains`: scores of several domains made comparable and added.
+- `fusion`: several rankings as one.
 - `methods/`: a file for each method, and `registry`, which finds them.
 """

@@ -188,17 +188,19 @@ class Runs:
 
 def column_norms(experts: FusedExperts) -> torch.Tensor:
     """|w_j| of every neuron's column of W_down, [E, F] float64."""
-    return _norms(experts.down_proj, dim=1)
+    return norms_along(experts.down_proj, dim=1)
 
 
 def weight_norms(experts: FusedExperts, column_norm_EF: torch.Tensor) -> torch.Tensor:
     """|gate_j| |up_j| |down_j| per neuron, [E, F] float64: the rank of neurons no token reached."""
     gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
-    return _norms(gate_EFD, dim=2) * _norms(up_EFD, dim=2) * column_norm_EF
+    return norms_along(gate_EFD, dim=2) * norms_along(up_EFD, dim=2) * column_norm_EF
 
 
-def _norms(weights_EXY: torch.Tensor, dim: int) -> torch.Tensor:
-    """Norms along a dimension, summed in float32, a few experts at a time; on the CPU these are squared in one place.
+def norms_along(weights_EXY: torch.Tensor, dim: int, order: int = 2) -> torch.Tensor:
+    """Norms along a dimension, float64 of float32 sums, a few experts at a time; on the CPU these lie in one place.
+
+    order: 2 for the length, 1 for the sum of magnitudes.
 
     There `vector_norm` would take ten times as long along dimension 1, and with copies and results allocated in turns
     the heap would grow by a layer in float32: asked for aligned memory, it does not use one copy's for the next.
@@ -209,7 +211,9 @@ def _norms(weights_EXY: torch.Tensor, dim: int) -> torch.Tensor:
     room_EXY = own_zeros((size, *weights_EXY.shape[1:]), torch.float32) if on_cpu else None
     for part_EXY, part_EZ in zip(weights_EXY.split(size), norms_EZ.split(size), strict=True):
         if room_EXY is None:
-            torch.linalg.vector_norm(part_EXY, dim=dim, dtype=torch.float32, out=part_EZ)
+            torch.linalg.vector_norm(part_EXY, order, dim=dim, dtype=torch.float32, out=part_EZ)
+        elif order == 1:
+            torch.sum(room_EXY[: len(part_EXY)].copy_(part_EXY).abs_(), dim=dim, out=part_EZ)
         else:
             torch.sum(room_EXY[: len(part_EXY)].copy_(part_EXY).square_(), dim=dim, out=part_EZ).sqrt_()
     return norms_EZ.double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
 from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
+from tenp_dist.scoring.flatness import weight_flatness
 from tenp_dist.scoring.partial_sums import PartialSums, check_ranks
 from tenp_dist.scoring.statistics import LayerStatistics
 
@@ -46,10 +47,12 @@ class Norms:
 
     columns_EF: of the columns of W_down.
     weights_EF: of all three matrices, multiplied, per neuron.
+    flatness: name -> how evenly weights are spread, `weight_flatness`.
     """
 
     columns_EF: torch.Tensor
     weights_EF: torch.Tensor
+    flatness: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +84,8 @@ class ScoreStep(LayerStep):
             if self.task.mode == "streaming":
                 self._norms.clear()
             columns = column_norms(experts)
-            self._norms[layer] = Norms(columns, weight_norms(experts, columns).cpu())
+            flatness = {name: tensor.cpu() for name, tensor in weight_flatness(experts).items()}
+            self._norms[layer] = Norms(columns, weight_norms(experts, columns).cpu(), flatness)
         return self._norms[layer]
 
     def sums_of(self, layer: int, experts: FusedExperts) -> Sums:
@@ -121,7 +125,7 @@ class ScoreStep(LayerStep):
             return None
 
         def store() -> None:
-            statistics = replace(sums.statistics.to("cpu"), weight_norm=norms.weights_EF)
+            statistics = replace(sums.statistics.to("cpu"), weight_norm=norms.weights_EF, weights=norms.flatness)
             check_statistics(statistics, layer, first_expert=self.shard.held.start)
             self.partial_sums.write(layer, statistics, sums.waves, len(self.shard.batches))
             sums.stored = sums.waves

@@ -21,8 +21,9 @@ column j of W_down, h the residual stream before the MoE block, r the block's ro
 | coselection_count         | E, E  | 1, over the tokens routed to both                 | HOPE, 2609.18916    |
 | gated_norm_product_sum    | E, E  | a_i a_j over these tokens, a = g |y|              | HOPE                |
 
-A score file also holds `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
-neurons of experts that no token reached.
+A score file also holds what weights alone say: `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
+neurons of experts that no token reached, and `expert_weight_flatness` [E] and `neuron_weight_flatness` [E, F], the mean
+of |w| over the root mean square of w (`flatness.py`).
 
 What is made once all of a layer's tokens are summed is no sum, of all domains together, and lies in files of its own
 (`tenp_dist/elimination/`): `elimination_order` [1, E, F] int32 and `elimination_cost` [1, E, F].
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ FIRST_STATISTICS = (*EXPERT_STATISTICS, *NEURON_STATISTICS)
 those that read more: they are asked to score again."""
 ELIMINATION = ("elimination_order", "elimination_cost")
 WEIGHT_NORM = "neuron_weight_norm"
+WEIGHT_STATISTICS = ("expert_weight_flatness", "neuron_weight_flatness")
 METADATA = "tenp"
 
 
@@ -77,14 +79,16 @@ class LayerStatistics:
         pairs counts all experts of the layer, where the others count those of a rank.
     domains: the N domain names, in the order of the first axis.
     weight_norm: float64 [E, F], or None where it was not asked for.
+    weights: name -> what weights alone say besides, float64 [E] or [E, F]; only what was asked for and is there.
     """
 
     domains: tuple[str, ...]
     tensors: Mapping[str, torch.Tensor]
     weight_norm: torch.Tensor | None = None
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+        return self.weights[name] if name in self.weights else self.tensors[name]
 
     @classmethod
     def zeros(
@@ -113,7 +117,7 @@ def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     """Combine parts of one layer in the order given (waves, or token shards of equal experts)."""
     first = _of_equal_domains(parts)
     tensors = {name: _merge_tensor(name, [part[name] for part in parts]) for name in first.tensors}
-    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=first.weight_norm)
+    return replace(first, tensors=tensors)
 
 
 def join_experts(parts: Sequence[LayerStatistics]) -> LayerStatistics:
@@ -122,7 +126,9 @@ def join_experts(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     tensors = {name: torch.cat([part[name] for part in parts], dim=1) for name in first.tensors}
     norms = [part.weight_norm for part in parts if part.weight_norm is not None]
     weight_norm = torch.cat(norms) if len(norms) == len(parts) else None
-    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=weight_norm)
+    common = [name for name in WEIGHT_STATISTICS if all(name in part.weights for part in parts)]
+    weights = {name: torch.cat([part.weights[name] for part in parts]) for name in common}
+    return LayerStatistics(domains=first.domains, tensors=tensors, weight_norm=weight_norm, weights=weights)
 
 
 def _of_equal_domains(parts: Sequence[LayerStatistics]) -> LayerStatistics:
@@ -160,7 +166,8 @@ def write_statistics(path: Path, statistics: LayerStatistics, *, layer: int, key
         "domains": statistics.domains,
         "merge": dict(MERGE_RULES),
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in statistics.tensors.items()}
+    stored = {**statistics.tensors, **statistics.weights}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
     if statistics.weight_norm is not None:
         tensors[WEIGHT_NORM] = statistics.weight_norm.cpu().contiguous()
     with atomic_write(path) as stream:
@@ -190,7 +197,8 @@ def read_statistics(path: Path, names: Sequence[str] | None = None, *, weight_no
     domains = tuple(read_metadata(path)["domains"])
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())
-        wanted = [name for name in MERGE_RULES if name in stored] if names is None else list(names)
+        known = (*MERGE_RULES, *WEIGHT_STATISTICS)
+        wanted = [name for name in known if name in stored] if names is None else list(names)
         missing = [name for name in wanted if name not in stored]
         if missing:
             raise StaleError(
@@ -202,6 +210,7 @@ def read_statistics(path: Path, names: Sequence[str] | None = None, *, weight_no
             )
         return LayerStatistics(
             domains=domains,
-            tensors={name: file.get_tensor(name) for name in wanted},
+            tensors={name: file.get_tensor(name) for name in wanted if name not in WEIGHT_STATISTICS},
             weight_norm=file.get_tensor(WEIGHT_NORM) if weight_norm and WEIGHT_NORM in stored else None,
+            weights={name: file.get_tensor(name) for name in wanted if name in WEIGHT_STATISTICS},
         )

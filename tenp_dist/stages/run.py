@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from tenp_dist.artifacts import read_json
 from tenp_dist.budget.kinds.base import PlanKind
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan import Plan, make_plan, planning_statistics
 from tenp_dist.budget.plan_files import write_plan
+from tenp_dist.budget.protection import PEAK_STATISTIC, contribution_peaks
+from tenp_dist.budget.settle import settle
 from tenp_dist.budget.sizes import MoeLayer, moe_layers
 from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.index import CheckpointIndex
@@ -94,7 +98,19 @@ class Run:
 
     def make_plan(self, budget: Budget) -> Plan:
         """A plan from the stored scores."""
-        return make_plan(budget, self.layers, self._statistics(budget), domain_weights=self.domain_weights)
+        settled = settle(budget, self.layers, lambda layer: self._peaks[layer])
+        statistics = self._statistics(settled.budget)
+        plan = make_plan(settled.budget, self.layers, statistics, domain_weights=self.domain_weights)
+        return replace(plan, warnings=(*settled.warnings, *plan.warnings))
+
+    @cached_property
+    def _peaks(self) -> dict[int, np.ndarray]:
+        """Decoder index -> the largest contribution of each expert, read once for all plans of the run."""
+        return {facts.layer: self._peaks_of(facts.layer) for facts in self.layers}
+
+    def _peaks_of(self, layer: int) -> np.ndarray:
+        path = self.files.scores.layer(layer)
+        return contribution_peaks(read_statistics(path, (PEAK_STATISTIC,), weight_norm=False), layer)
 
     def _statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
         """layer -> its statistics, only those that the budget's method reads."""

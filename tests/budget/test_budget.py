@@ -310,7 +310,7 @@ def test_enp_uses_no_important():
     budget = Budget(method="enp", important="0.2")
     assert plan_shape(budget, layers_of(4, 16, 128)).whole == (0, 0, 0, 0)
     assert kind_of(budget).ignored_keys() == ["important"]
-    assert kind_of(Budget(method="tenp", important="0.2", protect=["1"])).ignored_keys() == ["protect"]
+    assert kind_of(Budget(method="enp", protect=["1"])).ignored_keys() == ["protect"]
 
 
 def test_alpha_equal_to_rho_empties_the_others_and_says_so():

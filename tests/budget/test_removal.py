@@ -92,6 +92,8 @@ def test_a_removing_plan_is_a_rectangle_of_whole_experts(name):
     for layer, kept in plan.kept.items():
         assert len(kept.experts) == 6 and plan.layers[layer].whole == tuple(kept.experts.tolist())
         assert {int(w) for w in kept.widths[kept.experts]} == {F} and kept.widths.sum() == 6 * F
+        if registry.get(name).experts is None:
+            continue  # sets are compared in test_expert_sets.py
         scored = registry.get(name).expert_scores(drawn(layer), Context(layer=layer))
         assert min(scored[kept.experts.tolist()]) >= max(np.delete(scored.numpy(), kept.experts))
     assert plan.activated == 1

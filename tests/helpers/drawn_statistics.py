@@ -35,7 +35,8 @@ def drawn(seed: int, domains: int = N, unseen: tuple[int, ...] = (5,)) -> LayerS
         tensors[name] = steps * (counts_NE if name in EXPERT_STATISTICS else counts_NE.unsqueeze(2))
     tensors |= _drawn_pairs(counts_NE, draw)
     norms = torch.randint(1, 256, (E, F), generator=torch.Generator().manual_seed(9)).double() / 64  # of the weights
-    return LayerStatistics(tuple(f"d{i}" for i in range(domains)), tensors, norms)
+    flat = {"expert_weight_flatness": norms.amax(dim=1) / 4, "neuron_weight_flatness": norms.flip(1) / 4}
+    return LayerStatistics(tuple(f"d{i}" for i in range(domains)), tensors, norms, flat)
 
 
 def _drawn_pairs(counts_NE: torch.Tensor, draw: torch.Generator) -> dict[str, torch.Tensor]:

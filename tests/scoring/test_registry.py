@@ -28,6 +28,7 @@ from tenp_dist.scoring.statistics import (
     MERGE_RULES,
     NEURON_STATISTICS,
     PAIR_STATISTICS,
+    WEIGHT_STATISTICS,
     LayerStatistics,
     join_experts,
     merge,
@@ -36,7 +37,11 @@ from tenp_dist.scoring.statistics import (
 METHODS = registry.names()
 SUMMED = [name for name in METHODS if not set(ELIMINATION) & set(registry.get(name).statistics)]  # others: test_obs.py
 RANKINGS = [(name, unit) for name in SUMMED for unit in ("experts", "neurons") if getattr(registry.get(name), unit)]
-READING = [(name, unit) for name, unit in RANKINGS if getattr(registry.get(name), f"{unit[:-1]}_statistics")]
+READING = [
+    (name, unit)
+    for name, unit in RANKINGS
+    if set(getattr(registry.get(name), f"{unit[:-1]}_statistics")) & set(MERGE_RULES)  # not those by weights alone
+]
 LAYER = Context(layer=3, seed=11)
 
 
@@ -53,7 +58,8 @@ def changed(stats: LayerStatistics, **axes) -> LayerStatistics:
         tensors[name] = tensor[:, :, axes["neurons"]] if "neurons" in axes and name in NEURON_STATISTICS else tensor
     norm = norm[axes["experts"]] if "experts" in axes else norm
     norm = norm[:, axes["neurons"]] if "neurons" in axes else norm
-    return LayerStatistics(tuple(domains), tensors, norm)
+    weights = {name: tensor[axes["experts"]] if "experts" in axes else tensor for name, tensor in stats.weights.items()}
+    return LayerStatistics(tuple(domains), tensors, norm, weights)
 
 
 def scores(name: str, unit: str, stats: LayerStatistics, context: Context = LAYER) -> torch.Tensor:
@@ -70,7 +76,7 @@ def test_a_method_says_what_it_is(name):
     module = importlib.import_module(f"tenp_dist.scoring.methods.{name.replace('-', '_')}")
     assert method.name == name and method.source and module.__doc__
     assert method.experts or method.neurons or method.pair_losses
-    assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION}
+    assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION, *WEIGHT_STATISTICS}
     assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in reference.split("## Methods")[1], f"jobs/README.md does not explain method {name}"
@@ -209,7 +215,7 @@ def test_experts_that_no_token_reached(name, unit):
 @pytest.mark.parametrize("name, unit", RANKINGS)
 def test_a_layer_that_no_token_reached(name, unit):
     nothing = LayerStatistics.zeros(("a", "b"), E, F)
-    stats = LayerStatistics(nothing.domains, nothing.tensors, torch.ones(E, F, dtype=torch.float64))
+    stats = LayerStatistics(nothing.domains, nothing.tensors, torch.ones(E, F, dtype=torch.float64), drawn(0).weights)
     assert torch.isfinite(scores(name, unit, stats)).all()
 
 
@@ -238,7 +244,11 @@ def test_a_plan_and_its_control_are_of_one_size_and_within_the_budget(name):
         return make_plan(
             of,
             layers,
-            lambda i: LayerStatistics(scored[i].domains, {n: scored[i][n] for n in names}, scored[i].weight_norm),
+            lambda i: (
+                LayerStatistics(scored[i].domains, {n: scored[i][n] for n in names}, scored[i].weight_norm)
+                if not set(names) & set(WEIGHT_STATISTICS)
+                else scored[i]
+            ),
         )
 
     made, control = plan(budget), plan(kind_of(budget).control())

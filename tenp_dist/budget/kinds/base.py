@@ -22,8 +22,8 @@ from tenp_dist.scoring.statistics import LayerStatistics
 
 WHOLE_KEYS = ("important", "slope", "minimum_important")
 """Keys of a budget that say how many experts stay whole."""
-FLOOR_KEYS = ("minimum_width", "minimum_layer_retention", "protect")
-"""Keys of a budget that say what stays whatever the scores decide."""
+FLOOR_KEYS = ("minimum_width", "minimum_layer_retention")
+"""Keys of a budget that say how much stays whatever the scores decide."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class PlanKind(ABC):
     @abstractmethod
     def unused_keys(self) -> tuple[str, ...]:
         """Keys of a budget that change no plan of this method."""
+
+    @property
+    def protects(self) -> bool:
+        """Whether experts can be kept whole whatever their scores (`budget.protect`)."""
+        return "protect" not in self.unused_keys
 
     @property
     def keeps_whole(self) -> bool:
@@ -157,7 +162,8 @@ class PlanKind(ABC):
     def ignored_keys(self) -> list[str]:
         """Unused keys that the budget sets to something else than their defaults."""
         fields = Budget.model_fields
-        return [key for key in self.unused_keys if getattr(self.budget, key) != fields[key].default]
+        values = {key: getattr(self.budget, key) for key in self.unused_keys}
+        return [key for key, value in values.items() if value not in (fields[key].default, ())]
 
     def unspent(self, shape: Shape) -> Fraction:
         """The share of the allowed neurons that rounding to these sizes leaves over."""

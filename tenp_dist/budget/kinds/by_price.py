@@ -15,6 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from tenp_dist.budget.kinds.base import WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.protection import protected_experts
 from tenp_dist.budget.selection import top_neurons_each
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
@@ -43,7 +44,7 @@ class ByPrice(PlanKind):
 
     def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         """Open; only what no widths could meet is refused: minima and protected experts over the budget."""
-        protected = _protected(self.budget, layers)
+        protected = protected_experts(self.budget, layers)
         floors = [
             Floor(
                 layer=facts.layer,
@@ -60,7 +61,7 @@ class ByPrice(PlanKind):
     def decided(
         self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
     ) -> Shape:
-        protected = _protected(self.budget, shape.layers)
+        protected = protected_experts(self.budget, shape.layers)
         curves = []
         for facts in shape.layers:
             context, whole_E = contexts[facts.layer], protected[facts.layer]
@@ -143,21 +144,3 @@ def _allowed(budget: Budget, layers: Sequence[MoeLayer]) -> int:
 
 def _minimum(budget: Budget, facts: MoeLayer) -> int:
     return math.ceil(Fraction(budget.minimum_layer_retention) * facts.experts * facts.intermediate_size)
-
-
-def _protected(budget: Budget, layers: Sequence[MoeLayer]) -> dict[int, np.ndarray]:
-    """Decoder index -> boolean [E], true for experts that the job keeps whole."""
-    protected = {facts.layer: np.zeros(facts.experts, dtype=bool) for facts in layers}
-    for item in budget.protect:
-        layer, _, expert = item.partition("/")
-        mask_E = protected.get(int(layer))
-        if mask_E is None or (expert and int(expert) >= len(mask_E)):
-            raise BudgetError(
-                "A protected layer or expert is not there",
-                where="budget.protect",
-                found=item,
-                wanted=f"MoE layers {min(protected)} to {max(protected)}, and experts of them",
-                next_step="correct the number",
-            )
-        mask_E[int(expert) if expert else slice(None)] = True
-    return protected

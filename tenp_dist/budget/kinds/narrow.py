@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.protection import protected_experts, protected_of_layer
 from tenp_dist.budget.selection import top_experts, top_neurons
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import (
@@ -47,7 +48,7 @@ class Narrow(PlanKind):
 
     @property
     def unused_keys(self) -> tuple[str, ...]:
-        return FLOOR_KEYS if self.keeps_whole else (*WHOLE_KEYS, *FLOOR_KEYS)
+        return FLOOR_KEYS if self.keeps_whole else (*WHOLE_KEYS, *FLOOR_KEYS, "protect")
 
     @property
     def keeps_whole(self) -> bool:
@@ -62,17 +63,32 @@ class Narrow(PlanKind):
         experts = [layer.experts for layer in layers]
         sizes = [layer.intermediate_size for layer in layers]
         total = whole_experts_total(alpha, sum(experts))
-        whole = apportion(total, experts, Fraction(budget.slope), budget.minimum_important)
+        whole = apportion(total, experts, Fraction(budget.slope), self._least_whole(layers, total))
         narrow = narrow_widths(rho, whole, experts, sizes, budget.align, empty_allowed=alpha == rho)
         shape = Shape(layers=tuple(layers), whole=tuple(whole), narrow=tuple(narrow))
         _check_distinct_widths(budget, shape)
         assert self.unspent(shape) >= 0, "a plan is never over its target"
         return shape
 
+    def _least_whole(self, layers: Sequence[MoeLayer], total: int) -> list[int]:
+        """Whole experts that each layer keeps at least. total: of the model."""
+        protected, least = protected_experts(self.budget, layers), self.budget.minimum_important
+        counts = [int(protected[layer.layer].sum()) for layer in layers] if self.keeps_whole else [0] * len(layers)
+        if any(count > least for count in counts) and sum(max(count, least) for count in counts) > total:
+            raise BudgetError(
+                "More experts are protected than the budget keeps whole",
+                where="budget.protect",
+                found=f"{sum(counts)} protected experts, minimum_important {least}",
+                wanted=f"at most {total} whole experts in all, floor(important * experts)",
+                next_step="protect fewer, or raise budget.important",
+            )
+        return [max(count, least) for count in counts]
+
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
         facts, m = sizes.facts, sizes.whole
         unrouted_E = never_routed(statistics).numpy()
         first_E = unrouted_E if self.budget.never_routed == "whole" else np.zeros_like(unrouted_E)
+        first_E = first_E | protected_of_layer(self.budget, facts) if m else first_E
         _check_first(first_E, m, facts)
         assert sizes.narrow is not None, "widths of this kind are never open"
         whole = top_experts(self.method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
@@ -132,7 +148,7 @@ def _check_first(first_E: np.ndarray, m: int, facts: MoeLayer) -> None:
         raise BudgetError(
             "More never-routed experts than the layer keeps whole",
             where=f"budget.never_routed, layer {facts.layer}",
-            found=f"{int(first_E.sum())} never-routed experts",
+            found=f"{int(first_E.sum())} never-routed or protected experts",
             wanted=f"at most {m}, the whole experts of the layer",
             next_step="set budget.never_routed to narrow, raise budget.important, or calibrate on more text",
         )

@@ -15,6 +15,7 @@ import numpy as np
 
 from tenp_dist.budget.expert_sets import least_loss_set
 from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
+from tenp_dist.budget.protection import protected_experts, protected_of_layer
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -44,6 +45,9 @@ class Remove(PlanKind):
     def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         rho = self.budget.retention_exact
         kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
+        protected = protected_experts(self.budget, layers)
+        for layer, count in zip(layers, kept, strict=True):
+            _check_protected(layer, protected[layer.layer], count)
         return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))
 
     def form(self, shape: Shape) -> PlanForm:
@@ -51,10 +55,13 @@ class Remove(PlanKind):
 
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
         facts, method, kept = sizes.facts, self.method, sizes.whole
+        first_E = protected_of_layer(self.budget, facts)
         if method.pair_losses is None:
-            whole = best_experts(method.expert_scores(statistics, context).numpy(), kept, facts.groups)
+            scores_E = method.expert_scores(statistics, context).numpy()
+            whole = best_experts(np.where(first_E, np.inf, scores_E), kept, facts.groups)
         else:
-            losses_EE = method.losses_of_pairs(statistics, context).numpy()
+            losses_EE = method.losses_of_pairs(statistics, context).numpy().copy()
+            losses_EE[first_E, first_E] += 1 + 2 * np.abs(losses_EE).sum()  # more than any set without it loses
             removed = least_loss_set(losses_EE, facts.experts - kept, facts.groups).experts
             whole = tuple(np.setdiff1d(np.arange(facts.experts), removed).tolist())
         return LayerChoice(whole, KeptNeurons.without_others(whole, facts.experts, facts.intermediate_size))
@@ -71,6 +78,18 @@ class Remove(PlanKind):
     def control(self) -> Budget:
         """As many experts of every layer removed."""
         return self.budget.model_copy(update={"method": "random-experts", "experts": None, "neurons": None})
+
+
+def _check_protected(layer: MoeLayer, protected_E: np.ndarray, kept: int) -> None:
+    most = int(protected_E.reshape(layer.groups, -1).sum(axis=1).max())
+    if most > kept // layer.groups:
+        raise BudgetError(
+            "More experts are protected than a layer keeps",
+            where=f"budget.protect, layer {layer.layer}",
+            found=f"{most} protected experts" + (" in a group" if layer.groups > 1 else ""),
+            wanted=f"at most {kept // layer.groups}",
+            next_step="protect fewer, or raise budget.retention",
+        )
 
 
 def kept_experts(rho: Fraction, experts: int, groups: int, least: int, layer: int) -> int:

@@ -30,7 +30,8 @@ import torch
 from tenp_dist.config import Budget
 from tenp_dist.errors import JobError, NumericalError
 from tenp_dist.scoring.domains import NeuronDomains
-from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.fusion import mean_ranks
+from tenp_dist.scoring.statistics import WEIGHT_STATISTICS, LayerStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +178,23 @@ def of_budget(budget: Budget) -> Method:
     """
     method = get(budget.method)
     if budget.experts is not None:
-        method = method.with_experts_of(get(budget.experts, "budget.experts"))
+        method = method.with_experts_of(_named(budget.experts, "experts"))
     if budget.neurons is not None:
-        method = method.with_neurons_of(get(budget.neurons, "budget.neurons"))
+        method = method.with_neurons_of(_named(budget.neurons, "neurons"))
     return method
+
+
+def _named(given: str | Sequence[str], unit: str) -> Method:
+    """The method that a budget names for the ranking of a unit, or the fusion of those that it lists."""
+    if isinstance(given, str):
+        return get(given, f"budget.{unit}")
+    methods = [get(name, f"budget.{unit}") for name in given]
+    ranking = mean_ranks([method._has(getattr(method, unit), unit, f"budget.{unit}") for method in methods])
+    read = tuple(dict.fromkeys(itertools.chain(*(getattr(method, f"{unit[:-1]}_statistics") for method in methods))))
+    fused = Method(name=" + ".join(given), source="mean rank of " + "; ".join(method.source for method in methods))
+    if unit == "experts":
+        return replace(fused, experts=ranking, expert_statistics=read)
+    return replace(fused, neurons=ranking, neuron_statistics=read)
 
 
 def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int) -> None:
@@ -193,11 +207,12 @@ def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int
             continue
         bad = (~torch.isfinite(statistics[name])).nonzero()
         if len(bad):
-            domain = statistics.domains[bad[0][0]] if len(statistics[name]) > 1 else ", ".join(statistics.domains)
-            expert = int(bad[0][1])
+            of_weights, domains = name in WEIGHT_STATISTICS, statistics.domains
+            of_all = not of_weights and len(statistics[name]) == 1  # what is made of all domains together
+            domain = "" if of_weights else f"domain {', '.join(domains) if of_all else domains[bad[0][0]]}, "
             raise NumericalError(
                 "NaN or Inf in a statistic",
-                where=f"layer {layer}, {name}, domain {domain}, expert {expert}",
+                where=f"layer {layer}, {name}, {domain}expert {int(bad[0][0 if of_weights else 1])}",
                 found=f"{len(bad)} values that are not finite",
                 wanted="finite numbers",
                 next_step="score again in float32, and check the source checkpoint for NaN",
