@@ -36,7 +36,7 @@ from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.run_files import layer_name
-from tenp_dist.scoring.statistics import ELIMINATION
+from tenp_dist.scoring.statistics import ELIMINATION, read_statistics
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tenp_dist.config import JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width, layouts_of
+from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width, layouts_of, main_layout
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
@@ -88,6 +88,13 @@ def _check_compensation(job: Job) -> None:
 
 def _check_benchmark(job: Job) -> None:
     asked, written = job.benchmark, [layout.name for layout in layouts_of(job)]
+    if asked and asked.layout is None and main_layout(layouts_of(job)) is None:
+        raise JobError(
+            "No layout of the job loads in transformers, so none can be measured on tasks",
+            where="benchmark.layout",
+            found=", ".join(written),
+            next_step="write such a layout as well, or name one that a server serves",
+        )
     if asked and asked.layout and asked.layout not in written:
         raise JobError(
             "The benchmark measures a layout that is not written",

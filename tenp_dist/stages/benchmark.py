@@ -70,7 +70,9 @@ def _columns(run: Run, context: StageContext) -> list[Column]:
 
 def _layout_name(run: Run) -> str:
     asked = _asked(run)
-    return main_layout(run.layouts).name if asked.layout is None else LAYOUTS[asked.layout].name
+    layout = main_layout(run.layouts) if asked.layout is None else LAYOUTS[asked.layout]
+    assert layout is not None, "jobs without a layout to measure are refused before they run"
+    return layout.name
 
 
 def _warnings(document: Mapping[str, Any]) -> list[str]:

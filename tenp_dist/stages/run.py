@@ -34,7 +34,7 @@ from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import StageContext
 from tenp_dist.progress import Ledger
 from tenp_dist.run_files import RunFiles
-from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
 
 
 @dataclass(frozen=True)
