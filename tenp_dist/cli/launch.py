@@ -63,15 +63,23 @@ def _slurm(
     job: Path, out: Path | None, submit: bool, overrides: tuple[str, ...], run_dir: Path | None, overwrite: bool,
     nodes: int, gpus: int, **options: Any,
 ) -> None:  # fmt: skip
+    from tenp_dist.errors import SourceError
     from tenp_dist.job_file import load_job
-    from tenp_dist.launch.slurm import SlurmScript, cluster_options, here, split_over, submit_script, write_script
+    from tenp_dist.launch.slurm import SlurmScript, cluster_options, here, submit_script, write_script
+    from tenp_dist.preflight.cluster_split import seen_here, split_over
 
     loaded = load_job(job, overrides, run_dir)
     words = [word for override in overrides for word in ("--set", override)]
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    split = split_over(given, nodes, gpus, _source_seen_here(loaded.model))
+    source = seen_here(loaded.model)
+    if isinstance(source, SourceError):
+        click.echo(
+            f"Note:    how many ranks the model can be cut into is not known here ({source.what}: {loaded.model})"
+        )
+        source = None
+    split = split_over(given, nodes, gpus, source)
     settings = [*cluster_options(given, split), *words]
     script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=settings, **values)
     path = out or Path(f"{job.stem}.sbatch")
@@ -91,18 +99,6 @@ def _slurm(
     click.echo(f"Status:  tenp-dist status {loaded.run_dir}")
     click.echo(f"Stop:    scancel {number}")
     click.echo(f"Resume:  sbatch {path}")
-
-
-def _source_seen_here(model: Path) -> Any:
-    """The model, None where this machine does not see it: a login node may not."""
-    from tenp_dist.checkpoint.source import open_source
-    from tenp_dist.errors import SourceError
-
-    try:
-        return open_source(model)
-    except SourceError as error:
-        click.echo(f"Note:    how many ranks the model can be cut into is not known here ({error.what}: {model})")
-        return None
 
 
 @_command("submit", "Hand a job to a Ray cluster's job server and follow it; exits with the job's code.")

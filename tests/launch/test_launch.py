@@ -16,12 +16,13 @@ from helpers.paths import ROOT
 from tenp_dist import job_file as job_files
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.errors import ClusterError, DiskFullError, JobError
-from tenp_dist.launch.slurm import SlurmScript, Split, cluster_options, split_over
+from tenp_dist.launch.slurm import SlurmScript, cluster_options
 from tenp_dist.launch.status import read_status
 from tenp_dist.launch.submit import pack
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.pool.ray_environment import set_ray_environment
 from tenp_dist.preflight import node_checks as places
+from tenp_dist.preflight.cluster_split import Split, split_over
 from tenp_dist.preflight.disk_space import bytes_needed
 
 SHIPPED = ROOT / "cluster" / "slurm" / "prune.sbatch"
