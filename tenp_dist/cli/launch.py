@@ -73,13 +73,12 @@ def _slurm(
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    source = seen_here(loaded.model)
-    if isinstance(source, SourceError):
+    found = seen_here(loaded.model)
+    if isinstance(found, SourceError):
         click.echo(
-            f"Note:    how many ranks the model can be cut into is not known here ({source.what}: {loaded.model})"
+            f"Note:    into how many ranks the model can be cut is not known here ({found.what}: {loaded.model})"
         )
-        source = None
-    split = split_over(given, nodes, gpus, source)
+    split = split_over(given, nodes, gpus, None if isinstance(found, SourceError) else found)
     settings = [*cluster_options(given, split), *words]
     script = SlurmScript(job=str(job.resolve()), nodes=nodes, gpus=gpus, options=settings, **values)
     path = out or Path(f"{job.stem}.sbatch")
