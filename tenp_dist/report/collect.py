@@ -11,7 +11,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | method      | what kind of method it is, and whose expert scores the map shows                |
 | layers      | one entry per MoE layer: plan, importance [E] and routed tokens [E]             |
 | routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
-| checkpoints | layout -> files and bytes on disk, what became of prediction layers (mtp), effective bits of routed experts |
+| checkpoints | layout -> files, bytes on disk, mtp (of prediction layers), effective bits        |
 | evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
 | benchmark   | `benchmark.json`: tasks, both columns and their paired differences, or None       |
 | selection   | `selection.json`: the curve that an `auto` budget was chosen on, or None          |
