@@ -98,6 +98,10 @@ class Stored(Encoder, Protocol):
         """Read it into a target of its shape, of any dtype and layout, piece by piece. Raises SourceError."""
         ...
 
+    def check(self, source: StoredTensors) -> None:
+        """Read what is small of it, and refuse what stands for no numbers. Raises SourceError."""
+        ...
+
     def regroup(self, source: StoredTensors, change: Change, axis: int) -> tuple[torch.Tensor, ...]:
         """Its parts once `change` has been made along `axis`: stored numbers as they are, wherever they can stay so."""
         ...

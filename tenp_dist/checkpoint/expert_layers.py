@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tenp_dist.checkpoint.entries import TensorEntry
@@ -96,10 +96,13 @@ def _check_experts(
     index: CheckpointIndex, slices: ExpertSlices, layer: int, num_experts: int, shape_FD: tuple[int, int]
 ) -> None:
     """Every matrix of a layer's experts has the config's shape and dtype, and there are no more of them."""
+    entries: list[TensorEntry] = []
     for _, _, place in slices.of_layer(layer, range(num_experts)):
         entry = index.entry(place.tensor)
+        entries.append(entry)
         check_shape(entry, shape_FD if place.axis == 0 else shape_FD[::-1], index.folder)
         _check_float(index, entry)
+    _check_one_form(index, entries)
     extra = slices.of(layer, num_experts, GATE).tensor
     if extra in index.tensors:
         raise SourceError(
@@ -108,6 +111,21 @@ def _check_experts(
             found=extra,
             wanted=f"{num_experts} experts per layer",
             next_step="check that config.json belongs to these weights",
+        )
+
+
+def _check_one_form(index: CheckpointIndex, entries: Sequence[TensorEntry]) -> None:
+    """A layer's experts run as one: they are all stored in one form."""
+    forms = {entry.name: entry.stored and entry.stored.format for entry in entries}
+    first = next(iter(forms))
+    other = next((name for name, form in forms.items() if form != forms[first]), None)
+    if other:
+        raise SourceError(
+            "The experts of a layer are stored in several forms",
+            where=f"{index.folder / index.entry(other).file}: {other}",
+            found=forms[other] or "plain numbers",
+            wanted=f"{forms[first] or 'plain numbers'}, as {first}",
+            next_step="download the shard and config.json again (a whole layer may stay plain, a part of it may not)",
         )
 
 

@@ -153,15 +153,22 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if (folder / SINGLE_NAME).is_file():
         header, _, _ = _read_header(folder, SINGLE_NAME)
         return {name: SINGLE_NAME for name in header if name != "__metadata__"}
+    raise _no_safetensors(folder)
+
+
+def _no_safetensors(folder: Path) -> SourceError:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    raise SourceError(
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    steps = {
+        "convert pickled weights to safetensors (only safetensors is read)": pickles,
+        "GGUF is not read: give the checkpoint that it was made from, and convert the pruned one": gguf,
+    }
+    return SourceError(
         "No safetensors checkpoint in the model folder",
         where=folder,
-        found=", ".join(pickles[:3]) or "no weights",
+        found=", ".join([*pickles, *gguf][:3]) or "no weights",
         wanted=f"{INDEX_NAME} or {SINGLE_NAME}",
-        next_step="convert pickled weights to safetensors (only safetensors is read)"
-        if pickles
-        else "download the weights",
+        next_step=next((step for step, found in steps.items() if found), "download the weights"),
     )
 
 

@@ -10,6 +10,7 @@ from tenp_dist.checkpoint.content_sample import content_sample
 from tenp_dist.checkpoint.facts import Facts, checkpoint_facts
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.families.table import family_of
+from tenp_dist.checkpoint.foreign_forms import check_form
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 
 
@@ -49,5 +50,6 @@ def open_source(folder: Path) -> Source:
         UnsupportedModelError: not a Mixture-of-Experts model of a known family, or stored in a form that is not read.
     """
     index = open_index(folder)
+    check_form(index.folder, index.config)
     family = family_of(index.config)
     return Source(index, family, checkpoint_facts(index, family))

@@ -183,7 +183,9 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     label = "Experts kept" if removed else "Whole experts"
     table.add_row(label, f"{experts['whole']} of {experts['total']}, the others {others}")
     for name, layout in stages.get("write", {}).get("layouts", {}).items():
-        table.add_row(f"Size, {name}", f"{size(layout['bytes_before'], 2)} -> {size(layout['bytes'], 2)}")
+        bits = layout.get("effective_bits")  # none in a record of an earlier version
+        sizes = f"{size(layout['bytes_before'], 2)} -> {size(layout['bytes'], 2)}"
+        table.add_row(f"Size, {name}", sizes + (f", {bits:.2f} effective bits of an expert weight" if bits else ""))
     console.print(table)
     console.print()
 

@@ -11,7 +11,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | method      | what kind of method it is, and whose expert scores the map shows                |
 | layers      | one entry per MoE layer: plan, importance [E] and routed tokens [E]             |
 | routing     | experts that no, or nearly no, calibration token reached, over the whole model  |
-| checkpoints | layout -> files and bytes on disk, and what became of prediction layers (mtp)   |
+| checkpoints | layout -> files, bytes on disk, mtp (of prediction layers), effective bits        |
 | evaluation  | `evaluation.json` with the increase in NLL per variant and domain, or None      |
 | benchmark   | `benchmark.json`: tasks, both columns and their paired differences, or None       |
 | selection   | `selection.json`: the curve that an `auto` budget was chosen on, or None          |
@@ -145,15 +145,14 @@ def _main_layout(checkpoints: Mapping[str, Any], evaluation: Mapping[str, Any] |
 
 
 def _checkpoints(files: RunFiles) -> dict[str, dict[str, Any]]:
+    """`effective_bits` is None where an earlier version wrote the checkpoint."""
     folders = {path.parent.name: path.parent for path in files.checkpoints.glob("*/config.json")}
     sizes = {
         name: [path.stat().st_size for path in folders[name].glob("*.safetensors")] for name in sorted_names(folders)
     }
     written = (_optional(files.record("write")) or {}).get("summary", {}).get("layouts", {})
-    return {
-        name: {"files": len(found), "bytes": sum(found), "mtp": written.get(name, {}).get("mtp")}
-        for name, found in sizes.items()
-    }
+    told = {name: {key: written.get(name, {}).get(key) for key in ("mtp", "effective_bits")} for name in sizes}
+    return {name: {"files": len(found), "bytes": sum(found), **told[name]} for name, found in sizes.items()}
 
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:

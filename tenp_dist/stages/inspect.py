@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tenp_dist.artifacts import digest_of, write_json
+from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.pipeline.records import read_record
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.report.text import size
@@ -30,6 +31,7 @@ def _first_content(run: Run) -> str:
 def inspect_source(run: Run, context: StageContext) -> Output:
     facts, first = run.source.facts, _first_content(run)
     changed = run.source.content != first
+    _check_stored(run)
     context.replace()
     write_json(run.files.facts, facts.plain())
     summary = {
@@ -47,6 +49,14 @@ def inspect_source(run: Run, context: StageContext) -> Output:
     return Output(
         [run.files.facts], digest_of([facts.plain(), run.source.content] if changed else facts.plain()), summary
     )
+
+
+def _check_stored(run: Run) -> None:
+    """Read the small parts of stored tensors, the factors, before anything is made from them. Raises SourceError."""
+    with TensorReader(run.source.index) as reader:
+        for entry in run.source.index.tensors.values():
+            if entry.stored is not None:
+                entry.stored.check(reader)
 
 
 def _format_warnings(run: Run) -> list[str]:

@@ -95,6 +95,9 @@ class BlockScaled:
 
         return float8.encode(plain, self.block, self._kind(self.checked_factors(source)))
 
+    def check(self, source: StoredTensors) -> None:
+        self.checked_factors(source)
+
     def regroup(self, source: StoredTensors, change: Change, axis: int) -> tuple[torch.Tensor, ...]:
         import torch
 
