@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import tenp_dist
 from helpers.checkpoints import all_tensors, change_config, corrupt, random_kept, verify, write
+from helpers.fp8 import make_pair
 from tenp_dist.budget.unscored import keep_by_norm
 from tenp_dist.checkpoint.index import INDEX_NAME
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -24,14 +25,19 @@ from tenp_dist.stages.mtp import mtp_kept
 EXPERTS, NEURONS = 8, 24
 
 
+def scales(tensor, draw) -> torch.Tensor:
+    """A factor between 0.5 and 1.5 for every row."""
+    factors = 0.5 + torch.rand(tensor.shape[0], generator=draw)
+    return factors.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype)
+
+
 def add_mtp(model, folder, prefix: str, key: str, more=()):
-    """A checkpoint with one prediction layer: the last decoder layer's tensors, their neurons shuffled and scaled."""
+    """A checkpoint with one prediction layer: the last decoder layer's tensors, each row scaled."""
     shutil.copytree(model, folder)
     tensors, draw = all_tensors(model), torch.Generator().manual_seed(5)
     last = max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
     extra = {
-        prefix + name.split(".", 3)[3]: tensor
-        * (0.5 + torch.rand(tensor.shape[0], generator=draw).view(-1, *[1] * (tensor.dim() - 1)))
+        prefix + name.split(".", 3)[3]: tensor * scales(tensor, draw)
         for name, tensor in tensors.items()
         if name.startswith(f"model.layers.{last}.")
     }
@@ -271,6 +277,28 @@ def test_a_job_says_what_becomes_of_it(tiny_model, job_file, tmp_path):
     assert [layout["mtp"] for layout in again["write"].summary["layouts"].values()] == ["left out"] * 2
     assert not any("prediction" in warning for warning in again["plan"].summary["warnings"])
     assert "are not in this checkpoint" in (tmp_path / "run" / "checkpoint" / "ragged" / "README.md").read_text()
+
+
+def test_in_fp8_and_with_files_of_ranks(tiny_model, job_file, tmp_path):
+    """Blocks of the prediction layer are read, chosen by what they stand for, cut and encoded like the others."""
+    model = add_mtp(
+        tiny_model("deepseek_v3", "bfloat16"), tmp_path / "m", "model.layers.4.", "num_nextn_predict_layers"
+    )
+    fp8, plain = make_pair(tmp_path, model, powers=True)
+    same = [mtp_kept(InProcessPool(), open_source(folder), narrowed(model)) for folder in (fp8, plain)]
+    assert same[0].keys() == same[1].keys() == {4}
+    assert np.array_equal(same[0][4].indices, same[1][4].indices)
+    job = job_file(
+        model=fp8,
+        budget={"method": "enp", "retention": "0.5", "align": 4},
+        output={"layouts": ["uniform", "ragged"], "layout_by": "expert-parallel=2"},
+    )
+    records = tenp_dist.run_job(job, pool=lambda: InProcessPool(cores=1))
+    assert all(layout["ok"] for layout in records["verify"].summary["layouts"].values())
+    written = all_tensors(tmp_path / "run" / "checkpoint" / "uniform")
+    name = "model.layers.4.mlp.experts.7.up_proj.weight"
+    assert written[name].shape == (12, 32) and written[name].dtype == torch.float8_e4m3fn
+    assert f"{name}_scale_inv" in written
 
 
 def drafting(model, folder):

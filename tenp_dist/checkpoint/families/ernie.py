@@ -12,5 +12,6 @@ ROWS = (
         router_tensors=("mlp.gate.", "mlp.moe_statics."),
         shared_key="moe_num_shared_experts",
         mtp_tensors=("model.mtp_",),
+        mtp_changes={"layer": "model.mtp_block.{layer}."},
     ),
 )
