@@ -2,7 +2,8 @@
 
 Every plan is evaluated plain and compensated with each ridge, on text that was not calibrated on, as the increase
 of the mean NLL over the source. The cost is a compensation pass (of the first plan, its files written) against
-the scoring pass of the same tokens, in one process; so is that of the first plan solved jointly. Give one calibration and one evaluation file per domain.
+the scoring pass of the same tokens, in one process; so is that of the first plan solved jointly. Give one calibration
+and one evaluation file per domain.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def show(table: str, rows: Sequence[Mapping], domains: Sequence[str]) -> None:
     for line in lines:
         own = [row for row in rows if (row["line"], *(row[name] for name in fixed), row["compensated"]) == line]
         cells = [_cell(own, key, column) for column in columns]
-        label = ", ".join(map(str, line[:-1])) + (FORMS[line[-1]])
+        label = ", ".join(map(str, line[:-1])) + FORMS[line[-1]]
         click.echo(f"{label:<46}" + "".join(f"{cell:>10}" for cell in cells))
 
 
