@@ -2,7 +2,8 @@
 
 Every plan is evaluated plain and compensated with each ridge, on text that was not calibrated on, as the increase
 of the mean NLL over the source. The cost is a compensation pass (of the first plan, its files written) against
-the scoring pass of the same tokens, in one process. Give one calibration and one evaluation file per domain.
+the scoring pass of the same tokens, in one process; so is that of the first plan solved jointly. Give one calibration
+and one evaluation file per domain.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import PeakMemory, pass_context_here, print_machine, score_here, timed
 from scoring import ROOT, make_corpus
 
+JOINT = "joint"
 FILES = {"type": click.Path(path_type=Path), "multiple": True}
 
 
@@ -34,10 +36,11 @@ FILES = {"type": click.Path(path_type=Path), "multiple": True}
 @click.option("--retention", "retentions", multiple=True, default=("0.6", "0.3"), show_default=True)
 @click.option("--method", "methods", multiple=True, default=("tenp", "enp", "random:0"), show_default=True,
               help="METHOD or METHOD:IMPORTANT")  # fmt: skip
+@click.option("--joint/--no-joint", default=True, show_default=True, help="layers as one system too")
 @click.option("--ridge", "ridges", multiple=True, default=("0.001", "0.01", "0.1"), show_default=True)
 @click.option("--shape/--no-shape", default=True, show_default=True, help="time experts of DeepSeek-V3's shape too")
 @click.option("--threads", default=None, type=int, help="default: all cores")
-def main(model, texts, held_out, samples, held_out_samples, length, retentions, methods, ridges, shape, threads):
+def main(model, texts, held_out, samples, held_out_samples, length, retentions, methods, joint, ridges, shape, threads):
     import torch
 
     from tenp_dist.pool.machine import available_cores
@@ -52,6 +55,9 @@ def main(model, texts, held_out, samples, held_out_samples, length, retentions, 
         bench.score(make_corpus(model, texts, samples, length))
         plans = [bench.plan(method, retention) for retention in retentions for method in methods]
         bench.compensate(plans, [float(ridge) for ridge in ridges])
+        if joint:
+            bench.compensate_jointly(plans)
+            ridges = (*ridges, JOINT)
         print_table(
             bench.evaluate(plans, ridges, make_corpus(model, held_out, held_out_samples, length)), plans, ridges
         )
@@ -115,6 +121,24 @@ class Bench:
                 f" {found['damped']} of {found['compensated']} experts damped"
             )
 
+    def compensate_jointly(self, plans: list[str]) -> None:
+        """Time the pass of the first plan; then all plans."""
+        from tenp_dist.compensation.joint_pass import JointTask
+
+        def task(names: list[str], key: str) -> JointTask:
+            own = self.task(names, 0.01)
+            fields = {name: getattr(own, name) for name in ("model", "corpus", "compute", "moe", "ridge")}
+            targets = tuple(replace(one, folder=one.folder.parent / key) for one in own.targets)
+            return JointTask(**fields, folder=self.folder / key, key=key, targets=targets)
+
+        self.report("jointly", lambda: self.drive(task(plans[:1], "timed-jointly")))
+        every = task(plans, JOINT)
+        self.drive(every)
+        for name, target in zip(plans, every.targets, strict=True):
+            found = every.outcome(target, 1 << 30)
+            errors = " -> ".join(f"{found[key]:.3%}" for key in ("before", "apart", "after"))
+            click.echo(f"{name:<16} jointly: error of the layers' blocks on calibration text {errors}")
+
     def task(self, plans: list[str], ridge: float):
         """All plans with one ridge, in one pass."""
         from tenp_dist.checkpoint.kept import read_kept
@@ -150,7 +174,7 @@ class Bench:
         variants = {"source": Variant()} | {name: Variant(self.plan_file(name)) for name in plans}
         for name in plans:
             for ridge in ridges:
-                solved = self.folder / name / str(float(ridge))
+                solved = self.folder / name / (ridge if ridge == JOINT else str(float(ridge)))
                 variants[f"{name} {ridge}"] = Variant(self.plan_file(name), solved)
         task = EvaluateTask(
             (VariantsPass(self.model, variants),), self.folder / "held-out.arrow", self.folder / "evaluation", "bench",

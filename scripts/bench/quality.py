@@ -26,6 +26,7 @@ from scoring import ROOT
 
 TABLES = ("methods", "samples", "domains")
 BEST = ("obs", "global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
+FORMS = {False: "", True: " + compensated", "joint": " + compensated jointly"}
 PATHS = click.Path(path_type=Path, exists=True)
 
 
@@ -128,9 +129,11 @@ def _compensated(cases, compensate: bool) -> list:
     from dataclasses import replace
 
     from tenp_dist.budget.kinds.table import kind_of
+    from tenp_dist.config import JOINT
 
     narrowing = [case for case in cases if kind_of(case.budget).leaves_narrow]
-    return [replace(case, compensated=True) for case in narrowing] if compensate else []
+    apart = [replace(case, compensated=True) for case in narrowing] if compensate else []
+    return apart + [replace(case, compensated=JOINT) for case in cases if compensate and case.table == "methods"]
 
 
 def by_count(study, domains: Mapping[str, Path], *, methods, counts, compensate, **_):
@@ -193,7 +196,7 @@ def show(table: str, rows: Sequence[Mapping], domains: Sequence[str]) -> None:
     for line in lines:
         own = [row for row in rows if (row["line"], *(row[name] for name in fixed), row["compensated"]) == line]
         cells = [_cell(own, key, column) for column in columns]
-        label = ", ".join(map(str, line[:-1])) + (" + compensated" if line[-1] else "")
+        label = ", ".join(map(str, line[:-1])) + FORMS[line[-1]]
         click.echo(f"{label:<46}" + "".join(f"{cell:>10}" for cell in cells))
 
 
@@ -214,7 +217,7 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
     least = {row["line"]: row["nll_added"] for row in sorted(rows, key=lambda row: -row["nll_added"])}
     lines, colors = sorted(least, key=least.get, reverse=True), colormaps["tab20"]
     for place, line in enumerate(lines):
-        for compensated, style in ((False, "-"), (True, "--")):
+        for compensated, style in ((False, "-"), (True, "--"), ("joint", ":")):
             points = {}
             for row in rows:
                 if (row["line"], row["compensated"]) == (line, compensated):
@@ -227,7 +230,7 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("share of routed-expert parameters kept")
     axes.set_ylabel("NLL added, nats per token")
-    figure.legend(loc="outside right upper", fontsize="small", title="dashed: compensated")
+    figure.legend(loc="outside right upper", fontsize="small", title="dashed: compensated, dotted: jointly")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 

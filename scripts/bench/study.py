@@ -7,6 +7,7 @@ scored, compensated or measured is not made again.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -25,7 +26,8 @@ from tenp_dist.calibration.corpus import Corpus, build_split, read_corpus, write
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
-from tenp_dist.config import Budget, Cluster, Source, Text
+from tenp_dist.compensation.joint_pass import JointTask
+from tenp_dist.config import JOINT, Budget, Cluster, Source, Text
 from tenp_dist.elimination.eliminate_pass import EliminateTask, eliminate_model
 from tenp_dist.elimination.files import read_planning
 from tenp_dist.errors import BudgetError
@@ -47,7 +49,7 @@ class Case:
     line: str
     budget: Budget
     calibration: str
-    compensated: bool = False
+    compensated: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,15 @@ class Study:
         limits = (family.groups(config), family.least_experts(config))
         return [MoeLayer(layer, experts, width, *limits) for layer in self.moe_layers]
 
-    def compensated(self, plans: Iterable[NamedPlan], corpus: Path) -> dict[str, Path]:
+    def compensated(self, plans: Iterable[NamedPlan], corpus: Path, form: bool | str = True) -> dict[str, Path]:
         """Name of each plan -> folder of its compensated W_down, solved on the corpus that it was planned on.
 
-        One pass for all that are not there yet.
+        One pass for all that are not there yet. form: True expert by expert, `joint` a layer as one system.
         """
-        found = {plan.name: Target(plan.tensors, plan.text.parent / "compensation") for plan in plans}
-        task = CompensateTask(
-            self.model, corpus, self.folder / "compensate" / corpus.stem, corpus.stem, self.compute,
+        name = "compensation" if form is True else f"compensation-{form}"
+        found = {plan.name: Target(plan.tensors, plan.text.parent / name) for plan in plans}
+        task = (CompensateTask if form is True else JointTask)(
+            self.model, corpus, self.folder / name / corpus.stem, corpus.stem, self.compute,
             moe=tuple(self.moe_layers),
         )  # fmt: skip
         due = tuple(one for one in found.values() if not all(task.stored(one, layer, 0) for layer in task.moe))
@@ -180,14 +183,14 @@ class Study:
         corpora = {name: self.corpora(text)[0] for name, text in sets.items()}
         planned = {case: self.plan(case.budget, corpora[case.calibration]) for case in cases}
         planned = {case: plan for case, plan in planned.items() if plan}
-        solved = {}
-        for name, corpus in corpora.items():
-            wanted = [plan for case, plan in planned.items() if case.compensated and case.calibration == name]
-            solved |= self.compensated(wanted, corpus)
+        solved = {False: {}, True: {}, JOINT: {}}
+        for name, form in itertools.product(corpora, (True, JOINT)):
+            wanted = [plan for case, plan in planned.items() if case.compensated == form and case.calibration == name]
+            solved[form] |= self.compensated(wanted, corpora[name], form)
         variants, made = {}, {}
         for case, plan in planned.items():
-            name = f"{plan.name}{'+' if case.compensated else ''}"
-            variants[name] = Variant(plan.tensors, solved[plan.name] if case.compensated else None)
+            name = f"{plan.name}{case.compensated or ''}"
+            variants[name] = Variant(plan.tensors, solved[case.compensated].get(plan.name))
             made[case] = name, plan
         click.echo(f"measuring {len(variants)} variants on {read_corpus(held_out).tokens_NS.size:,} tokens")
         figures = self.measure(variants, held_out)

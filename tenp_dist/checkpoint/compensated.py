@@ -4,7 +4,8 @@
 holds W_down[:, S] of every expert that was compensated, [D, width], under the checkpoint's own tensor names and in its
 dtypes: the one rounding from float64 happens when it is stored here. Beside them, one row per such expert,
 `experts` and `tokens` (int64) and `damping`, `energy`, `before`, `after` (float64; see `compensation/moments.py`).
-Narrow experts that are not in it keep the source's columns.
+Narrow experts that are not in it keep the source's columns. A layer that was solved as one system has whole experts and
+the shared expert (-1 in the column `experts`) too, and the layer's energy and errors in every row.
 """
 
 from __future__ import annotations

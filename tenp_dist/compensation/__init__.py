@@ -10,4 +10,12 @@ Files in reading order:
 - `compensate_pass`: the pass that solves and stores.
 - `random_vectors`: whether a solution holds, tried on random vectors without the sums.
 - `recheck_pass`: the pass that checks: all experts on random vectors, some by solving them again.
+
+A layer as one system (`output.compensate: joint`):
+
+- `joint_features`, `joint_block`: what its experts hand to W_down, and one microbatch through its block.
+- `normal_equations`, `conjugate_gradients`: two ways to solve it; `stored_features` keeps what the second needs.
+- `joint_systems`: what a rank sums and how ranks solve together.
+- `joint_pass`, `joint_outcome`: the pass that solves and stores, and what it tells people.
+- `joint_recheck`: the pass that checks it on random vectors.
 """

@@ -55,8 +55,8 @@ STAGES = (
     ),
     StageName(
         "compensate",
-        "Solve W_down of narrow experts for what their dropped neurons contributed.",
-        ("JOB.yaml --set output.compensate=true", "JOB.yaml --set output.ridge=0.001 --overwrite"),
+        "Solve W_down of kept experts for what pruning takes away.",
+        ("JOB.yaml --set output.compensate=joint", "JOB.yaml --set output.ridge=0.001 --overwrite"),
     ),
     StageName(
         "write",

@@ -9,6 +9,7 @@ import torch
 
 from helpers.checkpoints import all_tensors
 from helpers.evaluation import expected_figures, load, logits_of
+from helpers.fp8 import make_pair
 from helpers.jobs import evaluation, measured
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.compensated import open_compensated
@@ -76,6 +77,24 @@ def test_experts_are_removed_and_the_rest_makes_up_for_it(text_files, tiny_model
         assert variants["pruned"]["domains"][domain]["kl"] == pytest.approx(wanted["kl"], rel=1e-3)
     refused = tenp("run", job, "--run-dir", tmp_path / "alone", "--set", "output.compensate=true")
     assert refused.exit_code == 2 and "joint" in refused.stderr
+
+
+def test_a_source_in_fp8_gets_its_solution_in_fp8(tiny_model, job_file, tenp, tmp_path):
+    """Whole experts and the shared one are not copied byte for byte then, and verify has checked what is written."""
+    model, _ = make_pair(tmp_path, tiny_model("deepseek_v3", "bfloat16"))
+    result = tenp("run", job_file(model=model, output=JOINT))
+    assert result.exit_code == 0, result.stderr
+    run, family = tmp_path / "run", family_of(open_index(model).config)
+    whole = next(expert for expert, width in enumerate(read_kept(run / "plan.safetensors")[3].widths) if width == 24)
+    with (
+        TensorReader(open_compensated(run / "compensation")) as solved,
+        TensorReader(open_index(run / "checkpoint/ragged")) as written,
+        TensorReader(open_index(model)) as source,
+    ):
+        for name in (family.shared_down(3), ExpertSlices(family).of(3, whole, DOWN).tensor):
+            assert written.index.entry(name).stored is not None
+            wanted, found, plain = (reader.tensor(name).float() for reader in (solved, written, source))
+            assert (found - wanted).norm() < 0.05 * wanted.norm() < (plain - wanted).norm() * 5
 
 
 def test_verify_finds_a_shared_expert_that_is_the_source_s(tiny_model, job_file, tenp, tmp_path):
