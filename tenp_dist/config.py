@@ -168,7 +168,7 @@ class Score(_Part):
 
 
 class Budget(_Part):
-    method: str = Field("tenp", description="a registered method; jobs/README.md lists them")
+    method: str = Field("tenp", description="a registered method (jobs/README.md lists them), or auto")
     experts: str | Fused | None = Field(
         None, description="rank experts as this method does instead, or by the mean rank of several"
     )
@@ -204,6 +204,8 @@ class Budget(_Part):
     def _feasible(self) -> Budget:
         if not 0 < self.retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, found {self.retention}")
+        if self.method == AUTO and (self.experts or self.neurons):
+            raise ValueError("method: auto chooses the rankings too: leave experts and neurons out")
         if isinstance(self.important, Decimal) and not 0 <= self.important <= self.retention:
             raise ValueError(f"important must lie between 0 and retention ({self.retention}), found {self.important}")
         return self
@@ -211,7 +213,7 @@ class Budget(_Part):
     @property
     def auto(self) -> tuple[str, ...]:
         """The keys that are to be chosen by measuring."""
-        return tuple(key for key in ("important", "slope") if getattr(self, key) == AUTO)
+        return tuple(key for key in ("method", "important", "slope") if getattr(self, key) == AUTO)
 
     @property
     def retention_exact(self) -> Fraction:

@@ -1,9 +1,11 @@
 """Choosing `auto` keys of a budget: a grid of plans measured on calibration text that nothing was scored on.
 
 The grid is ours: alpha in six shares of rho, which hold the paper's best (rho/2 for Qwen1.5-MoE and rho/3 for
-DeepSeek-V2-Lite at rho 0.6, rho/6 at 0.3), and the slope in four steps. All plans go through the model in one
-pass. Chosen is the least divergence from the source (KL), not the least NLL: it compares whole distributions
-instead of one token's probability, so it settles on less text, and a plan gains nothing by chance on a domain.
+DeepSeek-V2-Lite at rho 0.6, rho/6 at 0.3), and the slope in four steps. All plans go through the model in one pass.
+`method: auto` tries a few methods in the same pass, each with the shares and slopes that are asked for if it keeps
+experts whole: what is the best of them differs from model to model. Chosen is the least divergence from the source
+(KL), not the least NLL: it compares whole distributions instead of one token's probability, so it settles on less
+text, and a plan gains nothing by chance on a domain.
 """
 
 from __future__ import annotations
@@ -21,14 +23,35 @@ from tenp_dist.evaluation.plans import NamedPlan
 ALPHA_SHARES = tuple(Fraction(n, 12) for n in (0, 1, 2, 4, 6, 8))
 SLOPES = tuple(map(Decimal, ("0", "0.33", "0.67", "1")))
 CRITERION = "kl"
+METHODS = ("obs", "obs-uniform", "global", "camera", "tenp", "enp", "hope", "reap")
+"""What `method: auto` tries: the best of each kind of plan on the models that we measured."""
 
 
 def candidates(budget: Budget) -> dict[str, Budget]:
-    """Name -> budget of every combination tried, in the order in which ties are settled: alpha, then slope.
+    """Name -> budget of every combination tried, in the order in which ties are settled: method, alpha, slope.
 
     Raises:
         JobError: the method keeps no expert whole, so there is nothing to choose.
     """
+    if "method" not in budget.auto:
+        _check_whole(budget)
+        return _combinations(budget)
+    found: dict[str, Budget] = {}
+    for method in METHODS:
+        own = _without_unused(budget.model_copy(update={"method": method}))
+        many = _combinations(own) if own.auto else {"": own}
+        found |= {f"method={method} {name}".rstrip(): one for name, one in many.items()}
+    return found
+
+
+def _without_unused(budget: Budget) -> Budget:
+    """The budget without `auto` in what its method has no use for."""
+    if kind_of(budget).keeps_whole:
+        return budget
+    return budget.model_copy(update={key: Budget.model_fields[key].default for key in budget.auto})
+
+
+def _check_whole(budget: Budget) -> None:
     if not kind_of(Budget(method=budget.method)).keeps_whole:
         raise JobError(
             f"Method {budget.method} has no whole experts to choose a number of",
@@ -36,6 +59,9 @@ def candidates(budget: Budget) -> dict[str, Budget]:
             wanted="auto with a method that keeps experts whole",
             next_step="leave `important` and `slope` out, or use method tenp",
         )
+
+
+def _combinations(budget: Budget) -> dict[str, Budget]:
     alphas = [_alpha(budget, share) for share in ALPHA_SHARES] if "important" in budget.auto else [budget.important]
     slopes = SLOPES if "slope" in budget.auto else [budget.slope]
     pairs = [(alpha, slope) for alpha in dict.fromkeys(alphas) for slope in (slopes if alpha != 0 else slopes[:1])]
@@ -67,10 +93,13 @@ def selection_document(
     """
     curve = [_point(plan, figures[plan.name], source, weights) for plan in plans]
     best = min(curve, key=lambda point: point[CRITERION])  # the first of equals
+    keys = ("method", "important", "slope") if "method" in budget.auto else ("important", "slope")
+    others = [point for point in curve if point.get("method") != best.get("method")]
     return {
         "auto": list(budget.auto),
         "criterion": CRITERION,
-        "chosen": {key: best[key] for key in ("important", "slope")},
+        "chosen": {key: best[key] for key in keys},
+        **({"next_method": min(others, key=lambda point: point[CRITERION])} if others else {}),
         "tokens": {domain: row["tokens"] for domain, row in source["domains"].items()},
         "source_nll": _mean(source, "nll", weights),
         "curve": curve,
@@ -82,6 +111,7 @@ def _point(
 ) -> dict[str, Any]:
     measured = {key: _mean(figures, key, weights) for key in ("nll", "kl", "top1_agreement")}
     return {
+        **{key: plan.document[key] for key in ("method",) if key in plan.document},
         "important": plan.document["budget"]["important"],
         "slope": plan.document["budget"]["slope"],
         "retention": plan.document["retention"]["realised"],
@@ -99,5 +129,7 @@ def _mean(figures: Mapping[str, Any], key: str, weights: Mapping[str, Fraction])
 
 def chosen_budget(budget: Budget, document: Mapping[str, Any]) -> Budget:
     """The budget with its `auto` keys as chosen."""
+    if "method" in budget.auto:
+        budget = _without_unused(budget.model_copy(update={"method": document["chosen"]["method"]}))
     chosen = {key: Decimal(document["chosen"][key]) for key in budget.auto}
     return Budget.model_validate(budget.model_dump() | chosen)

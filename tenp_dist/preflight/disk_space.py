@@ -9,9 +9,9 @@ from pathlib import Path
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import COMPENSATE, JOINT, Budget, Compensate, Evaluation, Job, Text
+from tenp_dist.config import AUTO, COMPENSATE, JOINT, Budget, Compensate, Evaluation, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
-from tenp_dist.evaluation.selection import candidates
+from tenp_dist.evaluation.selection import METHODS, candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
@@ -45,7 +45,8 @@ def _streams(job: Job, asked: Evaluation, source: Source) -> int:
 
 def _plans(job: Job, asked: Evaluation, source: Source) -> dict[str, Budget]:
     """Name -> budget of the plans besides the written checkpoint, with their controls."""
-    budgets = grid_budgets(job.budget, asked.grid)[0] if asked.grid else {}
+    own = job.budget if job.budget.method != AUTO else job.budget.model_copy(update={"method": METHODS[0]})
+    budgets = grid_budgets(own, asked.grid)[0] if asked.grid else {}
     given = given_plans(asked.plans, source.fingerprint)
     return with_controls(budgets | {plan.name: plan.budget for plan in given})
 
@@ -73,7 +74,7 @@ def _measured(job: Job, own: list[Compensated], source: Source) -> list[Compensa
 
 def _share(budgets: Sequence[Compensated]) -> Fraction:
     """Share of the routed parameters that the plans keep together of which something is compensated."""
-    solved = (one for one, form in budgets if form == JOINT or kind_of(one).leaves_narrow)
+    solved = (one for one, form in budgets if form == JOINT or one.method == AUTO or kind_of(one).leaves_narrow)
     return sum((one.retention_exact for one in solved), Fraction(0))
 
 

@@ -12,7 +12,7 @@ from tenp_dist.checkpoint.expert_parallel import too_many_ranks
 from tenp_dist.checkpoint.layer_names import experts_by_name
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import JOINT, Budget, Job
+from tenp_dist.config import AUTO, JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
@@ -33,13 +33,11 @@ def check_job(job: Job, source: Source) -> None:
     _check_tensors(RunFiles(job.run_dir), source)
     layers = moe_layers(source)
     cut_layers(job.cluster, [1] * source.facts.num_layers)
-    shapes = _shapes(job.budget, layers)
-    check_layouts(job, layers, shapes)
-    check_width(job, source.family, layers, shapes)
-    check_expected_of(job, source)
-    _check_expert_ranks(job, source, shapes)
+    if job.budget.method == AUTO:
+        tried_budgets(job, source)
+    else:
+        _check_plan(job, source, layers)
     output_form(source, job.output.dtype)
-    _check_compensation(job)
     _check_benchmark(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
@@ -47,6 +45,36 @@ def check_job(job: Job, source: Source) -> None:
     if job.evaluation:
         check_apart(job.evaluation.plans, RunFiles(job.run_dir).evaluation_folder)
         given_plans(job.evaluation.plans, source.fingerprint)
+
+
+def tried_budgets(job: Job, source: Source) -> dict[str, Budget]:
+    """Name -> what an `auto` budget may become; of `method: auto` only methods that the job could ask for by name.
+
+    Raises:
+        JobError, BudgetError: there is none.
+    """
+    budgets = candidates(job.budget)
+    if job.budget.method != AUTO:
+        return budgets
+    output = job.output.model_copy(update={"layouts": tuple(layout.name for layout in layouts_of(job))})
+    layers, errors = moe_layers(source), {}
+    for name, budget in budgets.items():
+        try:
+            _check_plan(job.model_copy(update={"budget": budget, "output": output}), source, layers)
+        except (JobError, BudgetError) as error:
+            errors[name] = error
+    if len(errors) == len(budgets):
+        raise next(iter(errors.values()))
+    return {name: budget for name, budget in budgets.items() if not isinstance(errors.get(name), JobError)}
+
+
+def _check_plan(job: Job, source: Source, layers: Sequence[MoeLayer]) -> None:
+    shapes = _shapes(job.budget, layers)
+    check_layouts(job, layers, shapes)
+    check_width(job, source.family, layers, shapes)
+    check_expected_of(job, source)
+    _check_expert_ranks(job, source, shapes)
+    _check_compensation(job)
 
 
 def _check_tensors(files: RunFiles, source: Source) -> None:

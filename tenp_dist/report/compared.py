@@ -116,9 +116,8 @@ def selection_chart(report: Mapping[str, Any]) -> Chart:
     name, title, criterion = "selection", "What the budget was chosen on", selection["criterion"]
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in selection["curve"]:
-        lines.setdefault(point["slope"], []).append((_number(point["important"]), point[criterion]))
-    chosen = tuple(selection["chosen"][key] for key in ("important", "slope"))
-    best = next(p for p in selection["curve"] if (p["important"], p["slope"]) == chosen)
+        lines.setdefault(_line_of(selection, point), []).append((_number(point["important"]), point[criterion]))
+    best = next(p for p in selection["curve"] if selection["chosen"].items() <= p.items())
     with svg.drawing(name):
         figure, axes = svg.panel(WIDTH, HEIGHT, left=72, right=14, top=10, bottom=44)
         for (colour, marker), points in zip(_styles(lines), lines.values(), strict=True):
@@ -126,24 +125,30 @@ def selection_chart(report: Mapping[str, Any]) -> Chart:
         axes.plot(_number(best["important"]), best[criterion], "o", markersize=13, fillstyle="none", color=svg.INK)
         _axes(axes, "share of experts kept whole", "KL to the source, nats per token")
         axes.set_ylim(bottom=0)
-        spoken = f"chosen: {chosen[0]} of the experts whole, slope {chosen[1]}, at {best[criterion]:.4f}"
+        method = f"method {selection['chosen']['method']}, " if "method" in selection["chosen"] else ""
+        share = f"{best['important']} of the experts whole, slope {best['slope']}"
+        spoken = f"chosen: {method}{share}, at {best[criterion]:.4f}"
         drawn = svg.inline(figure, name=name, label=f"{title}. {spoken}.")
     colours = [colour for colour, _ in _styles(lines)]
-    legend = tuple(
-        Legend(label=f"slope {line}", background=colour) for line, colour in zip(lines, colours, strict=True)
-    )
+    legend = tuple(Legend(label=line, background=colour) for line, colour in zip(lines, colours, strict=True))
     return Chart(
         name=name,
         title=title,
         svgs=(drawn,),
         legend=legend,
         explanation=(
-            "Every point is a plan of the same size with another share of whole experts and another slope, measured on "
-            "calibration text that was set aside: no score was made from it, and the evaluation text played no part. "
+            f"Every point is a plan of the same size with another {'method, ' if method else ''}share of whole experts "
+            "and another slope, measured on calibration text that was set aside: no score was made from it, and the "
+            "evaluation text played no part. "
             "Lower is closer to the source; the ring is what was chosen."
             + (" All were compensated, as the checkpoint is." if selection.get("compensated") else "")
         ),
     )
+
+
+def _line_of(selection: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    slope = f"slope {point['slope']}"
+    return f"{point['method']}, {slope}" if "method" in selection["chosen"] else slope
 
 
 def _number(text: str) -> float:

@@ -51,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 def is_auto(job: Mapping[str, Any]) -> bool:
-    return "auto" in ((job.get("budget") or {}).get(key) for key in ("important", "slope"))
+    return "auto" in ((job.get("budget") or {}).get(key) for key in ("method", "important", "slope"))
 
 
 def domain_weights(job: Mapping[str, Any]) -> dict[str, float]:

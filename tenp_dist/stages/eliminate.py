@@ -8,10 +8,11 @@ from typing import Any
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan import planning_statistics
-from tenp_dist.config import Budget
+from tenp_dist.config import AUTO, Budget
 from tenp_dist.elimination.eliminate_pass import EliminateTask, eliminate_model, layer_files
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import given_plans, grid_budgets
+from tenp_dist.evaluation.selection import candidates
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.scoring.statistics import ELIMINATION
 from tenp_dist.stages.base import RunStage, bits_fields, reads, weight_fields
@@ -36,7 +37,8 @@ def eliminate(run: Run, context: StageContext) -> Output:
 
 def needed_by(*budgets: Budget) -> Sequence[str]:
     """The stage's name where a plan of one of these budgets reads what it leaves."""
-    asks = any(set(ELIMINATION) & set(planning_statistics(budget)) for budget in budgets)
+    tried = [one for budget in budgets for one in (candidates(budget).values() if budget.method == AUTO else [budget])]
+    asks = any(set(ELIMINATION) & set(planning_statistics(budget)) for budget in tried)
     return ("eliminate",) if asks else ()
 
 
@@ -45,7 +47,8 @@ def budgets_of(run: Run) -> Iterator[Budget]:
     job = run.job
     yield job.budget
     if job.evaluation:
-        yield from grid_budgets(job.budget, job.evaluation.grid)[0].values() if job.evaluation.grid else ()
+        own = next(iter(candidates(job.budget).values())) if job.budget.method == AUTO else job.budget
+        yield from grid_budgets(own, job.evaluation.grid)[0].values() if job.evaluation.grid else ()
         given = given_plans(job.evaluation.plans, run.source.fingerprint)
         yield from (kind_of(plan.budget).control() for plan in given)
 

@@ -10,8 +10,9 @@ from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, write_json
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.metrics import SOURCE
 from tenp_dist.evaluation.plans import store_plans
-from tenp_dist.evaluation.selection import candidates, selection_document
+from tenp_dist.evaluation.selection import selection_document
 from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.preflight.job_checks import tried_budgets
 from tenp_dist.run_files import PLANS
 from tenp_dist.stages.base import RunStage
 from tenp_dist.stages.compensate import ridge_fields
@@ -23,7 +24,7 @@ from tenp_dist.stages.score import score_fields
 
 
 def select_fields(run: Run) -> dict[str, Any]:
-    tried = [budget.model_dump(mode="json") for budget in candidates(run.job.budget).values()]
+    tried = [budget.model_dump(mode="json") for budget in tried_budgets(run.job, run.source).values()]
     solved = {"compensation": ridge_fields(run)} if run.job.output.compensate else {}
     return plan_fields(run) | score_fields(run) | {"candidates": digest_of(tried)} | solved
 
@@ -32,7 +33,7 @@ def select(run: Run, context: StageContext) -> Output:
     job, files, folder = run.job, run.files, run.files.selection_folder
     context.replace()
     write = partial(run.store_plan, digests=context.digests)
-    plans, infeasible = store_plans(candidates(job.budget), folder / PLANS, run.make_plan, write)
+    plans, infeasible = store_plans(tried_budgets(job, run.source), folder / PLANS, run.make_plan, write)
     plans = [plan.compensate(job.output.compensate) for plan in plans]
     measured = Measured("select", files.selection_text, folder, job.score.batch_tokens)
     figures = measure(run, context, measured, plans)
@@ -54,7 +55,7 @@ def _not_asked(run: Run) -> JobError | None:
     return JobError(
         "Nothing in the job's budget is to be chosen",
         where=run.job.run_dir,
-        wanted="important: auto or slope: auto",
+        wanted="method: auto, important: auto or slope: auto",
         next_step="plan as the budget says, or set one of them to auto",
     )
 

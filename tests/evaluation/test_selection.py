@@ -13,11 +13,14 @@ from helpers.evaluation import expected_figures, load, logits_of, masked
 from helpers.jobs import AUTO, evaluation
 from tenp_dist.calibration.corpus import build_corpus, build_split, joined, read_corpus
 from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.config import Budget
+from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import NamedPlan
-from tenp_dist.evaluation.selection import candidates, selection_document
+from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_document
 from tenp_dist.job_file import load_job
 from tenp_dist.passes import hidden_states as boundaries
+from tenp_dist.preflight.job_checks import tried_budgets
 
 
 @pytest.mark.parametrize("share", ["0.25", "0.1", "0.5"])
@@ -197,3 +200,51 @@ def test_a_choice_cut_anywhere_goes_on_to_the_same_bytes(job_file, tenp, tmp_pat
         assert not (tmp_path / name / "selection").exists()
     one, two = ((tmp_path / name / "selection.json").read_bytes() for name in ("whole", "cut"))
     assert one == two
+
+
+# --- method: auto -------------------------------------------------------------------------------
+
+
+def test_a_method_is_chosen_among_those_that_the_layouts_hold(job_file, tenp, tmp_path):
+    """Ragged checkpoints keep every expert: the six methods that do are measured, and the least is planned."""
+    result = tenp("run", job_file(budget={"method": "auto", "retention": 0.6}), "--json")
+    assert result.exit_code == 0, result.stderr
+    run = tmp_path / "run"
+    document = json.loads((run / "selection.json").read_text())
+    assert [point["method"] for point in document["curve"]] == ["obs", "obs-uniform", "global", "camera", "tenp", "enp"]
+    best, second = sorted(document["curve"], key=lambda point: point["kl"])[:2]
+    assert document["chosen"]["method"] == best["method"] and document["next_method"] == second
+    assert json.loads((run / "plan.json").read_text())["method"] == best["method"]
+    page = (run / "report" / "index.html").read_text()
+    assert f"Chosen: method {best['method']}" in page and second["method"] in page
+
+
+def test_methods_tried_and_what_they_leave_open():
+    tried = candidates(Budget(method="auto", slope="auto", protect="none"))
+    assert list(tried)[:2] == ["method=obs", "method=obs-uniform"] and len(tried) == 7 + 4
+    assert all(budget.slope == 1 for budget in tried.values() if budget.method != "tenp")
+    assert [str(budget.slope) for budget in tried.values() if budget.method == "tenp"] == ["0", "0.33", "0.67", "1"]
+    assert not any(budget.auto for budget in tried.values())
+    chosen = {"chosen": {"method": "hope", "important": "0", "slope": "1"}}
+    assert chosen_budget(Budget(method="auto", important="auto"), chosen) == Budget(method="hope")
+    chosen = {"chosen": {"method": "tenp", "important": "0.1", "slope": "1"}}
+    assert chosen_budget(Budget(method="auto", important="auto"), chosen) == Budget(method="tenp", important="0.1")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "compensate", "methods"),
+    [
+        (["uniform"], False, {"obs-uniform", "camera", "enp", "hope", "reap"}),
+        (["uniform"], True, {"obs-uniform", "camera", "enp"}),
+        (None, False, {"obs", "obs-uniform", "global", "camera", "tenp", "enp"}),
+    ],
+)
+def test_a_method_is_tried_where_the_job_could_name_it(layouts, compensate, methods, job_file, tiny_model):
+    output = {"compensate": compensate} | ({} if layouts is None else {"layouts": layouts})
+    job, source = load_job(job_file(budget={"method": "auto"}, output=output)), open_source(tiny_model("qwen2_moe"))
+    assert {budget.method for budget in tried_budgets(job, source).values()} == methods
+
+
+def test_an_auto_method_takes_no_rankings(job_file):
+    with pytest.raises(JobError, match="leave experts and neurons out"):
+        load_job(job_file(budget={"method": "auto", "neurons": "enp"}))
