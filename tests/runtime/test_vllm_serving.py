@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 PROMPTS = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(3)).tolist()
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}}
-CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True}
+CHUNKED = {"max_num_batched_tokens": 32, "enable_prefix_caching": True, "block_size": 32}  # chunks by default
 MATRIX = "model.layers.1.mlp.experts.0.down_proj.weight"
 
 
