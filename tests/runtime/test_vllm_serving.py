@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 PROMPTS = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(3)).tolist()
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}}
-CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True}
+CHUNKED = {"max_num_batched_tokens": 32, "enable_prefix_caching": True, "block_size": 32}  # chunks by default
 MATRIX = "model.layers.1.mlp.experts.0.down_proj.weight"
 
 
@@ -68,6 +68,7 @@ def one_rank(served, answers) -> dict[str, dict]:
             "qwen chunked": (qwen["ragged"], CHUNKED),
             "deepseek padded": (deepseek["padded"], {}),
             "deepseek drafts": (deepseek["ragged"], MTP),
+            "deepseek padded compiled": (deepseek["padded"], {"enforce_eager": False}),
             "deepseek compiled": (deepseek["ragged"], {"enforce_eager": False}),
         }
     )
@@ -143,7 +144,7 @@ def test_speculative_decoding_with_the_layer_that_predicts_two_tokens(one_rank):
 
 
 def test_compiled(one_rank):
-    agrees(one_rank["deepseek compiled"], one_rank["deepseek padded"])
+    agrees(one_rank["deepseek compiled"], one_rank["deepseek padded compiled"])
 
 
 def test_two_tensor_parallel_ranks(one_rank, two_ranks):

@@ -31,7 +31,8 @@ class RaggedExperts(RoutedExperts):
     """The routed experts of one layer: ragged if config.json lists it, else as vLLM makes them.
 
     Attributes of a ragged layer:
-        widths: neurons of every expert; None in a layer that is not ragged.
+        widths: neurons of every expert; None in a layer that is as vLLM makes it.
+        listed: whether config.json lists the layer.
         buckets: `Bucket`s of this rank's experts, ascending in width.
         missing: (expert, w1 | w2 | w3, parameter) that have not been loaded yet.
     """
@@ -41,6 +42,10 @@ class RaggedExperts(RoutedExperts):
         self.layer = extract_layer_index(self.layer_name)
         config = vllm_config.model_config.hf_text_config
         self.widths = widths_by_layer({"tenp": config.tenp}).get(self.layer)
+        self.listed = self.widths is not None
+        if not self.listed and current_platform.is_cpu() and moe_config.use_ep:
+            # vLLM's CPU kernel ignores the map of experts and crashes with those of other ranks; buckets do not
+            self.widths = [moe_config.intermediate_size] * moe_config.num_experts
         if self.widths is None:
             return super()._get_quant_method(prefix, quant_config, moe_config)
         refuse_layer(moe_config, len(self.widths), self.expert_map_manager.num_fused_shared_experts, self.layer_name)

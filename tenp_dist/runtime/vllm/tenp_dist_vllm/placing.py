@@ -42,7 +42,7 @@ def check_layers(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_text_config
     start, stop = getattr(model.model, "start_layer", 0), getattr(model.model, "end_layer", config.num_hidden_layers)
     wanted = {layer for layer in widths_by_layer({"tenp": config.tenp}) if start <= layer < stop}
-    made = {m.layer for m in model.modules() if isinstance(m, RaggedExperts) and m.widths is not None}
+    made = {m.layer for m in model.modules() if isinstance(m, RaggedExperts) and m.listed}
     if made != wanted:
         raise RuntimeError(
             f"ragged experts were made for layers {sorted(made)}, config.json lists {sorted(wanted)} of layers {start} "
