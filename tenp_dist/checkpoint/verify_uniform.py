@@ -110,7 +110,7 @@ def _counted(source: Source, written: CheckpointIndex) -> dict[str, object]:
         if expert is not None:
             experts.setdefault(names.layer(name), set()).add(expert[0])
             widths.add(entry.shape[NEURON_AXIS[expert[1]]])
-        elif names.inside(name, family.shared_experts) == f"{family.matrices[GATE]}.weight":
+        elif names.inside(name, family.shared_experts) == f"{family.shared_matrices[GATE]}.weight":
             shared.add(entry.shape[0])
     predicting = {layer for layer in map(names.layer, written.tensors) if layer is not None and layer >= depth}
     width = _only(widths)
