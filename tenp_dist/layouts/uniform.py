@@ -158,7 +158,7 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
         for recipe in _router(source, layer, neurons):
             changed[recipe.source] = OutputTensor(recipe.source, recipe)
         if size.shared:
-            for recipe in _shared(source, layer.prefix + family.shared_experts, size.shared * size.width):
+            for recipe in _shared(source, layer.prefix + family.shared_prefix, size.shared * size.width):
                 changed[recipe.source] = OutputTensor(recipe.source, recipe)
     return [
         changed.get(name) or OutputTensor(name, Copy(name, entry.dtype, entry.shape))

@@ -144,9 +144,8 @@ class Skeleton:
             module = copy.deepcopy(self.layers[layer].get_submodule(path))
         except AttributeError:
             return None
-        prefix = f"{self.family.layer.format(layer=layer)}{path}."
         state = {
-            key: self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{path}.{key}").to(self.device)
+            key: self._read(f"{self._layers_path}.{layer}.{path}.{key}", parameter).to(self.device)
             for key, parameter in module.state_dict().items()
         }
         module.load_state_dict(state, assign=True, strict=True)

@@ -105,7 +105,7 @@ def test_the_row_names_all_that_depends_on_experts(case, what):
         if what == "experts":
             assert inside.startswith(row.router_tensors), parameter
         else:
-            shared = row.shared_experts if row.shared_widths(config) else "no module"
+            shared = row.shared_prefix if row.shared_widths(config) else "no module"
             assert inside.startswith((shared, *row.width_of_others)), parameter
 
 

@@ -55,6 +55,7 @@ class Family:
         of how many of them a token may use, None for a family without groups.
     group_scorers: experts of a group whose scores rank the group.
     shared_experts: module inside a layer that every token goes through beside its routed experts.
+    shared_tensors: prefix of their tensors inside a layer, None where it is the module's name.
     shared_matrices: the checkpoint's names of their gate, up and down.
     shared_gate: module inside a layer whose sigmoid multiplies what the shared experts give, None where nothing does.
     shared_key: config key of the width of shared experts in widths of a routed one, None where the config states the
@@ -92,6 +93,7 @@ class Family:
     chosen_groups_key: str | None = None
     group_scorers: int = 1
     shared_experts: str = "mlp.shared_experts"
+    shared_tensors: str | None = None
     shared_matrices: Mapping[str, str] = field(default_factory=lambda: dict(PROJECTIONS))
     shared_gate: str | None = None
     shared_key: str | None = None
@@ -146,7 +148,12 @@ class Family:
 
     def shared_down(self, layer: int) -> str:
         """The checkpoint's name of W_down of a layer's shared experts."""
-        return f"{self.layer.format(layer=layer)}{self.shared_experts}.{self.matrices[DOWN]}.weight"
+        return f"{self.layer.format(layer=layer)}{self.shared_prefix}.{self.shared_matrices[DOWN]}.weight"
+
+    @property
+    def shared_prefix(self) -> str:
+        """Prefix of the shared experts' tensors inside a layer, as in the checkpoint."""
+        return self.shared_tensors or self.shared_experts
 
     @property
     def block(self) -> str:

@@ -29,7 +29,7 @@ ROWS = (
         groups_key="num_expert_group",
         chosen_groups_key="topk_group",
         group_scorers=2,
-        shared_experts="block_sparse_moe.shared_experts",
+        shared_tensors="block_sparse_moe.shared_experts",
         shared_key="num_shared_experts",
     ),
     mixtral(model_type="phimoe", router="mlp.router", router_tensors=("block_sparse_moe.gate.",)),
