@@ -110,7 +110,7 @@ def _counted(source: Source, written: CheckpointIndex) -> dict[str, object]:
         if expert is not None:
             experts.setdefault(names.layer(name), set()).add(expert[0])
             widths.add(entry.shape[NEURON_AXIS[expert[1]]])
-        elif names.inside(name, family.shared_experts) == f"{family.matrices[GATE]}.weight":
+        elif names.inside(name, family.shared_prefix) == f"{family.shared_matrices[GATE]}.weight":
             shared.add(entry.shape[0])
     predicting = {layer for layer in map(names.layer, written.tensors) if layer is not None and layer >= depth}
     width = _only(widths)
@@ -146,7 +146,7 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
                 wanted = Wanted(
                     origin, partial(_chosen, num_experts=neurons.num_experts, kept=neurons.experts.tolist())
                 )
-            elif reading.inside(name, family.shared_experts):
+            elif reading.inside(name, family.shared_prefix):
                 solved = readers.solved(origin)
                 filled = None if same or not family.shared_key else partial(_filled, shape=shape)
                 wanted = Wanted(origin, filled, solved if solved is None or filled is None else filled(solved))

@@ -91,7 +91,7 @@ def shared_expert(skeleton: Skeleton, layer: int) -> SharedExpert | None:
     if module is None:
         return None
     gate = skeleton.load_part(layer, family.shared_gate) if family.shared_gate else None
-    return SharedExpert(module, module.get_submodule(family.matrices[DOWN]), gate)
+    return SharedExpert(module, module.get_submodule(family.shared_matrices[DOWN]), gate)
 
 
 def routed_features(

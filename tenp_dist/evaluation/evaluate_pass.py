@@ -165,7 +165,7 @@ def _solved_shared(skeleton: Skeleton, layer: int, reader: TensorReader) -> nn.M
         return None
     shared = skeleton.load_part(layer, skeleton.family.shared_experts)
     assert shared is not None, f"{name} is compensated, and no module has it"
-    weight = shared.get_submodule(skeleton.family.matrices[DOWN]).get_parameter("weight")
+    weight = shared.get_submodule(skeleton.family.shared_matrices[DOWN]).get_parameter("weight")
     weight.copy_(reader.tensor(name))
     return shared
 

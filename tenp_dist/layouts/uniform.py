@@ -158,7 +158,7 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
         for recipe in _router(source, layer, neurons):
             changed[recipe.source] = OutputTensor(recipe.source, recipe)
         if size.shared:
-            for recipe in _shared(source, layer.prefix + family.shared_experts, size.shared * size.width):
+            for recipe in _shared(source, layer.prefix + family.shared_prefix, size.shared * size.width):
                 changed[recipe.source] = OutputTensor(recipe.source, recipe)
     return [
         changed.get(name) or OutputTensor(name, Copy(name, entry.dtype, entry.shape))
@@ -198,7 +198,7 @@ def _router(source: Source, layer: LayerNames, neurons: KeptNeurons) -> Iterator
 def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:
     """Shared experts, filled up with neurons that are zero; copied where they have the width already."""
     for matrix, axis in NEURON_AXIS.items():
-        entry = source.index.entry(f"{prefix}.{source.family.matrices[matrix]}.weight")
+        entry = source.index.entry(f"{prefix}.{source.family.shared_matrices[matrix]}.weight")
         shape = with_length(entry.shape, axis, width)
         same = shape == entry.shape
         yield Copy(entry.name, entry.dtype, shape) if same else Fill(entry.name, entry.dtype, shape, axis)

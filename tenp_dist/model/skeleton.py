@@ -25,7 +25,7 @@ from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.memory import own_zeros
 from tenp_dist.model.stock import build_model
-from tenp_dist.model.tensor_names import check_known, name_of, names_of_parameters
+from tenp_dist.model.tensor_names import StoredParameter, check_known, name_of, names_of_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,8 +107,8 @@ class Skeleton:
             if key in (f"{self.family.experts}.gate_up_proj", f"{self.family.experts}.down_proj"):
                 continue
             path = f"{self._layers_path}.{layer}.{key}"
-            used.add(name := self._stored_name(path))
-            state[key] = self._read(name, parameter, path)
+            used.update(self._stored_parameter(path).tensors)
+            state[key] = self._read(path, parameter)
         fused = self.experts_of(module)
         if fused is not None:
             state |= self._read_experts(layer, fused, used, experts)
@@ -144,9 +144,8 @@ class Skeleton:
             module = copy.deepcopy(self.layers[layer].get_submodule(path))
         except AttributeError:
             return None
-        prefix = f"{self.family.layer.format(layer=layer)}{path}."
         state = {
-            key: self._read(prefix + key, parameter, f"{self._layers_path}.{layer}.{path}.{key}").to(self.device)
+            key: self._read(f"{self._layers_path}.{layer}.{path}.{key}", parameter).to(self.device)
             for key, parameter in module.state_dict().items()
         }
         module.load_state_dict(state, assign=True, strict=True)
@@ -155,14 +154,8 @@ class Skeleton:
     def load_module(self, name: str) -> nn.Module:
         """Fill a module outside the layers (embedding, final norm, head); a tied head takes the embedding's weights."""
         module = self.model.get_submodule(name)
-        tied = (
-            module is self.model.get_output_embeddings()
-            and self.family.ties_head(self.config_dict)
-            and f"{name}.weight" not in self._stored
-        )
-        source = name_of(self.model, self.model.get_input_embeddings()) if tied else name
         state = {
-            key: self._read(self._stored_name(f"{source}.{key}"), parameter, f"{name}.{key}").to(self.device)
+            key: self._read(f"{name}.{key}", parameter).to(self.device)
             for key, parameter in module.state_dict().items()
         }
         module.load_state_dict(state, assign=True, strict=True)
@@ -170,13 +163,13 @@ class Skeleton:
 
     def router_parameters(self, layer: int) -> list[str]:
         """Parameters and buffers of a layer that hold one row, or entry, per routed expert; experts' own left out."""
-        inside = {path.removeprefix(f"{self._layers_path}.{layer}."): name for path, name in self._stored.items()}
+        inside = {path.removeprefix(f"{self._layers_path}.{layer}."): made for path, made in self._stored.items()}
         prefixes = tuple(self.family.layer.format(layer=layer) + prefix for prefix in self.family.router_tensors)
-        return [key for key, name in inside.items() if name.startswith(prefixes)]
+        return [key for key, made in inside.items() if made.tensors[0].startswith(prefixes)]
 
-    def _stored_name(self, parameter: str) -> str:
-        """Name of the tensor that fills a parameter; its own where the checkpoint has none, for the message."""
-        return self._stored.get(parameter, parameter)
+    def _stored_parameter(self, path: str) -> StoredParameter:
+        """What fills a parameter; a tensor of its own name where the checkpoint has none, for the message."""
+        return self._stored.get(path) or StoredParameter((path,))
 
     def _outside_experts(self) -> Iterator[str]:
         """Names of the checkpoint's tensors but those of routed experts."""
@@ -187,10 +180,14 @@ class Skeleton:
         }
         return (name for name in self.index.tensors if name not in held)
 
-    def _read(self, name: str, parameter: torch.Tensor, path: str) -> torch.Tensor:
-        check_shape(self.index.entry(name), parameter.shape, self.index.folder)
+    def _read(self, path: str, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter of the model from its tensor, or from its parts."""
+        stored = self._stored_parameter(path)
+        stored.check(self.index, parameter.shape)
         tensor = own_zeros(parameter.shape, self._dtype_of(path))
-        self.reader.into(name, tensor)
+        parts = tensor.chunk(len(stored.tensors), stored.axis) if len(stored.tensors) > 1 else (tensor,)
+        for name, part in zip(stored.tensors, parts, strict=True):
+            self.reader.into(name, part)
         return tensor
 
     def _dtype_of(self, path: str) -> torch.dtype:

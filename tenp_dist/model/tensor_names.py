@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -24,12 +25,34 @@ from tenp_dist.model.stock import build_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 _CONSTANTS = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints store what the model computes
 
 
-def names_of_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """Parameter or buffer of the model -> tensor of the checkpoint that it is, by transformers' renaming.
+@dataclass(frozen=True)
+class StoredParameter:
+    """Where a parameter of the model lies in the checkpoint.
+
+    tensors: its tensor, or those that are its equal parts, in order.
+    axis: along which parts are joined.
+    """
+
+    tensors: tuple[str, ...]
+    axis: int = 0
+
+    def check(self, index: CheckpointIndex, shape: Sequence[int]) -> None:
+        """Raise SourceError where a tensor is missing, or not of a shape that makes up the parameter's."""
+        parts = len(self.tensors)
+        wanted = [size // parts if axis == self.axis else size for axis, size in enumerate(shape)]
+        for name in self.tensors:
+            check_shape(index.entry(name), wanted, index.folder)
+
+
+def names_of_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, StoredParameter]:
+    """Parameter or buffer of the model -> where it lies in the checkpoint, by transformers' renaming.
+
+    Tied ones share theirs.
 
     Raises:
         SourceError: two tensors are the same parameter.
@@ -40,20 +63,45 @@ def names_of_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
     rules, parameters = get_model_conversion_mapping(model), model.state_dict()
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    stored: dict[str, str] = {}
+    joins = [join for join in map(_join, converters) if join is not None]
+    known = {None}.union(*(patterns for patterns, _ in joins))
+    found: dict[str, dict[str | None, str]] = {}
     for name in tensors:
-        parameter, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if converted is None and parameter in parameters:
-            if parameter in stored:
-                raise SourceError(
-                    "Two tensors of the checkpoint are one parameter of the model",
-                    where=parameter,
-                    found=f"{stored[parameter]}, {name}",
-                    wanted="one of them",
-                    next_step="remove the older one from the index",
-                )
-            stored[parameter] = name
-    return stored
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if parameter in parameters and pattern in known:
+            _add_part(parameter, found.setdefault(parameter, {}), pattern, name)
+    stored = {name: made for name, parts in found.items() if (made := _stored(parts, joins)) is not None}
+    tied = model.all_tied_weights_keys.items()
+    return {parameter: stored[shared] for parameter, shared in tied if shared in stored} | stored
+
+
+def _add_part(parameter: str, parts: dict[str | None, str], pattern: str | None, name: str) -> None:
+    """Note a tensor of a parameter by the pattern of transformers' that it matches, None for the whole of it."""
+    if pattern in parts:
+        raise SourceError(
+            "Two tensors of the checkpoint are one parameter of the model",
+            where=parameter,
+            found=f"{parts[pattern]}, {name}",
+            wanted="one of them",
+            next_step="remove the older one from the index",
+        )
+    parts[pattern] = name
+
+
+def _join(converter: WeightConverter) -> tuple[tuple[str, ...], int] | None:
+    """Patterns of the tensors that a converter joins, and along which axis; None where it does anything else."""
+    from transformers.core_model_loading import Concatenate
+
+    (operation, *others), patterns = converter.operations, tuple(converter.source_patterns)
+    return (patterns, operation.dim) if isinstance(operation, Concatenate) and not others else None
+
+
+def _stored(parts: Mapping[str | None, str], joins: Sequence[tuple[tuple[str, ...], int]]) -> StoredParameter | None:
+    """The parameter that tensors make by the patterns that they match; None where parts of it are absent."""
+    if None in parts:
+        return StoredParameter((parts[None],))
+    whole = (join for join in joins if parts.keys() == set(join[0]))
+    return next((StoredParameter(tuple(parts[pattern] for pattern in join), axis) for join, axis in whole), None)
 
 
 def check_tensors(index: CheckpointIndex) -> None:
@@ -72,8 +120,8 @@ def check_tensors(index: CheckpointIndex) -> None:
     predicting = mtp_names(index.tensors, family, layers.num_layers)
     others = [name for name in index.tensors if name not in experts and name not in predicting]
     stored = names_of_parameters(model, others)
-    _check_present(index, model, family, config, stored)
-    left = set(others) - set(stored.values())
+    _check_present(index, model, family, stored)
+    left = set(others) - {name for made in stored.values() for name in made.tensors}
     check_known(index, model, [name for name in others if name in left])
 
 
@@ -105,13 +153,12 @@ def _experts_tensors(family: Family, layers: Sequence[int], experts: int) -> set
 
 
 def _check_present(
-    index: CheckpointIndex, model: PreTrainedModel, family: Family, config: Mapping[str, Any], stored: Mapping[str, str]
+    index: CheckpointIndex, model: PreTrainedModel, family: Family, stored: Mapping[str, StoredParameter]
 ) -> None:
-    """Every parameter but the experts' has its tensor, in the parameter's shape; a tied head needs none."""
-    tied = f"{name_of(model, model.get_output_embeddings())}.weight" if family.ties_head(config) else None
+    """Every parameter but the experts' has its tensor, in the parameter's shape."""
     fused = tuple(f".{family.experts}.{name}" for name in ("gate_up_proj", "down_proj"))
     for parameter, value in model.state_dict().items():
         if parameter in stored:
-            check_shape(index.entry(stored[parameter]), value.shape, index.folder)
-        elif parameter != tied and not parameter.endswith(fused):
+            stored[parameter].check(index, value.shape)
+        elif not parameter.endswith(fused):
             index.entry(parameter)

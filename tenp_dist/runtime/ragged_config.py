@@ -42,6 +42,8 @@ FAMILIES = {
     "glm_moe_dsa": "GlmMoeDsa",
     "qwen3_5_moe_text": "Qwen3_5MoeText",
     "axk1": "AXK1",
+    "kimi_linear": "KimiLinear",
+    "bailing_hybrid": "BailingHybrid",
     "afmoe": "Afmoe",
     "exaone_moe": "ExaoneMoe",
     "hy_v3": "HYV3",

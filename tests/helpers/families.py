@@ -44,6 +44,14 @@ OTHERS: Mapping[str, dict] = {
         "num_hidden_layers": 3,
     },
     "glm_moe_dsa": GROUPED | LATENT | {"q_lora_rank": 16, "index_topk": 5, "index_n_heads": 4, "index_head_dim": 16},
+    "kimi_linear": LATENT | {
+        "num_local_experts": EXPERTS, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "num_hidden_layers": 3,
+        "linear_head_dim": 8, "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "bailing_hybrid": LATENT | {key: value for key, value in GROUPED.items() if key != "n_routed_experts"} | {
+        "num_experts": EXPERTS, "linear_head_dim": 8, "linear_num_heads": 4, "layer_group_size": 3,
+    },
     "axk1": GROUPED | LATENT | {"q_lora_rank": 16},
     "qwen3_5_moe_text": {"num_experts": EXPERTS} | LINEAR,
     "afmoe": {
@@ -101,6 +109,7 @@ def published(folder: Path, target: Path, family: str) -> Path:
     rope = config.pop("rope_parameters", None) or {}
     config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
     config |= {"torch_dtype": config.pop("dtype", "float32"), "eos_token_id": [1, 2], "auto_map": {"AutoConfig": "a.B"}}
+    config.pop("tie_word_embeddings", None)  # left to the family's default, as many published configs leave it
     config |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
     (target / "config.json").write_text(json.dumps(config))
     PUBLISHED.get(family, lambda folder, config: None)(target, config)
@@ -108,7 +117,9 @@ def published(folder: Path, target: Path, family: str) -> Path:
 
 
 def _add(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "extra.safetensors")
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "extra.safetensors", {"format": "pt"}
+    )
     index = json.loads((folder / INDEX_NAME).read_text())
     index["weight_map"] |= dict.fromkeys(tensors, "extra.safetensors")
     (folder / INDEX_NAME).write_text(json.dumps(index))
@@ -146,6 +157,23 @@ def _ernie(folder: Path, config: Mapping) -> None:
     )
 
 
+def _kimi_linear(folder: Path, config: Mapping) -> None:
+    """Dense layers keep their own name in the published files, and the kinds of attention are counted from 1."""
+    tensors = {
+        name.replace("layers.0.block_sparse_moe.", "layers.0.mlp."): tensor.clone()
+        for name, tensor in all_tensors(folder).items()
+    }
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+    _add(folder, tensors)
+    gone = ("layer_types", "mlp_layer_types", "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")
+    values = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key not in gone}
+    linear = {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}
+    values |= {"linear_attn_config": linear, "first_k_dense_replace": 1}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
 PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "deepseek_v3": _numbered_mtp,
     "deepseek_v32": _numbered_mtp,
@@ -153,6 +181,8 @@ PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "glm4_moe": _numbered_mtp,
     "glm4_moe_lite": _numbered_mtp,
     "hy_v3": _numbered_mtp,
+    "bailing_hybrid": _numbered_mtp,
+    "kimi_linear": _kimi_linear,
     "qwen3_next": _qwen3_next,
     "qwen3_5_moe_text": _named_mtp,
     "exaone_moe": _named_mtp,

@@ -10,6 +10,10 @@ from typing import Any
 GATE, UP, DOWN = "gate", "up", "down"
 
 
+PROJECTIONS: Mapping[str, str] = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+"""What most families call the matrices of a gated block."""
+
+
 NEURON_AXIS: Mapping[str, int] = {GATE: 0, UP: 0, DOWN: 1}
 """Axis of the torch-layout expert matrix that counts neurons: [F, D] for gate and up, [D, F] for down."""
 
@@ -34,7 +38,6 @@ class Family:
     hidden_key: config key of D, the width of the hidden states.
     vocab_key: config key of the number of rows of the embedding.
     heads_keys: config keys that may hold the number of attention heads that ranks share; the first one that is set.
-    tied_key: config key that says whether the head's weights are those of the embedding.
     experts_keys: config keys that may hold the number of routed experts (transformers renames some).
     top_k_key: config key of the number of experts that a token goes to.
     width_key: config key of an expert's width.
@@ -52,6 +55,8 @@ class Family:
         of how many of them a token may use, None for a family without groups.
     group_scorers: experts of a group whose scores rank the group.
     shared_experts: module inside a layer that every token goes through beside its routed experts.
+    shared_tensors: prefix of their tensors inside a layer, None where it is the module's name.
+    shared_matrices: the checkpoint's names of their gate, up and down.
     shared_gate: module inside a layer whose sigmoid multiplies what the shared experts give, None where nothing does.
     shared_key: config key of the width of shared experts in widths of a routed one, None where the config states the
         width itself.
@@ -72,14 +77,13 @@ class Family:
     hidden_key: str = "hidden_size"
     vocab_key: str = "vocab_size"
     heads_keys: tuple[str, ...] = ("num_key_value_heads", "num_attention_heads")
-    tied_key: str = "tie_word_embeddings"
     experts_keys: tuple[str, ...]
     top_k_key: str = "num_experts_per_tok"
     width_key: str = "moe_intermediate_size"
     layer: str = "model.layers.{layer}."
     experts: str = "mlp.experts"
     expert_tensor: str = "mlp.experts.{expert}.{matrix}.weight"
-    matrices: Mapping[str, str] = field(default_factory=lambda: {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"})
+    matrices: Mapping[str, str] = field(default_factory=lambda: dict(PROJECTIONS))
     final_norm: str = "norm"
     layer_outputs: int = 1
     block_norm: str = "post_attention_layernorm"
@@ -89,6 +93,8 @@ class Family:
     chosen_groups_key: str | None = None
     group_scorers: int = 1
     shared_experts: str = "mlp.shared_experts"
+    shared_tensors: str | None = None
+    shared_matrices: Mapping[str, str] = field(default_factory=lambda: dict(PROJECTIONS))
     shared_gate: str | None = None
     shared_key: str | None = None
     positions_key: str = "max_position_embeddings"
@@ -132,10 +138,6 @@ class Family:
         """Attention heads that ranks share: those of keys and values where they are counted; None where none are."""
         return next((int(stated) for key in self.heads_keys if (stated := self.text(config).get(key))), None)
 
-    def ties_head(self, config: Mapping[str, Any]) -> bool:
-        """Whether the head's weights are those of the embedding."""
-        return bool(self.text(config).get(self.tied_key))
-
     def num_experts(self, config: Mapping[str, Any]) -> int:
         """Routed experts per layer, 0 where the config names none."""
         return next((int(stated) for key in self.experts_keys if (stated := self.text(config).get(key))), 0)
@@ -146,7 +148,12 @@ class Family:
 
     def shared_down(self, layer: int) -> str:
         """The checkpoint's name of W_down of a layer's shared experts."""
-        return f"{self.layer.format(layer=layer)}{self.shared_experts}.{self.matrices[DOWN]}.weight"
+        return f"{self.layer.format(layer=layer)}{self.shared_prefix}.{self.shared_matrices[DOWN]}.weight"
+
+    @property
+    def shared_prefix(self) -> str:
+        """Prefix of the shared experts' tensors inside a layer, as in the checkpoint."""
+        return self.shared_tensors or self.shared_experts
 
     @property
     def block(self) -> str:

@@ -12,4 +12,11 @@ ROWS = (
     deepseek_v3(model_type="dots1"),
     deepseek_v3(model_type="solar_open"),
     deepseek_v3(model_type="axk1"),
+    deepseek_v3(  # Ling and Ring with linear attention
+        model_type="bailing_hybrid",
+        experts_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_token",
+        groups_key="num_expert_group",
+        shared_key="num_shared_experts",
+    ),
 )

@@ -9,7 +9,7 @@ ROWS = (
         model_type="hy_v3",
         experts_keys=("num_experts", "num_local_experts"),
         router_tensors=("mlp.router.gate.", "mlp.expert_bias"),
-        shared_experts="mlp.shared_mlp",
+        shared_tensors="mlp.shared_mlp",
         shared_key="num_shared_experts",
     ),
 )

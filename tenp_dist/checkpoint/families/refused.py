@@ -19,8 +19,6 @@ REASONS: Mapping[str, str] = {
     "aria_text": f"{_FUSED}, transposed",
     "mistral4": _FUSED,
     "nemotron_h": "its experts have no gate",
-    "kimi_linear": "its convolutions are stored in three parts",
-    "bailing_hybrid": "its convolutions are stored in three parts",
     "hunyuan_v1_moe": "its config counts experts per layer in lists",
     "mimo_v2_flash": "its attention has sinks, which the fused kernel lacks",
     "flint": "its attention has sinks, which the fused kernel lacks",
