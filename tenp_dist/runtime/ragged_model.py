@@ -13,9 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
 from tenp_dist.runtime.ragged_config import PREFIX, class_prefix
-from tenp_dist.runtime.stored_fp8 import read_in_blocks
+from tenp_dist.runtime.stored_fp8 import SCALE, read_in_blocks
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _weights(patterns):
+    """Without those of FP8 factors, which are used up before (`stored_fp8.py`)."""
+    return [pattern for pattern in patterns if not pattern.endswith(SCALE)]
 
 
 class ToBuckets(ConversionOps):
@@ -31,7 +36,7 @@ class ToBuckets(ConversionOps):
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):
         path, _, parameter = full_layer_name.partition(".buckets.")
         name = parameter.rpartition(".")[2]
-        matrices = zip(PARAMETERS[name][0], source_patterns, strict=True)
+        matrices = zip(PARAMETERS[name][0], _weights(source_patterns), strict=True)
         tensors = {matrix: input_dict.pop(pattern, []) for matrix, pattern in matrices}
         values = model.get_submodule(path).to_buckets(name, tensors)
         return {f"{path}.{key}": value for key, value in values.items()}
@@ -51,7 +56,7 @@ class FromBuckets(ConversionOps):
         path = full_layer_name.partition(".*.")[0]
         values = {pattern.partition("experts.")[2]: value for pattern, (value,) in input_dict.items()}
         name = next(iter(values)).rpartition(".")[2]
-        stored = dict(zip(PARAMETERS[name][0], (_after_expert(pattern) for pattern in target_patterns), strict=True))
+        stored = dict(zip(PARAMETERS[name][0], map(_after_expert, _weights(target_patterns)), strict=True))
         tensors = model.get_submodule(path).from_buckets(values)
         return {f"{path}.{expert}.{stored[matrix]}": tensor for (expert, matrix), tensor in tensors.items()}
 
