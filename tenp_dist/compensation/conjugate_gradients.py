@@ -36,8 +36,10 @@ STOP = 1e-4
 class Descent:
     """What the iteration gave.
 
-    weights: V of this rank's blocks. falls: residual over that at the start, after every pass.
-    explained: V'X'X V summed over all columns, of V0 and of V. gained: V'X'Y likewise.
+    weights: V of this rank's blocks.
+    falls: residual over that at the start, after every pass.
+    explained: V'X'X V summed over all columns, of V0 and of V.
+    gained: V'X'Y likewise.
     """
 
     weights: Blocks

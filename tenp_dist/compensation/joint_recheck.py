@@ -58,7 +58,11 @@ class JointRecheckTask(RecheckTask):
 class BlockCheck:
     """What is summed of a block of features: an expert of this rank, or the shared expert.
 
-    ids: its kept neurons. v_WK: random signs. p_WK: X'(X v). diagonal_W: of X'X. tokens: that reached it.
+    ids: its kept neurons.
+    v_WK: random signs.
+    p_WK: X'(X v).
+    diagonal_W: of X'X.
+    tokens: that reached it.
     moments_FF: of a narrow expert, to solve it again.
     """
 
@@ -72,7 +76,15 @@ class BlockCheck:
 
 @dataclass
 class JointCheck:
-    """The sums of a layer. blocks: of this rank, by expert or SHARED. c_KD: Y'(X v), of all ranks."""
+    """The sums of a layer.
+
+    experts: the layer's module.
+    shared: its shared expert, None where it has none.
+    blocks: of this rank, by expert or SHARED.
+    c_KD: Y'(X v), of all ranks.
+    inputs: of the microbatch at work: hidden states, chosen experts and their gates.
+    result: what the check says.
+    """
 
     experts: FusedExperts
     shared: SharedExpert | None

@@ -33,7 +33,8 @@ class Start:
 
     columns: the plan's features, of all ranks, those that a token reached.
     damping: block -> r_b over its mean diagonal.
-    plain: the source's columns. prior: V0, the columns solved expert by expert.
+    plain: the source's columns.
+    prior: V0, the columns solved expert by expert.
     """
 
     columns: Columns
@@ -46,7 +47,9 @@ class Start:
 class JointSolution:
     """What solving a layer gave; errors are shares of the energy |Y|^2.
 
-    weights: V of this rank's blocks. damping: by what r_b had to grow beyond what was asked, 1 as a rule.
+    weights: V of this rank's blocks.
+    damping: by what r_b had to grow beyond what was asked, 1 as a rule.
+    energy: |Y|^2, of all ranks.
     before, apart, after: the error of the source's columns, of those solved expert by expert, and of V.
     falls: residual of an iteration over that at its start, pass by pass; empty where none was needed.
     """

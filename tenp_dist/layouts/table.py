@@ -24,8 +24,8 @@ LAYOUTS: dict[str, Layout] = {
 
 def layouts_of(job: Job) -> tuple[Layout, ...]:
     """What the job writes; where experts are removed and the job names no layout, the one that can hold that."""
-    removes = job.budget.method != config.AUTO and kind_of(job.budget).experts_leave
-    if removes and "layouts" not in job.output.model_fields_set:
+    experts_leave = job.budget.method != config.AUTO and kind_of(job.budget).experts_leave
+    if experts_leave and "layouts" not in job.output.model_fields_set:
         return (next(layout for layout in LAYOUTS.values() if layout.holds_removal),)
     return tuple(LAYOUTS[name] for name in job.output.layouts)
 
