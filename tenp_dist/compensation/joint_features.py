@@ -12,7 +12,7 @@ S slots, E experts, F neurons of the shared expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,7 +59,12 @@ def columns_of(plans: Sequence[Mapping[int, np.ndarray]]) -> Columns:
     for kept in plans:
         for block, ids in kept.items():
             union[block] = np.union1d(union[block], ids) if block in union else np.asarray(ids)
-    return Columns({block: union[block] for block in sorted(union, key=lambda b: (b == SHARED, b))})
+    return Columns({block: union[block] for block in in_order(union)})
+
+
+def in_order(blocks: Collection[int]) -> list[int]:
+    """Experts by id, the shared expert last: sums over blocks are always added in this order."""
+    return sorted(blocks, key=lambda block: (block == SHARED, block))
 
 
 class SharedExpert:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tenp_dist.compensation.joint_features import in_order
 from tenp_dist.model.memory import own_copy
 from tenp_dist.run_files import feature_file
 
@@ -60,7 +61,7 @@ class StoredFeatures:
         from safetensors.torch import load_file
 
         parts = load_file(path, device=str(self._device))
-        blocks = sorted({int(name.split(".")[0]) for name in parts})
+        blocks = in_order({int(name.split(".")[0]) for name in parts})
         return {block: (parts[f"{block}.0"], own_copy(parts[f"{block}.1"])) for block in blocks}
 
     def drop(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from tenp_dist.artifacts import digest_of, write_json
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.pipeline.records import read_record
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.report.text import size
 from tenp_dist.stages.base import RunStage, reads
@@ -15,22 +14,11 @@ from tenp_dist.stages.run import Run
 
 
 def inspect_fields(run: Run) -> dict[str, Any]:
-    """The fingerprint; and pieces of the weights once they are not those that the run began with."""
-    changed = {} if run.source.content == _first_content(run) else {"weights_changed_in_place": run.source.content}
-    return {"model": run.source.fingerprint} | changed
-
-
-def _first_content(run: Run) -> str:
-    """The pieces that the run began with; those of now where it has not begun, or began before they were looked at."""
-    record = read_record(run.job.run_dir, "inspect")
-    if record is None or record.inputs["fields"].get("model") != run.source.fingerprint:
-        return run.source.content
-    return record.summary.get("first_content", run.source.content)
+    return {"model": run.source.fingerprint}
 
 
 def inspect_source(run: Run, context: StageContext) -> Output:
-    facts, first = run.source.facts, _first_content(run)
-    changed = run.source.content != first
+    facts = run.source.facts
     _check_stored(run)
     context.replace()
     write_json(run.files.facts, facts.plain())
@@ -43,12 +31,9 @@ def inspect_source(run: Run, context: StageContext) -> Output:
         "top_k": facts.top_k,
         "moe_layers": len(facts.moe_layers),
         "bytes": facts.bytes.stored,
-        "first_content": first,
         "warnings": _format_warnings(run),
     }
-    return Output(
-        [run.files.facts], digest_of([facts.plain(), run.source.content] if changed else facts.plain()), summary
-    )
+    return Output([run.files.facts], digest_of(facts.plain()), summary)
 
 
 def _check_stored(run: Run) -> None:

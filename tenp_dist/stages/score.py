@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest
+from tenp_dist.pipeline.records import read_record
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.scoring.score_pass import ScoreTask, score_model
 from tenp_dist.scoring.statistics import FIRST_STATISTICS
@@ -14,20 +15,40 @@ from tenp_dist.stages.run import Run
 
 
 def score_fields(run: Run) -> dict[str, Any]:
-    return run.job.score.model_dump(mode="json") | bits_fields(run) | {"statistics": sorted(FIRST_STATISTICS)}
+    """The settings; and pieces of the weights once they are not those that were scored first in this run.
+
+    While scoring is at work weights may change: a damaged file is mended, and what was scored before goes on.
+    """
+    changed = {} if run.source.content == _first_content(run) else {"weights_changed_in_place": run.source.content}
+    settings = run.job.score.model_dump(mode="json") | bits_fields(run)
+    return settings | {"statistics": sorted(FIRST_STATISTICS)} | changed
+
+
+def _first_content(run: Run) -> str:
+    """The pieces of the weights that were scored first; those of now where none were, or by an earlier version."""
+    record = read_record(run.job.run_dir, "score")
+    return record.summary.get("first_content", run.source.content) if record else run.source.content
 
 
 def score(run: Run, context: StageContext) -> Output:
     job, files, moe_layers = run.job, run.files, run.source.facts.moe_layers
+    first, content = _first_content(run), run.source.content
     context.replace()
     compute = run.compute(context, job.score.batch_tokens)
     task = ScoreTask(job.model, files.calibration, files.scores.folder, context.key, compute, waves=job.score.waves)
     done = score_model(run.pass_context(context, "score", compute), task, moe_layers)
     written = [files.scores.layer(layer) for layer in moe_layers]
-    digest = digest_of({path.name: file_digest(path) for path in written})
+    digests = {path.name: file_digest(path) for path in written}
+    digest = digest_of(digests | ({} if content == first else {"content": content}))
     rate = round(done.tokens / done.seconds) if done.seconds else None
-    summary = {"layers": len(written), "tokens": done.tokens, "tokens_per_second": rate, "mode": done.mode}
-    return Output(written, digest, summary | {"shards": done.shards, "resumed": round(done.resumed_share, 3)})
+    summary: dict[str, Any] = {
+        "layers": len(written),
+        "tokens": done.tokens,
+        "tokens_per_second": rate,
+        "mode": done.mode,
+    }
+    summary |= {"shards": done.shards, "resumed": round(done.resumed_share, 3), "first_content": first}
+    return Output(written, digest, summary)
 
 
 def _gist(summary: Mapping[str, Any]) -> str:

@@ -225,6 +225,28 @@ def test_expert_shares_are_contiguous_and_balanced(num_experts, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+class _Alone(Ranks):
+    """One of several ranks, whose sums over all ranks are known beforehand; what it adds itself is noted.
+
+    routed: the layer's output of every microbatch. rows: what `pair_sums` gets of them, None while it is not known.
+    """
+
+    def __init__(self, rank, size, routed, rows):
+        super().__init__(rank, size)
+        self.local, self.rows = [], []
+        self._routed, self._wanted = iter(routed), rows
+
+    def share(self, num_experts):
+        return {"experts": self.experts(num_experts), "reduce": self._reduce}
+
+    def _reduce(self, part):
+        if part.dim() == 2:
+            self.local.append(part)
+            return next(self._routed)
+        self.rows.append(part)
+        return part if self._wanted is None else self._wanted[len(self.rows) - 1]
+
+
 @pytest.mark.parametrize("family", SETTINGS)
 @torch.inference_mode()
 def test_shares_of_a_layer_add_up_to_it(family, tiny_model):
@@ -238,21 +260,17 @@ def test_shares_of_a_layer_add_up_to_it(family, tiny_model):
     module = skeleton.load_layer(layer, skeleton.read_layer(layer))
     skeleton.experts_of(module).register_forward_hook(lambda m, a, output: routed.append(output))
     whole = run_layer(frame, layer, module, inputs, list(hidden), Ranks())
-    parts, local = [], []
-    for rank in range(3):
-        calls = iter(range(len(inputs)))
-
-        class Stub(Ranks):
-            def share(self, num_experts, calls=calls):
-                def reduce(routed_TD):
-                    local.append(routed_TD)
-                    return routed[next(calls)]
-
-                return {"experts": self.experts(num_experts), "reduce": reduce}
-
-        ranks = Stub(rank, 3)
-        module = skeleton.load_layer(layer, skeleton.read_layer(layer, ranks.experts(EXPERTS)))
-        parts.append(run_layer(frame, layer, module, inputs, list(hidden), ranks))
+    parts, local, rows = [], [], []
+    for last in (False, True):  # what ranks say of pairs is known to all once each has said it
+        parts.clear()
+        local.clear()
+        for rank in range(3):
+            ranks = _Alone(rank, 3, routed, rows if last else None)
+            module = skeleton.load_layer(layer, skeleton.read_layer(layer, ranks.experts(EXPERTS)))
+            parts.append(run_layer(frame, layer, module, inputs, list(hidden), ranks))
+            local += ranks.local
+            if not last:
+                rows = [a + b for a, b in zip(rows, ranks.rows, strict=True)] if rows else ranks.rows
     assert all(part.dtype == torch.float32 for part in local)
     for i in range(len(inputs)):
         torch.testing.assert_close(sum(local[i :: len(inputs)]), routed[i], rtol=1e-5, atol=1e-6)

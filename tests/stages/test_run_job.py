@@ -137,7 +137,14 @@ def test_stages_read_only_what_comes_before_them(job_file):
     from tenp_dist.stages.run import open_run
 
     sources = [{"path": "own.jsonl", "domain": "own"}]
-    job = load_job(job_file(output={"compensate": True}, evaluation={"sources": sources}, budget={"slope": "auto"}))
+    job = load_job(
+        job_file(
+            budget={"method": "tenp", "neurons": "obs", "slope": "auto"},
+            output={"compensate": True},
+            evaluation={"sources": sources},
+            benchmark={"tasks": ["any"]},
+        )
+    )
     stages = catalogue.stages_of(open_run(job))
     assert [stage.name for stage in stages] == list(STAGE_NAMES)
     for number, stage in enumerate(stages):
@@ -148,12 +155,12 @@ def test_the_report_names_every_stage_before_it(job_file, tenp, tmp_path, text_f
     """`select` was missing."""
     sources = [{"path": str(path), "domain": domain, "samples": 2} for domain, path in text_files.items()]
     job = job_file(
-        budget={"retention": 0.6, "slope": "auto"},
+        budget={"retention": 0.6, "neurons": "obs", "slope": "auto"},
         output={"compensate": True},
         evaluation={"sources": sources, "sequence_length": 16},
     )
     assert tenp("run", job).exit_code == 0
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
-    assert list(report["provenance"]["stages"]) == list(STAGE_NAMES[:-1])
+    assert list(report["provenance"]["stages"]) == [name for name in STAGE_NAMES[:-1] if name != "benchmark"]
     record = json.loads((tmp_path / "run" / "stages" / "select.json").read_text())
     assert report["provenance"]["stages"]["select"]["digest"] == record["digest"]

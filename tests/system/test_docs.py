@@ -29,6 +29,7 @@ IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist inspect JOB.yaml",
     "tenp-dist calibrate JOB.yaml",
     "tenp-dist score JOB.yaml",
+    "tenp-dist eliminate JOB.yaml",
     "tenp-dist select JOB.yaml",
     "tenp-dist plan JOB.yaml",
     "tenp-dist compensate JOB.yaml",
@@ -83,6 +84,7 @@ ELSEWHERE = {
         "ray start --head --port 6379 --dashboard-host 0.0.0.0",
         "ray start --address HEAD:6379",
         "export TENP_RUNS=/shared/runs TENP_MODELS=/shared/models",
+        "export RAY_AUTH_MODE=token",
     ],
     "needs several machines": ["ray up cluster/ray/cluster.yaml"],
     "needs Kubernetes": [
@@ -91,7 +93,8 @@ ELSEWHERE = {
         "kubectl get rayjob tenp-dist",
         "kubectl delete -f cluster/kuberay/rayjob.yaml",
     ],
-    "installs": ["pip install ."],
+    "installs": ["pip install .", "pip install ./tenp_dist/runtime/vllm"],
+    "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
     "test_tab_completion runs it": [
@@ -138,7 +141,7 @@ def folder(tmp_path):
     for path in (tmp_path / "jobs").glob("*.yaml"):
         path.write_text(path.read_text().replace("samples: 64", "samples: 4"))
     job = yaml.safe_load((tmp_path / "jobs" / "quickstart.yaml").read_text())
-    job["budget"] |= {"slope": "auto"}
+    job["budget"] |= {"slope": "auto", "neurons": "obs"}
     job["output"] |= {"compensate": True}
     (tmp_path / "JOB.yaml").write_text(
         yaml.safe_dump(job).replace("../runs", "runs").replace("quickstart/moe-4m", "jobs/quickstart/moe-4m")
