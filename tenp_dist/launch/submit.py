@@ -23,7 +23,7 @@ import yaml
 import tenp_dist
 from tenp_dist.config import Job
 from tenp_dist.errors import ClusterError, Interrupted, first_line, one_line
-from tenp_dist.pool.ray_environment import address_given, job_server_address, overruling, set_ray_environment
+from tenp_dist.pool.ray_environment import address_given, job_server_address, overruling, set_ray_environment, use_token
 
 _MAX_TEXT_BYTES = 100 * 10**6  # of text files in an upload; beyond it they stay paths
 _PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -164,6 +164,7 @@ def _exit_code(details: Any) -> int:
 
 def _client(address: str) -> Any:
     set_ray_environment()
+    use_token()
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 

@@ -1,9 +1,10 @@
-"""What Ray reads from the environment, set before it is imported: how to prove who we are, and where not to go."""
+"""What Ray reads from the environment: settings, how to prove who we are, and which addresses it would prefer."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +19,23 @@ _DEFAULTS = {
 
 
 def set_ray_environment() -> None:
-    """Settings that the caller's environment leaves open. To be called before Ray is imported.
-
-    A token that is there is used, as `ray start` does: with an address given, `ray.init` itself would not.
-    """
+    """Settings that the caller's environment leaves open. To be called before Ray is imported."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def use_token() -> None:
+    """Prove who we are to a cluster by the token that is there, unless the environment says how.
+
+    `ray start` decides so; with an address given, neither `ray.init` nor Ray's job client does.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not _has_token():
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:  # which has read it
+        from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
+
+        Config.initialize("")
 
 
 def _has_token() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,7 +21,6 @@ from tenp_dist.launch.slurm import SlurmScript, cluster_options
 from tenp_dist.launch.status import read_status
 from tenp_dist.launch.submit import pack
 from tenp_dist.pool.in_process import InProcessPool
-from tenp_dist.pool.ray_environment import set_ray_environment
 from tenp_dist.preflight import node_checks as places
 from tenp_dist.preflight.cluster_split import Split, split_over
 from tenp_dist.preflight.disk_space import bytes_needed
@@ -337,21 +337,21 @@ def test_a_job_server_is_no_cluster(tenp, job_file, monkeypatch):
     assert found.exit_code == ClusterError.exit_code and "HOST:6379" in found.stderr and "submit" in found.stderr
 
 
-@pytest.mark.parametrize("given, mode", [({}, None), ({"RAY_AUTH_TOKEN": "x"}, "token"), ({"file": "x"}, "token")])
-def test_a_token_that_is_there_is_used(given, mode, tmp_path, monkeypatch):
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if "file" in given:
+@pytest.mark.parametrize("given, mode", [("nothing", "None"), ("variable", "token"), ("file", "token"), ("off", "off")])
+def test_a_token_that_is_there_is_used(given, mode, tmp_path):
+    """Also where Ray was imported before: it reads the environment then."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    environment |= {"RAY_AUTH_TOKEN": "x"} if given in ("variable", "off") else {}
+    environment |= {"RAY_AUTH_MODE": "off"} if given == "off" else {}
+    if given == "file":
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("x")
-    elif given:
-        monkeypatch.setenv(*next(iter(given.items())))
-    set_ray_environment()
-    assert os.environ.get("RAY_AUTH_MODE") == mode
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    set_ray_environment()
-    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    early = "import ray; " if given == "variable" else ""
+    late = "; from ray._raylet import get_authentication_mode as m; print(m())" if early else ""
+    script = f"{early}import os; from tenp_dist.pool.ray_environment import use_token; use_token()"
+    command = [sys.executable, "-c", f"{script}; print(os.environ.get('RAY_AUTH_MODE')){late}"]
+    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == mode and (not early or said[1:] == ["AuthenticationMode.TOKEN"] or said[1:] == ["1"])
 
 
 def test_a_node_that_is_not_ready_yet_is_waited_for(tenp, job_file, job_server):

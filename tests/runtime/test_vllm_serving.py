@@ -47,7 +47,11 @@ def refused(served, tmp_path_factory):
         ),
         "wider": (damage(ragged, folder / "wider", lambda t: t.update(changes)), {}, "config.json wants [128, 256]"),
         "version": (damage(ragged, folder / "version", tenp=tenp | {"format_version": 2}), {}, "format_version 2"),
-        "experts": (damage(ragged, folder / "experts", num_local_experts=11), {}, "12 experts in `tenp` and 11 experts"),
+        "experts": (
+            damage(ragged, folder / "experts", num_local_experts=11),
+            {},
+            "12 experts in `tenp` and 11 experts",
+        ),
         "lora": (ragged, {"enable_lora": True}, "LoRA adapters (--enable-lora)"),
         "format": (ragged, {"load_format": "sharded_state"}, "--load-format sharded_state: use one of"),
         "backend": (ragged, {"model_impl": "transformers"}, "not a registered model in the Transformers library"),
