@@ -93,12 +93,9 @@ class ScoreStep(LayerStep):
         if layer not in self._sums:
             if self.task.mode == "streaming":
                 self._sums.clear()
-            num_experts, _, width = experts.down_proj.shape
             waves, stored = self.partial_sums.read(layer)
-            statistics = stored or LayerStatistics.zeros(
-                self.shard.domains, num_experts, width, layer_experts=experts.num_experts
-            )
-            self._sums[layer] = Sums(statistics.to(experts.down_proj.device), waves, stored=waves)
+            statistics = stored.to(experts.down_proj.device) if stored else self._nothing(experts)
+            self._sums[layer] = Sums(statistics, waves, stored=waves)
         return self._sums[layer]
 
     def warm(self, layer: int, module: nn.Module) -> None:
@@ -107,17 +104,30 @@ class ScoreStep(LayerStep):
             self.norms_of(layer, experts)
 
     def take(self, layer: int, wave: int, module: nn.Module, hidden: Hidden) -> None:
-        """Add the wave to the layer's statistics, unless it is in them."""
+        """Add the wave to the layer's statistics, unless it is in them.
+
+        Among several ranks one may have stored it and another lost it: both score then, because they exchange what
+        pairs of experts need, and the first one drops its sums.
+        """
         shard, batches, states = self.shard, self.shard.batches[wave], hidden[SINGLE_STREAM]
         experts = shard.skeleton.experts_of(module)
-        if experts is None or self.sums_of(layer, experts).waves > wave:
+        there = experts is not None and self.sums_of(layer, experts).waves > wave
+        if experts is None or (there and shard.share.get("reduce") is None):
             run_layer(shard.frame, layer, module, batches, states, shard.share)
         else:
             norms, sums = self.norms_of(layer, experts), self.sums_of(layer, experts)
-            self.partial_sums.check_next(layer, wave, sums.waves)
-            score_layer(shard.frame, layer, module, batches, states, shard.share, norms, sums.statistics)
-            sums.waves = wave + 1
+            statistics = self._nothing(experts) if there else sums.statistics
+            if not there:
+                self.partial_sums.check_next(layer, wave, sums.waves)
+            score_layer(shard.frame, layer, module, batches, states, shard.share, norms, statistics)
+            sums.waves = max(sums.waves, wave + 1)
         check_finite(states, shard.skeleton, layer, module, shard.share)
+
+    def _nothing(self, experts: FusedExperts) -> LayerStatistics:
+        """Sums of no token, where the experts are."""
+        held, _, width = experts.down_proj.shape
+        device = experts.down_proj.device
+        return LayerStatistics.zeros(self.shard.domains, held, width, device, layer_experts=experts.num_experts)
 
     def result(self, layer: int) -> Callable[[], None] | None:
         sums, norms = self._sums.get(layer), self._norms.get(layer)
