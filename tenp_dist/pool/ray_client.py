@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from tenp_dist.errors import ClusterError, one_line
 from tenp_dist.pool.machine import available_cores
 from tenp_dist.pool.ray_environment import set_ray_environment, use_token
-from tenp_dist.pool.ray_head import POLL_SECONDS, HeadWatch, check_reachable, services_of
+from tenp_dist.pool.ray_head import POLL_SECONDS, HeadWatch, asks_for_token, check_reachable, services_of
 
 T = TypeVar("T")
 
@@ -132,7 +132,8 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         if address:
             check_reachable(address)
-            use_token()
+            if asks_for_token(address):
+                use_token()
         # Ray prints what befalls workers among our results, whatever `log_to_driver` says; our errors say it
         ray._private.worker.listen_error_messages = lambda *_: None
         with _own_sigterm():

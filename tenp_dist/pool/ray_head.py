@@ -80,6 +80,21 @@ def check_reachable(address: str) -> None:
                 _check_grpc(connection)
 
 
+def asks_for_token(address: str) -> bool:
+    """Whether a cluster refuses those who show no token; what is not asked, or does not answer, does not."""
+    import grpc  # type: ignore[import-untyped]
+
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return False
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=_CONNECT_SECONDS)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
+
+
 def _check_grpc(connection: socket.socket) -> None:
     """Ray's head is a gRPC server: it answers with the settings of HTTP/2 (RFC 9113, 3.4 and 4.1)."""
     answer = b""
