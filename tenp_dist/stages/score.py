@@ -25,9 +25,10 @@ def score_fields(run: Run) -> dict[str, Any]:
 
 
 def _first_content(run: Run) -> str:
-    """The pieces of the weights that were scored first; those of now where none were, or by an earlier version."""
+    """The pieces of the weights that were scored first; those of now where none of this model were."""
     record = read_record(run.job.run_dir, "score")
-    return record.summary.get("first_content", run.source.content) if record else run.source.content
+    first = record.summary.get("first_content", {}) if record else {}
+    return first.get(run.source.fingerprint, run.source.content)
 
 
 def score(run: Run, context: StageContext) -> Output:
@@ -47,7 +48,11 @@ def score(run: Run, context: StageContext) -> Output:
         "tokens_per_second": rate,
         "mode": done.mode,
     }
-    summary |= {"shards": done.shards, "resumed": round(done.resumed_share, 3), "first_content": first}
+    summary |= {
+        "shards": done.shards,
+        "resumed": round(done.resumed_share, 3),
+        "first_content": {run.source.fingerprint: first},
+    }
     return Output(written, digest, summary)
 
 

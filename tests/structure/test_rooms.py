@@ -20,7 +20,9 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
     "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", *SOLVERS},
     "cli": {"checkpoint", "model", "passes", "scoring", "budget", "evaluation", *SOLVERS},
 }
-RAY = {f"pool/ray_{name}.py" for name in ("client", "metrics", "nodes", "placement", "results")} | {"launch/submit.py"}
+RAY = {f"pool/ray_{name}.py" for name in ("client", "environment", "metrics", "nodes", "placement", "results")} | {
+    "launch/submit.py"
+}
 
 
 def room_of(module: str) -> str | None:
