@@ -194,6 +194,7 @@ def test_the_command(job_file, tenp, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_published_model_at_its_size(run, tmp_path):
     """GLM-4.5, 717 GB: parameters as told (355 billion, 358 with what predicts), and too large for one small node."""
     found = run(model=sparse_checkpoint("glm-4.5", tmp_path / "glm"), budget={"retention": "0.6", "align": 64})

@@ -13,7 +13,7 @@ from tenp_dist.job_file import load_job
 from tenp_dist.layouts.base import Pruned, output_sizes
 from tenp_dist.layouts.table import LAYOUTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.beside]
 LAYERS, DENSE, EXPERTS, NEURONS = 61, 3, 256, 2048
 
 
