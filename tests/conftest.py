@@ -4,6 +4,12 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: beside a long one there is time for many short ones."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 pytest_plugins = [
     "helpers.models",
     "helpers.engines",

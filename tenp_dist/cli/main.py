@@ -15,6 +15,7 @@ import click
 
 from tenp_dist import __version__
 from tenp_dist.cli import launch
+from tenp_dist.cli.estimate import estimate
 from tenp_dist.cli.outcome import exit_on_error, with_examples
 from tenp_dist.cli.rank_experts import rank_experts
 from tenp_dist.pipeline.names import STAGES
@@ -135,7 +136,7 @@ def _add_command(name: str, names: list[str] | None, text: str, examples: Sequen
 _add_command("run", None, "Run every stage of a job and skip those already done.", RUN_EXAMPLES)
 for _stage in STAGES:
     _add_command(_stage.name, [_stage.name], _stage.help, _stage.examples)
-for _command in (*launch.COMMANDS, rank_experts):
+for _command in (*launch.COMMANDS, estimate, rank_experts):
     cli.add_command(_command)
 
 

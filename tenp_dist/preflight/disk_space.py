@@ -28,16 +28,18 @@ def bytes_needed(job: Job, source: Source) -> int:
 
 def states_held(job: Job, source: Source) -> int:
     """Bytes of hidden states that `select` or `evaluate` stores at a time, about: of every plan, in float32."""
-    tried = _tokens(job.calibration) * job.selection_share * (1 + len(candidates(job.budget))) if job.budget.auto else 0
-    measured = _tokens(job.evaluation) * _streams(job, job.evaluation, source) if job.evaluation else 0
+    tried = (
+        tokens_of(job.calibration) * job.selection_share * (1 + len(candidates(job.budget))) if job.budget.auto else 0
+    )
+    measured = tokens_of(job.evaluation) * streams(job, job.evaluation, source) if job.evaluation else 0
     return int(4 * source.facts.hidden_size * max(tried, measured))
 
 
-def _tokens(text: Text) -> int:
+def tokens_of(text: Text) -> int:
     return text.sequence_length * sum(one.samples for one in text.sources)
 
 
-def _streams(job: Job, asked: Evaluation, source: Source) -> int:
+def streams(job: Job, asked: Evaluation, source: Source) -> int:
     """The source, the written checkpoint and its control, and the plans of an evaluation."""
     forms = len(asked.grid.get(COMPENSATE, (False,)))
     return 1 + 2 * asked.checkpoint + forms * len(_plans(job, asked, source))
@@ -87,7 +89,7 @@ def bytes_left(job: Job, source: Source) -> int:
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)
-    return checkpoints + 8 * sums * domains + 4 * _tokens(text) * facts.hidden_size
+    return checkpoints + 8 * sums * domains + 4 * tokens_of(text) * facts.hidden_size
 
 
 def written_bytes(run_dir: Path) -> int:

@@ -266,6 +266,7 @@ def test_more_buckets_than_the_runtime_has():
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_run_with_three_widths_and_empty_experts(job_file, tenp, tmp_path):
     from transformers import AutoModelForCausalLM
 

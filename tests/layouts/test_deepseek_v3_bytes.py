@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from helpers.deepseek_v3 import DENSE, EXPERTS, LAYERS, NEURONS, sparse_checkpoint
+from helpers.sparse import sparse_checkpoint
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import open_source
@@ -13,12 +13,13 @@ from tenp_dist.job_file import load_job
 from tenp_dist.layouts.base import Pruned, output_sizes
 from tenp_dist.layouts.table import LAYOUTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.beside]
+LAYERS, DENSE, EXPERTS, NEURONS = 61, 3, 256, 2048
 
 
 def test_a_result_of_deepseek_v3(job_file, tmp_path):
     """60 % of the experts' neurons in widths of 1152 and 1280: smaller than the source, as the job is told before."""
-    source = open_source(sparse_checkpoint(tmp_path / "deepseek-v3"))
+    source = open_source(sparse_checkpoint("deepseek-v3", tmp_path / "deepseek-v3"))
     assert source.facts.bytes.stored == pytest.approx(688.57e9, rel=1e-4)
     widths = np.where(np.arange(EXPERTS) % 5 < 3, 1280, 1152)  # 0.6 * 2048 = 1228.8 in the mean
     neurons = KeptNeurons.from_mask(np.arange(NEURONS) < widths[:, None])

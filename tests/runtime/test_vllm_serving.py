@@ -19,7 +19,7 @@ import torch
 from helpers.commands import free_port
 from helpers.served import VOCABULARY, damage, make_fp8, make_served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(1800)]
 TOLERANCE = 1e-5
 PROMPTS = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(3)).tolist()
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tenp_dist.artifacts import read_json
 from tenp_dist.checkpoint.kept import read_kept
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.beside]
 
 
 @torch.no_grad()

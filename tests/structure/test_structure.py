@@ -16,7 +16,7 @@ from tenp_dist.pipeline.names import STAGE_NAMES
 
 def test_every_command_has_help_an_example_and_a_readme_mention():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(cli.commands) == {"run", "rank-experts", *STAGE_NAMES, *launch.EXAMPLES}
+    assert set(cli.commands) == {"run", "estimate", "rank-experts", *STAGE_NAMES, *launch.EXAMPLES}
     for name, command in cli.commands.items():
         assert f"tenp-dist {name}" in readme, f"README does not show `tenp-dist {name}`"
         assert f"  tenp-dist {name}" in command.help

@@ -41,6 +41,7 @@ def rows_of(result):
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.timeout(1200)
 def test_transformers_and_servers_measure_the_same(tenp, job, tmp_path):
     rows = rows_of(tenp("run", job, "--json"))
