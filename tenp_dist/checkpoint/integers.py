@@ -85,7 +85,7 @@ class Coded:
 
 def unpack(words_RW: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Codes [R, C], uint8. words_RW: int32."""
-    bytes_RB = words_RW.contiguous().view(torch.uint8)
+    bytes_RB = words_RW.reshape(-1).view(torch.uint8).view(len(words_RW), 4 * words_RW.shape[1])
     parts = [(bytes_RB >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [bytes_RB]
     return torch.stack(parts, -1).view(len(words_RW), bytes_RB.shape[1] * len(parts))[:, :columns]
 
@@ -95,10 +95,10 @@ def pack(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes_RC.shape
     words, of_byte = -(-columns * bits // 32), 8 // bits
     whole = torch.nn.functional.pad(codes_RC, (0, words * 32 // bits - columns)).view(rows, words * 4, of_byte)
-    bytes_RB = whole[..., 0].clone()
+    bytes_RB = whole[..., 0].clone(memory_format=torch.contiguous_format)
     for place in range(1, of_byte):
         bytes_RB |= whole[..., place] << (bits * place)
-    return bytes_RB.view(torch.int32)
+    return bytes_RB.reshape(-1).view(torch.int32).view(rows, words)
 
 
 def spread(values_RG: torch.Tensor, size: int, columns: int) -> torch.Tensor:

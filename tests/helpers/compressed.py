@@ -97,9 +97,8 @@ def made_ints(weight: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
     zero = torch.full_like(low, middle) if form.symmetric else (-low / scale.float()).round().clamp(least, most)
     each, zeros = (one.float().repeat_interleave(size, 1)[:, : weight.shape[1]] for one in (scale, zero))
     codes = ((weight / each).round() + zeros).clamp(least, most).long()
-    parts = {
-        "weight_packed": packed_rows(codes, form.bits), "weight_scale": scale, "weight_shape": torch.tensor(weight.shape)
-    }  # fmt: skip
+    parts = {"weight_packed": packed_rows(codes, form.bits), "weight_scale": scale}
+    parts["weight_shape"] = torch.tensor(weight.shape)
     return (
         parts if form.symmetric else parts | {"weight_zero_point": packed_rows(zero.long().T, form.bits).T.contiguous()}
     )
