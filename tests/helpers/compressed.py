@@ -80,9 +80,8 @@ def unpacked_rows(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The codes again, int64."""
     numbers = [int.from_bytes(row.tobytes(), "little") for row in words.contiguous().numpy()]
     mask = (1 << bits) - 1
-    return torch.tensor([[(number >> (bits * i)) & mask for i in range(columns)] for number in numbers]).view(
-        -1, columns
-    )
+    codes = [[(number >> (bits * i)) & mask for i in range(columns)] for number in numbers]
+    return torch.tensor(codes, dtype=torch.int64).view(len(numbers), columns)
 
 
 def made_ints(weight: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
