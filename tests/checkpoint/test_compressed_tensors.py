@@ -14,7 +14,7 @@ from helpers.compressed import FORMS, IGNORE, Form, made_parts, make_pair, stand
 from tenp_dist.checkpoint import integers
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.checkpoint.schemes import read_schemes
+from tenp_dist.checkpoint.schemes import Scheme, read_schemes
 from tenp_dist.checkpoint.source import open_source
 
 
@@ -97,6 +97,17 @@ def test_a_group_is_found_by_name_then_pattern_then_class():
         (4, True), (8, True), (8, False), None, None
     ]  # fmt: skip
     assert schemes.ignored_by("a.mlp.gate") == IGNORE[2] and schemes.ignored_by("a.mlp.gate_proj") is None
+
+
+KIMI = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
+"""What Kimi-K2-Thinking ignores."""
+
+
+def test_the_modules_of_a_published_model():
+    schemes = read_schemes(Form("group", 4, 32).config(KIMI))
+    plain = ("self_attn.q_a_proj", "mlp.shared_experts.up_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert not any(schemes.of(f"model.layers.3.{module}") for module in plain) and not schemes.of("lm_head")
+    assert schemes.of("model.layers.3.mlp.experts.17.gate_proj") == Scheme(4, True, "group", 1, 32)
 
 
 JOBS = ["int4", pytest.param("int4-asymmetric", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow),

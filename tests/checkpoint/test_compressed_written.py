@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from helpers.checkpoints import all_tensors, with_mtp
 from helpers.compressed import FORMS, Form, kept_of, made_parts, make_pair, stands_for, unpacked_rows
@@ -278,3 +279,26 @@ def test_another_dtype_is_refused(case):
     with pytest.raises(JobError) as raised:
         output_form(open_source(model), "fp8")
     assert raised.value.wanted == "source or bfloat16" and "compressed-tensors" in raised.value.found
+
+
+def test_a_whole_compensated_job(case, job_file, tenp, tmp_path):
+    """Compensated columns are encoded, the result is verified, measured and reported, and stands for its tensors."""
+    form, model, _ = case
+    if form is not FORMS["int4"]:
+        pytest.skip("one form goes through a whole job")
+    output = {"shard_size": "100KB", "layouts": ["ragged", "padded"], "compensate": True}
+    result = tenp("run", job_file(model=model, output=output, budget={"retention": 0.6, "important": 0.2, "align": 8}))
+    assert result.exit_code == 0, result.stderr
+    run = tmp_path / "run"
+    verified = json.loads((run / "verify.json").read_text())["layouts"]["ragged"]["rounding"]
+    assert verified["tensors"] > verified["exact"] > 0 and verified["largest_error"] < 0.15
+    report = json.loads((run / "report" / "report.json").read_text())
+    after = sum(tensor.nbytes for tensor in all_tensors(run / "checkpoint" / "ragged").values())
+    told = json.dumps(report)
+    assert str(after) in told and str(open_source(model).facts.bytes.stored) in told and '"effective_bits"' in told
+    solved = load_file(next((run / "compensation").glob("layer_00001*")))
+    name = next(name for name in solved if name.endswith("down_proj.weight"))
+    with TensorReader(open_index(run / "checkpoint" / "ragged")) as reader:
+        found = reader.tensor(name).float()
+    assert found.shape == solved[name].shape
+    assert float((found - solved[name].float()).norm() / solved[name].float().norm()) < 0.15
