@@ -235,7 +235,7 @@ class Output(_Part):
     )
     dtype: Literal["source", "bfloat16", "fp8"] = Field(
         "source",
-        description="how tensors are stored. source: as the source has them, FP8 again where it is in FP8, and so on; "
+        description="how tensors are stored. source: as the source has them, FP8 or compressed-tensors again; "
         "bfloat16: plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
     )
     mtp: Literal["keep", "drop"] = Field(

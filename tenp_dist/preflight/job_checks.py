@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tenp_dist.artifacts import read_json
 from tenp_dist.budget.kinds.table import form_of, kind_of
@@ -41,6 +41,7 @@ def check_job(job: Job, source: Source) -> None:
     layers = moe_layers(source)
     cut_layers(job.cluster, [1] * source.facts.num_layers)
     if job.budget.method == AUTO:
+        _check_groups(job, source, [None])
         tried_budgets(job, source)
     else:
         _check_plan(job, source, layers)
@@ -80,7 +81,7 @@ def _check_plan(job: Job, source: Source, layers: Sequence[MoeLayer]) -> None:
     check_layouts(job, layers, shapes)
     check_width(job, source.family, layers, shapes)
     check_expected_of(job, source)
-    _check_groups(job, source, shapes)
+    _check_groups(job, source, [form_of(job.budget, shape).widths for shape in shapes])
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
 
@@ -112,14 +113,16 @@ def _check_expert_ranks(job: Job, source: Source, shapes: Sequence[Shape]) -> No
         raise too_many_ranks(ranks, stay, f"method {job.budget.method}")
 
 
-def _check_groups(job: Job, source: Source, shapes: Sequence[Shape]) -> None:
-    """Refuse narrow experts that would leave a group of packed numbers unfilled: no engine reads these."""
+def _check_groups(job: Job, source: Source, stated: Sequence[Collection[int] | None]) -> None:
+    """Refuse narrow experts that would leave a group of packed numbers unfilled: no engine reads these.
+
+    stated: widths of a plan that the job may get, None where they may be any multiples of `align`.
+    """
     written = written_source(job, source)
     form = output_form(written, job.output.dtype)
     step, align = width_step(written, form), job.budget.align
     if step == 1 or not any(layout.saves_space for layout in layouts_of(job)):
         return
-    stated = [form_of(job.budget, shape).widths for shape in shapes]
     known = {width for widths in stated for width in widths or ()} - {source.facts.intermediate_size}
     unfilled = sorted(width for width in known if width % step)
     if unfilled or (align % step and None in stated):

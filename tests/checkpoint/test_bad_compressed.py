@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.compressed import FORMS, IGNORE, made_parts, make_pair
-from helpers.fp8 import configure, rewrite
+from helpers.compressed import FORMS, IGNORE, kept_of, made_parts, make_pair
+from helpers.fp8 import checked, configure, made, rewrite
 from helpers.refusals import refused
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
@@ -77,7 +77,7 @@ SPOILED = [
     ("int4", "weight_shape", lambda t: torch.tensor([24, 32, 1]), "I64 [3]", "I64 or I32 [2]"),
     ("fp8", "weight_scale", lambda t: None, "no such tensor", "beside the numbers"),
     ("fp8", "weight_scale", lambda t: t[:8].clone(), "BF16 [8, 1]", "[24, 1]: one by channel of [24, 32]"),
-    ("fp8", "weight", lambda t: t.float().bfloat16(), "a part of a stored weight", "its numbers"),
+    ("fp8", "weight", lambda t: t.float().bfloat16(), "plain BF16", "quantization_config.ignore"),
 ]
 
 
@@ -146,13 +146,14 @@ def test_experts_of_one_layer_in_two_forms(int4):
     assert "several forms" in raised.value.what and raised.value.found == "plain numbers"
 
 
-def test_a_layer_that_is_ignored_stays_plain(int4, tenp, job_file, tmp_path):
+def test_a_layer_that_is_ignored_stays_plain(int4, tmp_path):
     plain_experts(int4, INT4, "layers.2.mlp.experts.")
     config = INT4.config([*IGNORE, r"re:.*layers\.2\.mlp\.experts\..*"])
     configure(int4, quantization_config=config)
-    result = tenp("run", job_file(model=int4, budget={"retention": 0.6, "align": 8}))
-    assert result.exit_code == 0, result.stderr
-    index = open_index(tmp_path / "run" / "checkpoint" / "ragged")
+    kept, folder = kept_of(int4), tmp_path / "ragged"
+    made(int4, kept, folder, "ragged")
+    assert checked(int4, kept, folder, "ragged").encoded
+    index = open_index(folder)
     stored = {name for name, entry in index.tensors.items() if entry.stored}
     assert GATE + ".weight" in stored and not [name for name in stored if "layers.2.mlp.experts." in name]
     assert index.stored_as["quantization_config"] == config
@@ -228,8 +229,9 @@ def test_forms_that_are_not_read_say_why(folders, tmp_path, config, reason):
 def test_widths_that_leave_a_group_unfilled(int4, fp8, tenp, job_file):
     said = ("budget.align", "multiples of 8", "output.dtype to bfloat16")
     refused(tenp("run", job_file(model=int4)), "JobError", *said, "neurons that share")
-    budget = {"retention": 0.6, "method": "global", "align": 4}
-    refused(tenp("run", job_file(model=int4, budget=budget)), "JobError", *said, "found: multiples of 4")
+    for method in ("global", "auto"):
+        budget = {"retention": 0.6, "method": method, "align": 4}
+        refused(tenp("run", job_file(model=int4, budget=budget)), "JobError", *said, "found:  multiples of 4")
 
 
 def test_packed_numbers_in_the_source_alone_ask_for_no_width(int4, tenp, job_file, tmp_path):

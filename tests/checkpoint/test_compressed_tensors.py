@@ -31,7 +31,7 @@ def pairs(tmp_path_factory, tiny_model):
     return make
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*FORMS][1:]])
 def test_every_tensor_is_read_as_what_it_stands_for(pairs, name):
     stored, plain = (open_index(folder) for folder in pairs(name))
     assert set(stored.tensors) == set(plain.tensors)
@@ -49,7 +49,7 @@ def test_every_tensor_is_read_as_what_it_stands_for(pairs, name):
     assert facts["bytes"] == same["bytes"] | {"stored": on_disk}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 6)),
     bits=st.sampled_from([2, 4, 8]),
@@ -72,7 +72,7 @@ def test_any_packed_matrix(tmp_path_factory, shape, bits, group, symmetric, scal
         assert torch.equal(reader.tensor("x.weight"), stands_for(parts, form))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 9), st.integers(0, 70)),
     bits=st.sampled_from([2, 4, 8]),
@@ -82,7 +82,7 @@ def test_words_of_any_row(shape, bits, seed):
     codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     words = integers.pack(codes, bits)
     assert torch.equal(integers.unpack(words, bits, shape[1]), codes)
-    assert not shape[0] or torch.equal(unpacked_rows(words, bits, shape[1]), codes.long().view(-1, shape[1]))
+    assert torch.equal(unpacked_rows(words, bits, shape[1]), codes.long())
 
 
 def test_a_group_is_found_by_name_then_pattern_then_class():
@@ -111,7 +111,7 @@ def test_the_modules_of_a_published_model():
 
 
 JOBS = ["int4", pytest.param("int4-asymmetric", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow),
-        "fp8-channel", pytest.param("fp8-tensor", marks=pytest.mark.slow),
+        pytest.param("fp8-channel", marks=pytest.mark.slow), pytest.param("fp8-tensor", marks=pytest.mark.slow),
         pytest.param("fp8-block", marks=pytest.mark.slow)]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def numbers_of(parts, form: Form):
     return codes, zeros[:, group_C], parts["weight_scale"].double()[:, group_C]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 12), st.integers(1, 4)),
     bits=st.sampled_from([2, 4, 8]),
@@ -95,7 +96,7 @@ def test_lines_that_come_together_anew(shape, bits, group, symmetric, scale, axi
                 assert step <= widest * (1 + 1e-6) and float(lost.square().sum()) <= float(kept) * (1 + 1e-5) + 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 20), st.integers(1, 50)),
     bits=st.sampled_from([2, 4, 8]),
@@ -124,12 +125,40 @@ def test_nan_is_not_encoded():
         integers.encode(torch.tensor([[1.0, float("nan")]]), integers.Kind("x"))
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def case(request, tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp(request.param)
-    return FORMS[request.param], *make_pair(
-        folder, with_mtp(tiny_model("deepseek_v3", "bfloat16"), folder / "m"), FORMS[request.param]
-    )
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
+EVERY = ["int4", "fp8-channel", *(param for param in SLOW if param.values[0] not in ("int4", "fp8-channel"))]
+ONE = ["int4", *(param for param in SLOW if param.values[0] != "int4")]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory, tiny_model):
+    """cases(name of a form) -> form, the model in it, the plain one."""
+    made_of = {}
+
+    def make(name):
+        if name not in made_of:
+            folder = tmp_path_factory.mktemp(name)
+            model = with_mtp(tiny_model("deepseek_v3", "bfloat16"), folder / "m")
+            made_of[name] = FORMS[name], *make_pair(folder, model, FORMS[name])
+        return made_of[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ragged(cases, tmp_path_factory):
+    """ragged(name of a form) -> model, what is kept, and the ragged checkpoint of it. Copy it to change it."""
+    written = {}
+
+    def make(name):
+        if name not in written:
+            model, folder = cases(name)[1], tmp_path_factory.mktemp(f"ragged-{name}")
+            kept = kept_of(model)
+            made(model, kept, folder / "ragged", "ragged")
+            written[name] = model, kept, folder / "ragged"
+        return written[name]
+
+    return make
 
 
 def parts_of(tensors, prefix):
@@ -141,9 +170,10 @@ def exact_along_rows(form: Form) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
-def test_a_written_checkpoint(case, layout, tmp_path):
+@pytest.mark.parametrize("name", EVERY)
+def test_a_written_checkpoint(cases, name, layout, tmp_path):
     """Its shapes, its bytes that stay, its config; and it is read as what the plan left of the source, nearly."""
-    form, model, plain = case
+    form, model, plain = cases(name)
     kept, folder = kept_of(model), tmp_path / layout
     written = made(model, kept, folder, layout)
     before, after = all_tensors(model), all_tensors(folder)
@@ -179,9 +209,10 @@ def test_a_written_checkpoint(case, layout, tmp_path):
     assert sizes.total == open_source(model).facts.bytes.stored
 
 
-def test_uniform_and_files_by_rank(case, tmp_path):
+@pytest.mark.parametrize("name", ONE)
+def test_uniform_and_files_by_rank(cases, name, tmp_path):
     """All experts at 16 neurons: shared experts of 24 are filled up to 32; prediction layers shrink too."""
-    form, model, _ = case
+    form, model, _ = cases(name)
     kept = kept_of(model, 16)
     for layer, neurons in kept.items():
         mask_EF = neurons.mask(24)
@@ -190,19 +221,19 @@ def test_uniform_and_files_by_rank(case, tmp_path):
     made(model, kept, tmp_path / "uniform", "uniform", ranks=2)
     found = checked(model, kept, tmp_path / "uniform", "uniform")
     before, after = all_tensors(model), all_tensors(tmp_path / "uniform")
-    name = "model.layers.1.mlp.shared_experts.down_proj."
-    shared = [stands_for(parts_of(tensors, name), form).float() for tensors in (before, after)]
+    down = "model.layers.1.mlp.shared_experts.down_proj."
+    shared = [stands_for(parts_of(tensors, down), form).float() for tensors in (before, after)]
     assert shared[1].shape == (32, 32) and torch.equal(shared[0], shared[1][:, :24]) and not shared[1][:, 24:].any()
     assert (
         stands_for(parts_of(after, "model.layers.4.mlp.experts.7.gate_proj."), form).shape == (16, 32) and found.encoded
     )
     index = json.loads((tmp_path / "uniform" / "model.safetensors.index.json").read_text())
-    files = {file for name, file in index["weight_map"].items() if name.startswith("model.layers.1.mlp.experts.5.")}
+    files = {file for one, file in index["weight_map"].items() if one.startswith("model.layers.1.mlp.experts.5.")}
     assert len({file.split("-of-")[0].rpartition("-rank-")[2] for file in files}) == 1
 
 
-def test_parts_in_files_of_their_own_and_a_killed_run(case, tmp_path):
-    _, model, _ = case
+def test_parts_in_files_of_their_own_and_a_killed_run(cases, tmp_path):
+    _, model, _ = cases("int4-asymmetric")
     kept = kept_of(model)
     made(model, kept, tmp_path / "one", "ragged")
     made(model, kept, tmp_path / "small", "ragged", shard_size=150)
@@ -217,8 +248,9 @@ def test_parts_in_files_of_their_own_and_a_killed_run(case, tmp_path):
     assert [path.read_bytes() for path in files] == whole
 
 
-def test_experts_without_neurons(case, tmp_path):
-    _, model, _ = case
+@pytest.mark.parametrize("name", ONE)
+def test_experts_without_neurons(cases, name, tmp_path):
+    _, model, _ = cases(name)
     kept = {}
     for layer, neurons in kept_of(model).items():
         mask_EF = neurons.mask(24)
@@ -235,57 +267,50 @@ def spoiled(folder: Path, name: str, change) -> None:
     rewrite(folder, lambda tensors: {n: change(t.clone()) if n == name else t for n, t in tensors.items()})
 
 
-INT4 = [
-    (GATE.format(3) + "weight_packed", lambda t: t ^ 1, "codes"),
-    (DOWN.format(3) + "weight_packed", lambda t: t ^ 1, "nearest"),
-    (GATE.format(3) + "weight_scale", lambda t: t * 2, "no factor above"),
-    (DOWN.format(3) + "weight_scale", lambda t: t * float("nan"), "finite"),
-    (DOWN.format(3) + "weight_scale", lambda t: t / 4, "nearest"),
-    (DOWN.format(1) + "weight_scale", lambda t: t / 2, "whole group"),
-    (DOWN.format(3) + "weight_shape", lambda t: t + 1, "shape"),
-]
-FP8 = [
-    (GATE.format(3) + "weight", lambda t: (t.float() * 1.25).to(t.dtype), "bytes"),
-    (DOWN.format(3) + "weight", lambda t: (-t.float()).to(t.dtype), "bytes"),
-    (DOWN.format(3) + "weight_scale", lambda t: t * 2, "no factor above"),
-    (GATE.format(3) + "weight_scale", lambda t: t / 2, "whole block"),
+FAULTS = [
+    ("int4", GATE.format(3) + "weight_packed", lambda t: t ^ 1, "codes"),
+    ("int4", DOWN.format(3) + "weight_packed", lambda t: t ^ 1, "nearest"),
+    ("int4", GATE.format(3) + "weight_scale", lambda t: t * 2, "no factor above"),
+    ("int4", DOWN.format(3) + "weight_scale", lambda t: t * float("nan"), "finite"),
+    ("int4", DOWN.format(3) + "weight_scale", lambda t: t / 4, "nearest"),
+    ("int4", DOWN.format(1) + "weight_scale", lambda t: t / 2, "whole group"),
+    ("int4", DOWN.format(3) + "weight_shape", lambda t: t + 1, "shape"),
+    ("fp8-channel", GATE.format(3) + "weight", lambda t: (t.float() * 1.25).to(t.dtype), "bytes"),
+    ("fp8-channel", DOWN.format(3) + "weight", lambda t: (-t.float()).to(t.dtype), "bytes"),
+    ("fp8-channel", DOWN.format(3) + "weight_scale", lambda t: t * 2, "no factor above"),
+    ("fp8-channel", GATE.format(3) + "weight_scale", lambda t: t / 2, "whole block"),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "wanted"), INT4 + FP8)
-def test_verify_finds_what_a_writer_may_do_wrong(case, tmp_path, name, change, wanted):
-    form, model, _ = case
-    if form is not FORMS["int4" if (name, change, wanted) in INT4 else "fp8-channel"]:
-        pytest.skip("a fault of another form")
-    kept = kept_of(model)
-    made(model, kept, tmp_path / "ragged", "ragged")
+@pytest.mark.parametrize(("form", "name", "change", "wanted"), FAULTS)
+def test_verify_finds_what_a_writer_may_do_wrong(ragged, tmp_path, form, name, change, wanted):
+    model, kept, folder = ragged(form)
+    shutil.copytree(folder, tmp_path / "ragged")
     spoiled(tmp_path / "ragged", name, change)
     with pytest.raises(VerifyError) as raised:
         checked(model, kept, tmp_path / "ragged", "ragged")
     assert wanted in raised.value.wanted and name.rpartition(".")[0] in raised.value.where
 
 
-def test_verify_finds_another_config(case, tmp_path):
-    form, model, _ = case
-    kept = kept_of(model)
-    made(model, kept, tmp_path / "ragged", "ragged")
-    configure(tmp_path / "ragged", quantization_config=form.config(ignore=["lm_head"], quantization_status="frozen"))
+def test_verify_finds_another_config(ragged, tmp_path):
+    model, kept, folder = ragged("int4")
+    shutil.copytree(folder, tmp_path / "ragged")
+    stated = FORMS["int4"].config(quantization_status="frozen")
+    configure(tmp_path / "ragged", quantization_config=stated)
     with pytest.raises(VerifyError, match="another form"):
         checked(model, kept, tmp_path / "ragged", "ragged")
 
 
-def test_another_dtype_is_refused(case):
-    _, model, _ = case
+def test_another_dtype_is_refused(cases):
+    _, model, _ = cases("int4")
     with pytest.raises(JobError) as raised:
         output_form(open_source(model), "fp8")
     assert raised.value.wanted == "source or bfloat16" and "compressed-tensors" in raised.value.found
 
 
-def test_a_whole_compensated_job(case, job_file, tenp, tmp_path):
+def test_a_whole_compensated_job(cases, job_file, tenp, tmp_path):
     """Compensated columns are encoded, the result is verified, measured and reported, and stands for its tensors."""
-    form, model, _ = case
-    if form is not FORMS["int4"]:
-        pytest.skip("one form goes through a whole job")
+    _, model, _ = cases("int4")
     output = {"shard_size": "100KB", "layouts": ["ragged", "padded"], "compensate": True}
     result = tenp("run", job_file(model=model, output=output, budget={"retention": 0.6, "important": 0.2, "align": 8}))
     assert result.exit_code == 0, result.stderr
@@ -302,3 +327,27 @@ def test_a_whole_compensated_job(case, job_file, tenp, tmp_path):
         found = reader.tensor(name).float()
     assert found.shape == solved[name].shape
     assert float((found - solved[name].float()).norm() / solved[name].float().norm()) < 0.15
+
+
+def test_scales_of_activations_go_along(cases, tmp_path):
+    """Static ones, beside the weights: what a pruned layer gets is a part of what the whole one got."""
+    _, model, _ = cases("fp8-channel")
+    static, kept = Path(shutil.copytree(model, tmp_path / "static")), kept_of(model)
+
+    def with_scales(tensors):
+        names = [name for name in tensors if name.endswith("weight_scale")]
+        return tensors | {
+            name.replace("weight_scale", "input_scale"): torch.tensor([0.01 * (i + 1)]) for i, name in enumerate(names)
+        }
+
+    rewrite(static, with_scales)
+    assert set(open_index(static).tensors) == set(open_index(model).tensors)
+    made(static, kept, tmp_path / "ragged", "ragged")
+    before, after = all_tensors(static), all_tensors(tmp_path / "ragged")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("input_scale"))
+    checked(static, kept, tmp_path / "ragged", "ragged")
+    spoiled(tmp_path / "ragged", DOWN.format(3) + "input_scale", lambda t: t * 2)
+    with pytest.raises(VerifyError) as raised:
+        checked(static, kept, tmp_path / "ragged", "ragged")
+    assert raised.value.found == "scales of activations"
