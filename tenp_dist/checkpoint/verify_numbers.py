@@ -31,8 +31,9 @@ def check_regrouped(wanted: Numbers, found: Numbers, where: str) -> float:
 
 def check_encoded(values: torch.Tensor, found: Numbers, where: str) -> float:
     """Check a matrix of new numbers, [R, C] in any dtype; returns its relative error. Raises VerifyError."""
-    check = check_encoded_codes if isinstance(found, Codes) else verify_stored.check_encoded
-    return check(values, found, where)
+    if isinstance(found, Codes):
+        return check_encoded_codes(values, found, where)
+    return verify_stored.check_encoded(values, found, where)
 
 
 def check_other_parts(readers: tuple[TensorReader, TensorReader], stored: tuple[Stored, Stored], where: str) -> None:
@@ -47,17 +48,23 @@ def check_other_parts(readers: tuple[TensorReader, TensorReader], stored: tuple[
         [reader.whole(part) for part in getattr(form, "others", ())]
         for reader, form in zip(readers, stored, strict=True)
     )
-    alike = len(source) == len(written) and all(map(_same, source, written))
-    size = getattr(stored[1], "size", None)
-    shaped = size is None or readers[1].whole(size).tolist() == list(stored[1].shape)
-    if not (alike and shaped):
-        raise VerifyError(
-            "A part of a stored tensor is not what source and plan say",
-            where=where,
-            found="scales of activations" if not alike else readers[1].whole(size).tolist(),
-            wanted="the source's scales of activations, and the shape of the written numbers",
-            next_step="write again with --overwrite; if it stays, report it with this message",
+    if not (len(source) == len(written) and all(map(_same, source, written))):
+        raise _refused(where, "scales of activations", "the source's")
+    new = stored[1]
+    if isinstance(new, Packed) and new.size is not None and readers[1].whole(new.size).tolist() != list(new.shape):
+        raise _refused(
+            where, readers[1].whole(new.size).tolist(), f"the shape {list(new.shape)} of the written numbers"
         )
+
+
+def _refused(where: str, found: object, wanted: str) -> VerifyError:
+    return VerifyError(
+        "A part of a stored tensor is not what source and plan say",
+        where=where,
+        found=found,
+        wanted=wanted,
+        next_step="write again with --overwrite; if it stays, report it with this message",
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

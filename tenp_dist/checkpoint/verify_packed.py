@@ -57,8 +57,8 @@ class Codes:
 
     def changed(self, change: Lines) -> Codes:
         """With lines dropped or set to zero."""
-        parts = (change(part) for part in (self.numbers, self.zeros, self.factors))
-        return Codes(*parts, self.bits, self.group, self.symmetric)
+        numbers, zeros, factors = map(change, (self.numbers, self.zeros, self.factors))
+        return Codes(numbers, zeros, factors, self.bits, self.group, self.symmetric)
 
 
 def read_codes(reader: TensorReader, stored: Packed) -> Codes:
@@ -70,8 +70,8 @@ def read_codes(reader: TensorReader, stored: Packed) -> Codes:
     if stored.zeros is not None:
         of_group = _codes(reader.whole(stored.zeros).T, bits)[:, :rows].T
     group_C = torch.arange(columns) // (stored.scheme.columns or max(columns, 1))
-    spread = (of_group[:, group_C], factors[:, group_C])
-    return Codes(codes, *spread, bits, stored.scheme.columns, stored.scheme.symmetric)
+    zeros, factors = of_group[:, group_C], factors[:, group_C]
+    return Codes(codes, zeros, factors, bits, stored.scheme.columns, stored.scheme.symmetric)
 
 
 def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
