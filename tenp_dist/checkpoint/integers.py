@@ -66,7 +66,7 @@ class Kind:
             near = wanted.to(self.factors)
             above = (near.view(torch.int16) + 1).view(self.factors)  # numbers above zero are ordered like their bits
             wanted = torch.where(near.float() < wanted, above, near).float()
-        return torch.where(wanted > 0, wanted.clamp_min(torch.finfo(self.factors).tiny), 1.0)
+        return torch.where(wanted > 0, wanted, 1.0)
 
 
 @dataclass(frozen=True)

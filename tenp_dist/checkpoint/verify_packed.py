@@ -23,6 +23,8 @@ from tenp_dist.errors import VerifyError
 
 _SLACK = 1 + 2.0**-6
 """For the rounding of factors in 16 bits."""
+_LEAST = 2.0**-24
+"""The smallest number above zero in float16, which a smaller factor is rounded up to."""
 _STEP = 0.5 * (1 + 2.0**-20)
 """Half a step, and what arithmetic in float32 may add."""
 
@@ -113,8 +115,8 @@ def _check_factors(found: Codes, values: torch.Tensor, had: torch.Tensor, where:
     below = 1 << (found.bits - 1)
     need = torch.maximum(most / (below - 1), least / below) if found.symmetric else (most + least) / (2 * below - 1)
     _require((found.factors > 0) & torch.isfinite(found.factors), where, "finite factors above zero")
-    limit = torch.maximum(had, need * _SLACK)
-    _require((found.factors <= limit)[limit > 0], where, "no factor above what its group needs")
+    limit = torch.maximum(had, need * _SLACK + _LEAST)
+    _require((found.factors <= limit)[(had > 0) | (need > 0)], where, "no factor above what its group needs")
     if found.symmetric:
         _require(found.zeros == below, where, "zeros in the middle")
 

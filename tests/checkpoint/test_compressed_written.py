@@ -103,10 +103,11 @@ def test_lines_that_come_together_anew(shape, bits, group, symmetric, scale, axi
     group=st.sampled_from([None, 1, 3, 8, 32]),
     symmetric=st.booleans(),
     scale=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([3.0, 2.0**-14, 2.0**-22]),
     seed=st.integers(0, 2**31),
 )
-def test_new_numbers_are_off_by_half_a_step_at_most(shape, bits, group, symmetric, scale, seed):
-    plain = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16() * 3
+def test_new_numbers_are_off_by_half_a_step_at_most(shape, bits, group, symmetric, scale, size, seed):
+    plain = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16() * size
     plain[: shape[0] // 2, : group or 1] = 0
     found = integers.encode(plain, integers.Kind("x", bits, group, symmetric, scale))
     group_C = torch.arange(shape[1]) // (group or shape[1])
@@ -117,7 +118,7 @@ def test_new_numbers_are_off_by_half_a_step_at_most(shape, bits, group, symmetri
     need = (
         max(most / ((1 << bits - 1) - 1), -least / (1 << bits - 1)) if symmetric else (most - least) / ((1 << bits) - 1)
     )
-    assert bool(((found.factors.double() <= need * (1 + 2**-6)) | (found.factors == 1)).all())
+    assert bool(((found.factors.double() <= need * (1 + 2**-6) + 2**-24) | (found.factors == 1)).all())
 
 
 def test_nan_is_not_encoded():
