@@ -321,6 +321,10 @@ def test_a_whole_compensated_job(cases, job_file, tenp, tmp_path):
     report = json.loads((run / "report" / "report.json").read_text())
     after = sum(tensor.nbytes for tensor in all_tensors(run / "checkpoint" / "ragged").values())
     told = json.dumps(report)
+    assert "matrices in compressed-tensors INT4" in (run / "report" / "index.html").read_text()
+    cards = {path.parent.name: path.read_text() for path in (run / "checkpoint").glob("*/README.md")}
+    assert all("| matrices in compressed-tensors INT4" in card for card in cards.values())
+    assert {name for name, card in cards.items() if "pip install compressed-tensors" in card} == {"padded"}
     assert str(after) in told and str(open_source(model).facts.bytes.stored) in told and '"effective_bits"' in told
     solved = load_file(next((run / "compensation").glob("layer_00001*")))
     name = next(name for name in solved if name.endswith("down_proj.weight"))
