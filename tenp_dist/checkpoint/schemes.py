@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 METHOD = "compressed-tensors"
@@ -67,7 +68,7 @@ class Schemes:
             return None
         tests: tuple[Callable[[str], bool], ...] = (
             lambda target: target == module,
-            lambda target: _is_pattern(target) and _matches(target, module),
+            lambda target: _is_pattern(target) and bool(re.match(target.removeprefix("re:"), module)),
             lambda target: not _is_pattern(target) and "." not in target,  # a class
         )
         found = (scheme for test in tests for targets, scheme in self.groups if any(map(test, targets)))
@@ -75,7 +76,17 @@ class Schemes:
 
     def ignored_by(self, module: str) -> str | None:
         """The entry of `ignore` that names this module."""
-        return next((entry for entry in self.ignore if _matches(entry, module)), None)
+        if module in self._ignored_names:
+            return module
+        return next((entry for entry, pattern in self._ignored_patterns if pattern.match(module)), None)
+
+    @cached_property
+    def _ignored_names(self) -> frozenset[str]:
+        return frozenset(entry for entry in self.ignore if not _is_pattern(entry))
+
+    @cached_property
+    def _ignored_patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        return [(entry, re.compile(entry.removeprefix("re:"))) for entry in self.ignore if _is_pattern(entry)]
 
 
 def stated(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -176,7 +187,3 @@ def _is_readable(entry: object) -> bool:
     except re.error:
         return False
     return True
-
-
-def _matches(entry: str, module: str) -> bool:
-    return bool(re.match(entry.removeprefix("re:"), module)) if _is_pattern(entry) else entry == module
