@@ -131,10 +131,10 @@ def routed_matrices(source: Source, *, mtp: bool = False) -> Iterator[str]:
                 yield place.tensor
 
 
-def width_step(source: Source, form: OutputForm) -> int:
-    """What narrow widths of experts have to be multiples of, because W_down is written in groups of as many neurons."""
+def packed_step(source: Source, form: OutputForm) -> int:
+    """What narrow widths of experts have to be multiples of, because rows of W_down are packed; 1 where none are."""
     encoders = (form.encoders.get(name) for name in routed_matrices(source))
-    return max((encoder.step for encoder in encoders if isinstance(encoder, Packed)), default=1)
+    return max((encoder.neuron_step for encoder in encoders if isinstance(encoder, Packed)), default=1)
 
 
 def _plain_modules(source: Source, encoders: Mapping[str, Encoder]) -> list[str]:

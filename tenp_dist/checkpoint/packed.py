@@ -54,8 +54,8 @@ class Packed:
         return f"compressed-tensors INT{self.scheme.bits}"
 
     @property
-    def step(self) -> int:
-        """Columns that fill groups and words: engines read these forms in no other widths."""
+    def neuron_step(self) -> int:
+        """Neurons that fill groups and words of W_down's rows: engines read these forms in no other widths."""
         return math.lcm(self.scheme.columns or 1, 32 // self.scheme.bits)
 
     @property

@@ -10,7 +10,7 @@ from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.rows import check_sources
 from tenp_dist.checkpoint.expert_parallel import too_many_ranks
 from tenp_dist.checkpoint.layer_names import experts_by_name
-from tenp_dist.checkpoint.output_form import output_form, width_step
+from tenp_dist.checkpoint.output_form import output_form, packed_step
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import AUTO, JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
@@ -120,7 +120,7 @@ def _check_groups(job: Job, source: Source, stated: Sequence[Collection[int] | N
     """
     written = written_source(job, source)
     form = output_form(written, job.output.dtype)
-    step, align = width_step(written, form), job.budget.align
+    step, align = packed_step(written, form), job.budget.align
     if step == 1 or not any(layout.saves_space for layout in layouts_of(job)):
         return
     known = {width for widths in stated for width in widths or ()} - {source.facts.intermediate_size}
