@@ -150,8 +150,8 @@ def with_columns(coded: Coded, change: Callable[[np.ndarray], np.ndarray], kind:
         had_RC = _changed(spread(factors_RG, size, columns), change)
         zero_RC = spread(zeros_RG, size, columns).to(torch.int16)
         steps_RC = _changed(coded.codes[part].to(torch.int16) - zero_RC, change)
-        parts = [_grouped(one, kind.size(wide)) for one in (steps_RC, had_RC, _changed(zero_RC, change))]
-        codes_RGS, factors_RG, zeros_RG = _regrouped(*parts, kind)
+        steps, had, zero = (_grouped(one, kind.size(wide)) for one in (steps_RC, had_RC, _changed(zero_RC, change)))
+        codes_RGS, factors_RG, zeros_RG = _regrouped(steps, had, zero, kind)
         made.codes[part] = codes_RGS.flatten(1)[:, :wide]
         made.factors[part], made.zeros[part] = factors_RG.to(kind.factors), zeros_RG
     return made
