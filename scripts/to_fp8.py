@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -56,6 +57,14 @@ class Tensors:
         parts = zip(numbers.split(rows), factors, strict=True)
         return [torch.cat([float8.unscale(part, factors_B, columns) for part, factors_B in parts])]
 
+    def config_entry(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        stated = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": list(self.block), **({"scale_fmt": "ue8m0"} if self.powers else {}),
+        }  # fmt: skip
+        return {"quantization_config": stated}
+
 
 def convert(model: Path, out: Path, tensors: Tensors, shard_size: int) -> None:
     """Write the checkpoint `out`; it holds one tensor and what is made of it."""
@@ -69,10 +78,7 @@ def convert(model: Path, out: Path, tensors: Tensors, shard_size: int) -> None:
             write(out, shard, reader, tensors, owner)
     config = read_json(model / "config.json")
     if not tensors.plain:
-        config["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-            "weight_block_size": list(tensors.block), **({"scale_fmt": "ue8m0"} if tensors.powers else {}),
-        }  # fmt: skip
+        config |= tensors.config_entry()
     finish_checkpoint(out, shards, config, list(side_files(model)))
 
 

@@ -235,8 +235,8 @@ class Output(_Part):
     )
     dtype: Literal["source", "bfloat16", "fp8"] = Field(
         "source",
-        description="how tensors are stored. source: as the source has them, FP8 again where it is in FP8; bfloat16: "
-        "plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
+        description="how tensors are stored. source: as the source has them, FP8 or compressed-tensors again; "
+        "bfloat16: plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
     )
     mtp: Literal["keep", "drop"] = Field(
         "keep", description="multi-token prediction layers: keep (whole; pruned in uniform), or drop"

@@ -167,3 +167,9 @@ def _e4m3_as_half(stored_RC: torch.Tensor) -> torch.Tensor | None:
         return None
     shifted_RC = bits_RC.to(torch.int16).bitwise_left_shift_(7)  # widening has filled bits 14 and 15 with the sign
     return shifted_RC.bitwise_and_(~0x4000).view(torch.float16)
+
+
+def exact(stored_RC: torch.Tensor) -> torch.Tensor:
+    """The numbers themselves, float32."""
+    half_RC = _e4m3_as_half(stored_RC) if stored_RC.numel() else None
+    return stored_RC.float() if half_RC is None else half_RC.float().mul_(256)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tenp_dist.checkpoint import schemes
 from tenp_dist.errors import UnsupportedModelError
 
 _NAMES = {
@@ -47,10 +48,12 @@ def check_form(folder: Path, config: Mapping[str, Any]) -> None:
     if not method or method == "fp8":  # FP8 without blocks is refused where its tensors are looked at
         return
     kind = f", {stated['format']}" if isinstance(stated, dict) and stated.get("format") else ""
+    reason = schemes.unread(stated) if method == schemes.METHOD and isinstance(stated, dict) else None
     raise UnsupportedModelError(
         f"The checkpoint is quantised with {_NAMES.get(method, method)}",
         where=f"{folder / 'config.json'}: quantization_config",
-        found=f"quant_method {method}{kind}",
-        wanted="plain bf16, fp16 or fp32, or FP8 in blocks as DeepSeek publishes it",
+        found=f"quant_method {method}{kind}" + (f": {reason}" if reason else ""),
+        wanted="plain bf16, fp16 or fp32, FP8 in blocks as DeepSeek publishes it, or compressed-tensors in "
+        f"float-quantized or pack-quantized ({', '.join(map(str, schemes.BITS))} bits)",
         next_step="set `model` to the checkpoint that it was quantised from, prune that, and quantise the result",
     )

@@ -16,6 +16,7 @@ import torch
 from tenp_dist.checkpoint.entries import Encoder, Stored, TensorEntry
 from tenp_dist.checkpoint.formats.table import WRITTEN
 from tenp_dist.checkpoint.layer_names import layer_names
+from tenp_dist.checkpoint.packed import Packed
 from tenp_dist.checkpoint.reader import TORCH_DTYPES
 from tenp_dist.checkpoint.recipes import Copy, Inputs, Moved, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
@@ -128,6 +129,12 @@ def routed_matrices(source: Source, *, mtp: bool = False) -> Iterator[str]:
         for place in layers[number].slices(range(facts.num_experts)):
             if place.tensor in index.tensors:
                 yield place.tensor
+
+
+def packed_step(source: Source, form: OutputForm) -> int:
+    """What narrow widths of experts have to be multiples of, because rows of W_down are packed; 1 where none are."""
+    encoders = (form.encoders.get(name) for name in routed_matrices(source))
+    return max((encoder.neuron_step for encoder in encoders if isinstance(encoder, Packed)), default=1)
 
 
 def _plain_modules(source: Source, encoders: Mapping[str, Encoder]) -> list[str]:

@@ -20,7 +20,8 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.checkpoint.verify_stored import Lines, check_encoded, check_regrouped, read_blocks
+from tenp_dist.checkpoint.verify_numbers import check_encoded, check_other_parts, check_regrouped, read_numbers
+from tenp_dist.checkpoint.verify_stored import Lines
 from tenp_dist.errors import VerifyError
 
 
@@ -232,15 +233,17 @@ def check_tensor(name: str, readers: Readers, wanted: Wanted) -> Verified:
         found = bits(readers.written.tensor(name))
         compare(name, readers, wanted.bits(readers), found, wanted.origin)
         return Verified(1, int(changed), int(not changed), entry.nbytes)
-    where, written = f"{readers.written.index.folder / entry.file}: {name}", read_blocks(readers.written, entry.stored)
+    where, written = f"{readers.written.index.folder / entry.file}: {name}", read_numbers(readers.written, entry.stored)
     if origin.stored is None or wanted.solved is not None:
         plain = wanted.bits(readers).view(TORCH_DTYPES[origin.dtype])
         _check_shape(where, plain.shape, entry.shape)
         error = check_encoded(plain, written, where)
     else:
-        blocks = read_blocks(readers.source, origin.stored).changed(wanted.change or (lambda tensor: tensor))
-        _check_shape(where, blocks.numbers.shape, entry.shape)
-        error = check_regrouped(blocks, written, where)
+        numbers = read_numbers(readers.source, origin.stored).changed(wanted.change or (lambda tensor: tensor))
+        _check_shape(where, numbers.numbers.shape, entry.shape)
+        error = check_regrouped(numbers, written, where)
+    if origin.stored is not None:
+        check_other_parts((readers.source, readers.written), (origin.stored, entry.stored), where)
     errors = {name: error} if error else {}
     return Verified(1, int(changed), int(not changed), entry.stored_bytes, errors, 1)
 

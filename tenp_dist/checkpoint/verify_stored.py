@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from tenp_dist.checkpoint.entries import Stored
 from tenp_dist.checkpoint.formats.block_fp8 import BlockScaled
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.scaled_rows import ScaledRows
 from tenp_dist.errors import VerifyError
 
 Lines = Callable[[torch.Tensor], torch.Tensor]
@@ -57,8 +58,11 @@ class Blocks:
 
 def read_blocks(reader: TensorReader, stored: Stored) -> Blocks:
     """A stored matrix with a factor for each of its numbers."""
-    matrix, factors = (reader.whole(part) for part in stored.parts)
+    matrix, factors = (reader.whole(part) for part in stored.parts[:2])
     height, width = matrix.shape
+    if isinstance(stored, ScaledRows):
+        block = (max(height, 1) if stored.single else 1, max(width, 1))
+        return Blocks(matrix, factors.double().reshape(-1, 1).expand(height, width).contiguous(), block)
     if not isinstance(stored, BlockScaled):
         raise TypeError(f"{type(stored).__name__} is no matrix in FP8")
     rows, columns = stored.block

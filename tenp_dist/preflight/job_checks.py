@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tenp_dist.artifacts import read_json
-from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.kinds.table import form_of, kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.calibration.rows import check_sources
 from tenp_dist.checkpoint.expert_parallel import too_many_ranks
 from tenp_dist.checkpoint.layer_names import experts_by_name
-from tenp_dist.checkpoint.output_form import output_form
+from tenp_dist.checkpoint.output_form import output_form, packed_step
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import AUTO, JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
-from tenp_dist.layouts.table import check_expected_of, check_layouts, check_width, layouts_of, main_layout
+from tenp_dist.layouts.table import (
+    check_expected_of,
+    check_layouts,
+    check_width,
+    layouts_of,
+    main_layout,
+    written_source,
+)
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
@@ -34,6 +41,7 @@ def check_job(job: Job, source: Source) -> None:
     layers = moe_layers(source)
     cut_layers(job.cluster, [1] * source.facts.num_layers)
     if job.budget.method == AUTO:
+        _check_groups(job, source, [None])
         tried_budgets(job, source)
     else:
         _check_plan(job, source, layers)
@@ -73,6 +81,7 @@ def _check_plan(job: Job, source: Source, layers: Sequence[MoeLayer]) -> None:
     check_layouts(job, layers, shapes)
     check_width(job, source.family, layers, shapes)
     check_expected_of(job, source)
+    _check_groups(job, source, [form_of(job.budget, shape).widths for shape in shapes])
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
 
@@ -102,6 +111,28 @@ def _check_expert_ranks(job: Job, source: Source, shapes: Sequence[Shape]) -> No
     stay = min(min(shape.whole) for shape in shapes) if leave else facts.num_experts
     if ranks > stay:
         raise too_many_ranks(ranks, stay, f"method {job.budget.method}")
+
+
+def _check_groups(job: Job, source: Source, stated: Sequence[Collection[int] | None]) -> None:
+    """Refuse narrow experts that would leave a group of packed numbers unfilled: no engine reads these.
+
+    stated: widths of a plan that the job may get, None where they may be any multiples of `align`.
+    """
+    written = written_source(job, source)
+    form = output_form(written, job.output.dtype)
+    step, align = packed_step(written, form), job.budget.align
+    if step == 1 or not any(layout.saves_space for layout in layouts_of(job)):
+        return
+    known = {width for widths in stated for width in widths or ()} - {source.facts.intermediate_size}
+    unfilled = sorted(width for width in known if width % step)
+    if unfilled or (align % step and None in stated):
+        raise JobError(
+            f"Experts of such widths cannot be written in {form.name}",
+            where="budget.align",
+            found=f"{unfilled[0]} neurons" if unfilled else f"multiples of {align}",
+            wanted=f"multiples of {step}, neurons that share a factor or a word in W_down",
+            next_step=f"set budget.align to {step}, or output.dtype to bfloat16",
+        )
 
 
 def _check_compensation(job: Job) -> None:

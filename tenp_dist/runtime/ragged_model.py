@@ -13,14 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
 from tenp_dist.runtime.ragged_config import PREFIX, class_prefix
-from tenp_dist.runtime.stored_fp8 import SCALE, read_in_blocks
+from tenp_dist.runtime.stored_compressed import COMPANIONS, read_stored
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def _weights(patterns):
-    """Without those of FP8 factors, which are used up before (`stored_fp8.py`)."""
-    return [pattern for pattern in patterns if not pattern.endswith(SCALE)]
+    """Without those of factors and packed numbers, which are used up before (`stored_compressed.py`)."""
+    return [pattern for pattern in patterns if not pattern.endswith(COMPANIONS)]
 
 
 class ToBuckets(ConversionOps):
@@ -99,7 +99,7 @@ class RaggedForCausalLM:
         given = {name: kwargs[name] for name in _HUB if name in kwargs}
         config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **given)
         if getattr(config, "quantization_config", None) is not None:
-            kwargs["config"] = read_in_blocks(config)
+            kwargs["config"] = read_stored(config)
         reasons: list[str] = []
         token = contradictions.set(reasons)
         try:

@@ -72,7 +72,7 @@ def verify(run: Run, context: StageContext) -> Output:
             "bytes": verified.nbytes,
             "pruned_tensors": verified.pruned_tensors,
             "untouched_tensors": verified.untouched_tensors,
-        } | ({"rounding": rounding} if rounding else {})
+        } | ({"rounding": {"form": run.form.name, **rounding}} if rounding else {})
     found: dict[str, Any] = {"layouts": layouts}
     if run.job.output.compensate:
         found["compensation"] = _recheck(run, context)
