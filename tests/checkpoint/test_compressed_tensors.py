@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers.compressed import FORMS, IGNORE, Form, made_parts, make_pair, stands_for, unpacked_rows
+from helpers.marks import BESIDE
 from tenp_dist.checkpoint import integers
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
@@ -31,7 +32,7 @@ def pairs(tmp_path_factory, tiny_model):
     return make
 
 
-@pytest.mark.parametrize("name", [*FORMS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*FORMS][1:]])
+@pytest.mark.parametrize("name", [*FORMS][:1] + [pytest.param(name, marks=BESIDE) for name in [*FORMS][1:]])
 def test_every_tensor_is_read_as_what_it_stands_for(pairs, name):
     stored, plain = (open_index(folder) for folder in pairs(name))
     assert set(stored.tensors) == set(plain.tensors)
@@ -110,9 +111,9 @@ def test_the_modules_of_a_published_model():
     assert schemes.of("model.layers.3.mlp.experts.17.gate_proj") == Scheme(4, True, "group", 1, 32)
 
 
-JOBS = ["int4", pytest.param("int4-asymmetric", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow),
-        pytest.param("fp8-channel", marks=pytest.mark.slow), pytest.param("fp8-tensor", marks=pytest.mark.slow),
-        pytest.param("fp8-block", marks=pytest.mark.slow)]  # fmt: skip
+JOBS = ["int4", pytest.param("int4-asymmetric", marks=BESIDE), pytest.param("int8", marks=BESIDE),
+        pytest.param("fp8-channel", marks=BESIDE), pytest.param("fp8-tensor", marks=BESIDE),
+        pytest.param("fp8-block", marks=BESIDE)]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", JOBS)

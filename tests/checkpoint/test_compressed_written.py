@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from helpers.checkpoints import all_tensors, with_mtp
 from helpers.compressed import FORMS, Form, kept_of, made_parts, make_pair, stands_for, unpacked_rows
 from helpers.fp8 import checked, configure, made, rewrite
+from helpers.marks import BESIDE
 from tenp_dist.checkpoint import integers
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.output_form import output_form
@@ -126,7 +127,7 @@ def test_nan_is_not_encoded():
         integers.encode(torch.tensor([[1.0, float("nan")]]), integers.Kind("x"))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
+SLOW = [pytest.param(name, marks=BESIDE) for name in FORMS]
 EVERY = ["int4", "fp8-channel", *(param for param in SLOW if param.values[0] not in ("int4", "fp8-channel"))]
 ONE = ["int4", *(param for param in SLOW if param.values[0] != "int4")]
 

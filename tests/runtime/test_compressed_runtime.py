@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from helpers.compressed import FORMS, kept_of, make_pair
 from helpers.fp8 import configure, made
+from helpers.marks import BESIDE
 from helpers.ragged import auto_load
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
@@ -30,9 +31,7 @@ def plain_copy(folder, to):
     return plain
 
 
-@pytest.fixture(
-    scope="module", params=["int4", *(pytest.param(n, marks=pytest.mark.slow) for n in FORMS if n != "int4")]
-)
+@pytest.fixture(scope="module", params=["int4", *(pytest.param(n, marks=BESIDE) for n in FORMS if n != "int4")])
 def folders(request, tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp(request.param)
     stored, _ = make_pair(folder, tiny_model("deepseek_v3", "bfloat16"), FORMS[request.param])
