@@ -212,9 +212,8 @@ class Budget(_Part):
         if isinstance(self.important, Decimal) and not 0 <= self.important <= self.retention:
             raise ValueError(f"important must lie between 0 and retention ({self.retention}), found {self.important}")
         if self.width_step % self.align or self.width_step % self.neuron_groups:
-            raise ValueError(
-                f"of align {self.align} and neuron_groups {self.neuron_groups} none is a multiple of the other"
-            )
+            pair = f"align {self.align} and neuron_groups {self.neuron_groups}"
+            raise ValueError(f"one of {pair} must be a multiple of the other")
         return self
 
     @property

@@ -11,7 +11,6 @@ that follow, by the Gram matrix of their activations. Scales are those of plain 
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,7 +117,9 @@ def _write(model: Path, plan: NamedPlan, compensated: Path | None, folder: Path,
     source = open_source(model)
     columns = open_compensated(compensated) if compensated else None
     pruned = Pruned(source, read_kept(plan.tensors), retention, columns, output_form(source, "source"))
-    attempt = Attempt(folder / "ragged", "bench", 5 * 10**9, lambda step: None, overwrite=True)
+    attempt = Attempt(
+        folder=folder / "ragged", key="bench", shard_size=5 * 10**9, progress=lambda step: None, overwrite=True
+    )
     write_layout(InProcessPool(1), LAYOUTS["ragged"], pruned, attempt)
 
 
@@ -128,7 +129,7 @@ def _rounded(study: Study, plans: Sequence[NamedPlan], corpus: Path, how: str, b
     key = f"{corpus.stem}-{how}-{block}"
     task = RoundedTask(
         study.model, corpus, study.folder / "rounded" / key, key, study.compute, moe=tuple(study.moe_layers),
-        targets=tuple(found.values()), how=how, block=block,
+        targets=tuple(found.values()), how=how, block=block, powers=study.model.name.startswith("powers"),
     )  # fmt: skip
     if not all(task.stored(one, layer, 0) for one in found.values() for layer in task.moe):
         click.echo(f"compensating and rounding, {how}")
@@ -138,10 +139,16 @@ def _rounded(study: Study, plans: Sequence[NamedPlan], corpus: Path, how: str, b
 
 @dataclass(frozen=True)
 class RoundedTask(CompensateTask):
-    """As `CompensateTask`, and what is solved is rounded. how: one of `ROUNDINGS`. block: rows and columns."""
+    """As `CompensateTask`, and what is solved is rounded.
+
+    how: one of `ROUNDINGS`.
+    block: rows and columns.
+    powers: whether scales are powers of two.
+    """
 
     how: str = ""
     block: int = 32
+    powers: bool = False
 
     def layer_sum(self, shard: OpenShard) -> CompensateSum:
         return RoundedSum(self, shard)
@@ -165,22 +172,13 @@ class RoundedSum(CompensateSum):
     def rounded(self, name: str, down_DW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
         """What the FP8 numbers stand for, float64."""
         block = self.task.block
-        with_factors = self.shard.skeleton.index.entry(name).stored
-        kind = float8.Kind(name, powers=_powers(with_factors, self.shard.skeleton.index))
+        kind = float8.Kind(name, powers=self.task.powers)
         _, factors = float8.encode(down_DW.bfloat16(), (block, block), kind)
         rows, columns = down_DW.shape
         scale_DW = factors.double().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
         if self.task.how == "nearest":
             return to_grid(down_DW.bfloat16().double(), scale_DW)
         return with_feedback(down_DW.double(), gram_WW, scale_DW, self.task.ridge)
-
-
-@functools.cache
-def _powers(stored, index) -> bool:
-    from tenp_dist.checkpoint.reader import TensorReader
-
-    with TensorReader(index) as reader:
-        return float8.are_powers(stored.checked_factors(reader))
 
 
 def to_grid(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -47,9 +47,9 @@ def check_groups(budget: Budget, method: Method, layers: Sequence[MoeLayer]) -> 
     """
     if not in_groups(budget, method):
         raise BudgetError(
-            f"Method {budget.method} orders single neurons, and a group does not cost what they cost one by one",
+            "An elimination orders single neurons, and a group does not cost what they cost one by one",
             where="budget.neuron_groups",
-            found=budget.neuron_groups,
+            found=f"{budget.neuron_groups} with method {budget.method}, which reads one",
             wanted="1, or a method that scores neurons independently of each other",
             next_step="leave neuron_groups out, or use method global, tenp or enp",
         )

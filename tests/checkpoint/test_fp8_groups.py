@@ -32,7 +32,6 @@ def blocks_of(tensors, name: str, neurons_first: bool) -> list[bytes]:
 def test_every_block_is_the_sources_byte_for_byte(model, job_file, tenp, tmp_path):
     """A whole run with verify; of an expert as many blocks as its width has, in their order."""
     budget = {"method": "enp", "retention": "0.7", "neuron_groups": BLOCK}
-    assert tenp("verify", job_file(model=model, budget=budget)).exit_code == 2  # nothing there yet, options are known
     job = job_file(model=model, budget=budget)
     for command in ("inspect", "calibrate", "score", "plan", "write", "verify"):
         result = tenp(command, job)

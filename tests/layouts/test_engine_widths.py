@@ -40,9 +40,8 @@ def models(tmp_path_factory, tiny_model):
     ],
 )
 def test_the_default_is_what_engines_run(models, job_file, model, budget, output, wanted):
-    asked = {"calibration": None} if budget["method"] != "auto" else {}
     job = load_job(job_file(model=models[model], budget={"retention": "0.9", **budget}, output=output))
-    assert asked is not None and with_engine_widths(job, open_source(models[model])).budget.align == wanted
+    assert with_engine_widths(job, open_source(models[model])).budget.align == wanted
 
 
 def test_a_width_between_blocks_is_refused_with_the_way_out(models, job_file, tenp):
