@@ -59,10 +59,11 @@ ROUNDINGS = ("nearest", "feedback")
 @click.option("--length", default=256, show_default=True, help="tokens per sequence")
 @click.option("--retentions", default="0.6,0.3", show_default=True)
 @click.option("--scales", type=click.Choice(["floats", "powers"]), multiple=True, default=["floats", "powers"])
+@click.option("--only", default="", help="methods, separated by commas; default: all of the table")
 @click.option("--block", type=int, default=32, show_default=True, help="rows and columns of a block")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("fp8"), show_default=True)
-def main(model, calibration, selection, samples, measured, length, retentions, scales, block, threads, out):
+def main(model, calibration, selection, samples, measured, length, retentions, scales, only, block, threads, out):
     from tenp_dist.cli.view import quieten
 
     quieten()
@@ -78,6 +79,7 @@ def main(model, calibration, selection, samples, measured, length, retentions, s
         cases = {
             (line, retention): study.plan(Budget(method=line.split(",")[0], retention=retention, **keys), corpus)
             for line, keys in LINES.items()
+            if not only or line.split(",")[0] in only.split(",")
             for retention in retentions.split(",")
         }
         show(kind, block, cases, measure(study, cases, corpus, held_out, out / "written" / folder.name, block))
