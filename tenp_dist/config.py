@@ -183,6 +183,9 @@ class Budget(_Part):
         Decimal(1), description="0 rectangle, 1 no whole experts in the first layer, or auto"
     )
     align: int = Field(1, ge=1, description="narrow widths are multiples of this")
+    neuron_groups: int = Field(
+        1, ge=1, description="neurons stay or go in groups of so many consecutive ones, as FP8 and int4 store them"
+    )
     max_widths: int = Field(2, ge=1, description="distinct widths per layer")
     minimum_important: int = Field(0, ge=0, description="whole experts that every layer keeps at least")
     minimum_width: int = Field(0, ge=0, description="neurons that every expert keeps at least (methods global, obs)")
@@ -208,7 +211,20 @@ class Budget(_Part):
             raise ValueError("method: auto chooses the rankings too: leave experts and neurons out")
         if isinstance(self.important, Decimal) and not 0 <= self.important <= self.retention:
             raise ValueError(f"important must lie between 0 and retention ({self.retention}), found {self.important}")
+        if self.width_step % self.align or self.width_step % self.neuron_groups:
+            pair = f"align {self.align} and neuron_groups {self.neuron_groups}"
+            raise ValueError(f"one of {pair} must be a multiple of the other")
         return self
+
+    @property
+    def width_step(self) -> int:
+        """What narrow widths are multiples of: the larger of `align` and `neuron_groups`, a multiple of the other."""
+        return max(self.align, self.neuron_groups)
+
+    @property
+    def width_key(self) -> str:
+        """The key that `width_step` comes from."""
+        return "neuron_groups" if self.neuron_groups > self.align else "align"
 
     @property
     def auto(self) -> tuple[str, ...]:

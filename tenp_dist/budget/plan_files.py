@@ -33,6 +33,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
             "important": exact_string(plan.important),
             "slope": exact_string(Fraction(budget.slope)),
             "align": budget.align,
+            **({"neuron_groups": budget.neuron_groups} if budget.neuron_groups > 1 else {}),
             "max_widths": budget.max_widths,
             "minimum_important": budget.minimum_important,
             "minimum_width": budget.minimum_width,

@@ -150,12 +150,15 @@ def narrow_share(
     return left / narrow if narrow else Fraction(1)
 
 
-def aligned_width(beta: Fraction, intermediate_size: int, align: int, *, empty_allowed: bool = False) -> int:
+def aligned_width(
+    beta: Fraction, intermediate_size: int, align: int, *, empty_allowed: bool = False, key: str = "align"
+) -> int:
     """The largest legal width that keeps at most `beta` of the neurons: a multiple of `align`, or F itself.
 
     Args:
         empty_allowed: whether a width of 0 is an answer where a part of a width is left (alpha = rho
             asks for empty narrow experts). With beta = 0 it always is.
+        key: of the budget that `align` comes from, for the message.
 
     Raises:
         BudgetError: no multiple of `align` fits.
@@ -167,10 +170,10 @@ def aligned_width(beta: Fraction, intermediate_size: int, align: int, *, empty_a
             return width
     raise BudgetError(
         "No narrow width meets the alignment",
-        where="budget.align",
-        found=f"align {align}, experts {intermediate_size} wide, {float(wanted):.2f} neurons to keep in each",
+        where=f"budget.{key}",
+        found=f"{key} {align}, experts {intermediate_size} wide, {float(wanted):.2f} neurons to keep in each",
         wanted=f"a multiple of {align} between {align} and {math.floor(wanted)}",
-        next_step="lower budget.align or budget.important, or raise budget.retention",
+        next_step=f"lower budget.{key} or budget.important, or raise budget.retention",
     )
 
 
@@ -200,13 +203,14 @@ def narrow_widths(
     align: int,
     *,
     empty_allowed: bool = False,
+    key: str = "align",
 ) -> list[int]:
     """One narrow width per layer, all from one beta and each rounded down, so never over the target.
 
     The same width in every layer when the experts are all of one size.
     """
     beta = narrow_share(rho, whole, experts, intermediate_sizes)
-    return [aligned_width(beta, size, align, empty_allowed=empty_allowed) for size in intermediate_sizes]
+    return [aligned_width(beta, size, align, empty_allowed=empty_allowed, key=key) for size in intermediate_sizes]
 
 
 def waste(rho: Fraction, whole: int, experts: int, intermediate_size: int, width: int) -> Fraction:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from tenp_dist.budget.neuron_groups import best_groups
 from tenp_dist.checkpoint.kept import KeptNeurons
 
 
-def keep_by_norm(norms_EF: np.ndarray, like: KeptNeurons, groups: int) -> KeptNeurons:
+def keep_by_norm(norms_EF: np.ndarray, like: KeptNeurons, groups: int, neuron_groups: int = 1) -> KeptNeurons:
     """The neurons, or the experts, of the largest norms; ties go to the lower id.
 
     A neuron counts with the square of its norm, an expert with the sum over its neurons. Experts leave equally many in
@@ -20,6 +21,7 @@ def keep_by_norm(norms_EF: np.ndarray, like: KeptNeurons, groups: int) -> KeptNe
         norms_EF: of every neuron (`checkpoint/mtp.py:neuron_norms`), float64.
         like: what a scored layer keeps: so many experts, or one width for all of them.
         groups: that experts are routed in.
+        neuron_groups: neurons that stay or go together (`neuron_groups.py`).
     """
     experts, neurons = norms_EF.shape
     energy_EF = np.square(norms_EF)
@@ -28,9 +30,7 @@ def keep_by_norm(norms_EF: np.ndarray, like: KeptNeurons, groups: int) -> KeptNe
         best_GK = _largest(energy_GE, len(like.experts) // groups)
         ids = best_GK + np.arange(0, experts, experts // groups)[:, None]
         return KeptNeurons.without_others(ids.reshape(-1).tolist(), experts, neurons)
-    mask_EF = np.zeros((experts, neurons), dtype=bool)
-    np.put_along_axis(mask_EF, _largest(energy_EF, int(like.widths.max())), True, axis=1)
-    return KeptNeurons.from_mask(mask_EF)
+    return KeptNeurons.from_mask(best_groups(energy_EF, np.full(experts, int(like.widths.max())), neuron_groups))
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -7,6 +7,7 @@ says so in config.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,11 @@ class OutputForm:
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     config_entry: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+
+    @property
+    def width_step(self) -> int:
+        """Neurons that share a factor in every matrix: widths that are multiples of it fill all blocks; 1 for none."""
+        return math.lcm(*{getattr(encoder, "neuron_step", 1) for encoder in self.encoders.values()})
 
     def tensors(
         self, source: Source, plain: Sequence[OutputTensor], solved: Collection[str] = ()

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.neuron_groups import in_groups
 from tenp_dist.config import Budget
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import NamedPlan
@@ -39,16 +40,18 @@ def candidates(budget: Budget) -> dict[str, Budget]:
     found: dict[str, Budget] = {}
     for method in METHODS:
         own = _without_unused(budget.model_copy(update={"method": method}))
+        if not in_groups(own, kind_of(own).method):
+            continue
         many = _combinations(own) if own.auto else {"": own}
         found |= {f"method={method} {name}".rstrip(): one for name, one in many.items()}
     return found
 
 
 def _without_unused(budget: Budget) -> Budget:
-    """The budget without `auto` in what its method has no use for."""
-    if kind_of(budget).keeps_whole:
-        return budget
-    return budget.model_copy(update={key: Budget.model_fields[key].default for key in budget.auto})
+    """The budget without `auto`, or an `align`, that its method has no use for."""
+    kind = kind_of(budget)
+    unused = (() if kind.keeps_whole else budget.auto) + (("align",) if "align" in kind.unused_keys else ())
+    return budget.model_copy(update={key: Budget.model_fields[key].default for key in unused})
 
 
 def _check_whole(budget: Budget) -> None:

@@ -31,6 +31,7 @@ class Pruned:
     compensated: where W_down of compensated experts is, None where none is.
     form: how tensors are stored.
     mtp: number of a multi-token prediction layer -> what stays of it, in layouts that prune these too.
+    neuron_groups: neurons that stay or go together.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Pruned:
     compensated: CheckpointIndex | None = None
     form: OutputForm = field(default_factory=OutputForm)
     mtp: Mapping[int, KeptNeurons] = field(default_factory=dict)
+    neuron_groups: int = 1
 
     @property
     def kept_of_all(self) -> dict[int, KeptNeurons]:

@@ -71,7 +71,7 @@ def check_buckets(budget: Budget, layers: Sequence[MoeLayer], bucket: Callable[[
         BudgetError: a layer may get more.
     """
     for facts in layers:
-        legal = legal_widths(facts.intermediate_size, budget.align, budget.minimum_width).tolist()
+        legal = legal_widths(facts.intermediate_size, budget.width_step, budget.minimum_width).tolist()
         buckets = min(len({bucket(width) for width in legal}), facts.experts, budget.max_widths)
         if buckets > limit:
             raise BudgetError(

@@ -16,6 +16,7 @@ from tenp_dist.config import AUTO, JOINT, Budget, Job
 from tenp_dist.errors import BudgetError, JobError
 from tenp_dist.evaluation.plans import check_apart, given_plans
 from tenp_dist.evaluation.selection import candidates
+from tenp_dist.layouts.engine_widths import check_engine_widths
 from tenp_dist.layouts.table import (
     check_expected_of,
     check_layouts,
@@ -80,8 +81,9 @@ def _check_plan(job: Job, source: Source, layers: Sequence[MoeLayer]) -> None:
     shapes = _shapes(job.budget, layers)
     check_layouts(job, layers, shapes)
     check_width(job, source.family, layers, shapes)
-    check_expected_of(job, source)
     _check_groups(job, source, [form_of(job.budget, shape).widths for shape in shapes])
+    check_engine_widths(job, source, layers, shapes)
+    check_expected_of(job, source)
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
 

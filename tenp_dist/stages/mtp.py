@@ -17,13 +17,16 @@ from tenp_dist.pool.base import Pool
 _EXPERTS = 8  # of one task
 
 
-def mtp_kept(pool: Pool, source: Source, kept: Mapping[int, KeptNeurons]) -> dict[int, KeptNeurons]:
+def mtp_kept(
+    pool: Pool, source: Source, kept: Mapping[int, KeptNeurons], neuron_groups: int = 1
+) -> dict[int, KeptNeurons]:
     """Number of a prediction layer with experts -> what it keeps, by the norms of its weights (`keep_by_norm`).
 
     Every task reads eight experts, a matrix at a time; the norms of all take 8 bytes a neuron here.
 
     Args:
         kept: MoE layer -> what the plan keeps; all are of one size.
+        neuron_groups: neurons that stay or go together.
 
     Raises:
         NumericalError: NaN or Inf in a weight.
@@ -37,7 +40,9 @@ def mtp_kept(pool: Pool, source: Source, kept: Mapping[int, KeptNeurons]) -> dic
     tasks = [(shared, layer, range(start, min(start + _EXPERTS, count))) for layer in layers for start in starts]
     norms = {(number, start): part for number, start, part in pool.map(_read_norms, tasks)}
     return {
-        layer.number: keep_by_norm(torch.cat([norms[layer.number, start] for start in starts]).numpy(), like, groups)
+        layer.number: keep_by_norm(
+            torch.cat([norms[layer.number, start] for start in starts]).numpy(), like, groups, neuron_groups
+        )
         for layer in layers
     }
 

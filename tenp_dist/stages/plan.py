@@ -8,21 +8,32 @@ from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.budget.plan_files import read_plan
+from tenp_dist.config import Budget
+from tenp_dist.layouts.engine_widths import block_warnings
 from tenp_dist.layouts.table import layout_warnings, plan_settings
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, weight_fields
 from tenp_dist.stages.eliminate import needed_by
 from tenp_dist.stages.run import Run
 
+LATER = ("neuron_groups",)
+"""Keys that came later enter only where they change a plan: runs that are older stay as they are."""
+
+
+def budget_fields(budget: Budget) -> dict[str, Any]:
+    """All of a budget that changes its plan."""
+    default = {key for key in LATER if getattr(budget, key) == Budget.model_fields[key].default}
+    return budget.model_dump(mode="json", exclude=default)
+
 
 def plan_fields(run: Run) -> dict[str, Any]:
-    budget = run.job.budget.model_dump(mode="json")
-    return budget | {"weights": weight_fields(run)} | plan_settings(run.job)
+    return budget_fields(run.job.budget) | {"weights": weight_fields(run)} | plan_settings(run.job)
 
 
 def plan_model(run: Run, context: StageContext) -> Output:
     plan = run.make_plan(run.budget)
     missing = layout_warnings(run.job, plan.shape, len(run.written_source.facts.mtp_layers))
+    missing += block_warnings(run.job, run.source, plan.shape)
     plan = replace(plan, warnings=(*missing, *plan.warnings))
     context.replace()
     files = run.store_plan(run.files.run_dir, plan, context.digests)

@@ -27,6 +27,7 @@ from tenp_dist.config import Budget, Job
 from tenp_dist.elimination.files import read_planning
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.layouts.base import Layout
+from tenp_dist.layouts.engine_widths import with_engine_widths
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
@@ -138,5 +139,6 @@ class Run:
 
 
 def open_run(job: Job) -> Run:
-    """Open the job's model. Raises what `open_source` does."""
-    return Run(job, open_source(job.model))
+    """Open the job's model. Raises what `open_source` does, and JobError for what it cannot be written in."""
+    source = open_source(job.model)
+    return Run(with_engine_widths(job, source), source)

@@ -18,13 +18,13 @@ from tenp_dist.stages.base import RunStage
 from tenp_dist.stages.compensate import ridge_fields
 from tenp_dist.stages.eliminate import needed_by
 from tenp_dist.stages.measured_plans import Measured, measure
-from tenp_dist.stages.plan import plan_fields
+from tenp_dist.stages.plan import budget_fields, plan_fields
 from tenp_dist.stages.run import Run
 from tenp_dist.stages.score import score_fields
 
 
 def select_fields(run: Run) -> dict[str, Any]:
-    tried = [budget.model_dump(mode="json") for budget in tried_budgets(run.job, run.source).values()]
+    tried = [budget_fields(budget) for budget in tried_budgets(run.job, run.source).values()]
     solved = {"compensation": ridge_fields(run)} if run.job.output.compensate else {}
     return plan_fields(run) | score_fields(run) | {"candidates": digest_of(tried)} | solved
 

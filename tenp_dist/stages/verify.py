@@ -15,6 +15,7 @@ from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
 from tenp_dist.checkpoint.verify_form import check_stored_as
+from tenp_dist.checkpoint.verify_groups import check_whole_groups
 from tenp_dist.checkpoint.verify_layouts import CHECKS, LayoutCheck
 from tenp_dist.checkpoint.verify_ranks import check_ranks
 from tenp_dist.compensation.joint_pass import RIDGE_SHARE
@@ -43,6 +44,7 @@ class Claim:
     compensated: where W_down of compensated experts is, None where none is.
     dtype: how the job says that tensors are stored.
     ranks: expert-parallel ranks that have files of their own, None for none.
+    neuron_groups: neurons that stay or go together.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Claim:
     compensated: CheckpointIndex | None = None
     dtype: str = "bfloat16"
     ranks: int | None = None
+    neuron_groups: int = 1
 
 
 def verify(run: Run, context: StageContext) -> Output:
@@ -63,6 +66,7 @@ def verify(run: Run, context: StageContext) -> Output:
             compensated=run.compensated,
             dtype=run.job.output.dtype,
             ranks=run.job.output.expert_ranks,
+            neuron_groups=1 if run.kind.experts_leave else run.job.budget.neuron_groups,
         )
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
         rounding = verified.rounding()
@@ -90,7 +94,8 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
     """
     written, kept = open_index(claim.folder), read_kept(claim.plan)
     if check.prunes_mtp:
-        kept |= mtp_kept(pool, claim.source, kept)
+        kept |= mtp_kept(pool, claim.source, kept, claim.neuron_groups)
+    check_whole_groups(claim.plan, kept, claim.source.facts.intermediate_size, claim.neuron_groups)
     expected = Expected(claim.source, kept, check.names(claim.source, kept))
     check_names(expected.names, written)
     check_stored_as(claim.source, written, expected.names, claim.dtype)

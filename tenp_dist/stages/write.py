@@ -108,7 +108,8 @@ def write(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
     kept, retention = read_kept(files.plan_tensors), str(run.job.budget.retention)
-    pruned = Pruned(run.written_source, kept, retention, run.compensated, run.form)
+    groups = run.job.budget.neuron_groups
+    pruned = Pruned(run.written_source, kept, retention, run.compensated, run.form, neuron_groups=groups)
     made: list[Path] = []
     summary: dict[str, dict[str, Any]] = {}
     for layout in run.layouts:
@@ -161,7 +162,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     """
     folder, source = attempt.folder, pruned.source
     if layout.prunes_mtp:
-        pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept))
+        pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept, pruned.neuron_groups))
     tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
     sets = _file_sets(tensors, source, attempt)
     shards = sets.shards

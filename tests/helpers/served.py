@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import all_tensors, change_config, write
+from helpers.fp8 import made
 from tenp_dist.checkpoint.kept import KeptNeurons
 
 NEURONS, VOCABULARY, HIDDEN, BLOCK = 256, 512, 128, 128
@@ -45,41 +46,36 @@ WIDTHS = [[256, 50, 50, 64, 0, 33, 256, 96, 160, 64, 0, 1], [50] * 12, [0] * 12]
 def make_served(family: str, folder: Path) -> dict[str, Path]:
     """Layout or `source` -> checkpoint folder. The first MoE layer stays whole, the next ones take `WIDTHS` in turn."""
     source = save_source(family, folder / "source")
-    config = json.loads((source / "config.json").read_text())
-    first = config.get("first_k_dense_replace", 0) + 1
-    layers = range(first, config["num_hidden_layers"])
-    kept = {layer: drawn(WIDTHS[index], layer) for index, layer in enumerate(layers)}
     for layout in ("ragged", "padded"):
-        write(source, kept, folder / layout, layout, shard_size=10**7)
+        write(source, served_plan(source), folder / layout, layout, shard_size=10**7)
     return {name: folder / name for name in ("source", "ragged", "padded")}
 
 
-def make_fp8(ragged: Path, folder: Path) -> dict[str, Path]:
-    """`fp8`: the ragged checkpoint with experts in FP8 of 128 x 128 blocks; `values`: what these stand for."""
-    plain, quantised = all_tensors(ragged), {}
-    for name in [name for name in plain if ".experts." in name]:
-        values, scale = encoded(plain[name])
-        quantised |= {name: values, f"{name}_scale_inv": scale}
-        spread = scale.repeat_interleave(BLOCK, 0)[: len(values)].repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
-        plain[name] = values.float() * spread
-    config = json.loads((ragged / "config.json").read_text())
-    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    for kind, tensors, more in (("values", plain, {}), ("fp8", plain | quantised, {"quantization_config": stored})):
-        (folder / kind).mkdir(parents=True)
-        (folder / kind / "config.json").write_text(json.dumps(config | more))
-        save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
+def served_plan(source: Path) -> dict[int, KeptNeurons]:
+    config = json.loads((source / "config.json").read_text())
+    first = config.get("first_k_dense_replace", 0) + 1
+    layers = range(first, config["num_hidden_layers"])
+    return {layer: drawn(WIDTHS[index], layer) for index, layer in enumerate(layers)}
+
+
+def make_fp8(source: Path, folder: Path) -> dict[str, Path]:
+    """`fp8`: ragged with its experts in FP8, as our writer makes it; `values`: the numbers that these stand for."""
+    made(source, served_plan(source), folder / "fp8", "ragged", dtype="fp8", shard_size=10**7)
+    stored, values = all_tensors(folder / "fp8"), {}
+    for name, tensor in stored.items():
+        scale = stored.get(f"{name}_scale_inv")
+        if scale is not None:
+            rows, columns = tensor.shape
+            spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+            tensor = tensor.float() * spread
+        if not name.endswith("_scale_inv"):
+            values[name] = tensor
+    config = json.loads((folder / "fp8" / "config.json").read_text())
+    assert config.pop("quantization_config")["weight_block_size"] == [BLOCK, BLOCK]
+    (folder / "values").mkdir()
+    (folder / "values" / "config.json").write_text(json.dumps(config))
+    save_file(values, folder / "values" / "model.safetensors", metadata={"format": "pt"})
     return {kind: folder / kind for kind in ("values", "fp8")}
-
-
-def encoded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8_e4m3 values of a matrix and the scale of each of its blocks."""
-    rows, columns = (-(-size // BLOCK) for size in weight.shape)
-    grid = torch.zeros(rows * BLOCK, columns * BLOCK)
-    grid[: weight.shape[0], : weight.shape[1]] = weight
-    blocks = grid.view(rows, BLOCK, columns, BLOCK)
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-4) / 448
-    values = (blocks / scale[:, None, :, None]).view_as(grid)[: weight.shape[0], : weight.shape[1]]
-    return values.contiguous().to(torch.float8_e4m3fn), scale
 
 
 def damage(ragged: Path, folder: Path, change=lambda tensors: None, **config) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import sys
 import tomllib
 from contextlib import nullcontext
@@ -101,10 +103,27 @@ def test_config_is_a_stock_one_that_keeps_the_widths(family):
         source(family), widths_by_layer={3: [16, 64]}, retention="0.6", fingerprint="f" * 64
     )
     config = config_class(family).from_dict(json.loads(json.dumps(made)))
-    assert type(config) is getattr(transformers, FAMILIES[family].config)
+    stock = getattr(transformers, FAMILIES[family].config)
+    assert isinstance(config, stock) and type(config).__name__ == stock.__name__
     assert config.model_type == family and config.architectures == [architecture(family)] == made["architectures"]
     assert config.tenp == ragged_config.unsealed(made)["tenp"] and config.moe_intermediate_size == 64
     assert config.num_hidden_layers == 5 and not hasattr(config, "auto_map")
+
+
+def test_a_stock_architecture_cannot_be_put_there():
+    """As `--hf-overrides` does it; other keys, copies, other processes and drafts are as with a stock config."""
+    made = ragged_config.ragged_config(
+        source("deepseek_v3"), widths_by_layer={3: [16, 64]}, retention="0.6", fingerprint="f" * 64
+    )
+    config = config_class("deepseek_v3").from_dict(made)
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM would load them into experts of one width"):
+        config.update({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]})
+    assert config.architectures == ["TenpDeepseekV3ForCausalLM"]
+    again = pickle.loads(pickle.dumps(copy.deepcopy(config)))
+    again.update({"vocab_size": 7, "architectures": ["DeepSeekMTPModel"]})
+    assert type(again) is type(config) and (again.vocab_size, again.tenp) == (7, config.tenp)
+    with pytest.raises(ValueError, match="would load them"):
+        again.architectures = ["DeepseekV3ForCausalLM"]
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,17 @@ def refused(served, tmp_path_factory):
         "lora": (ragged, {"enable_lora": True}, "LoRA adapters (--enable-lora)"),
         "format": (ragged, {"load_format": "sharded_state"}, "--load-format sharded_state: use one of"),
         "backend": (ragged, {"model_impl": "transformers"}, "not a registered model in the Transformers library"),
+        "override": (
+            ragged,
+            {"hf_overrides": {"architectures": ["Qwen3MoeForCausalLM"]}},
+            "Qwen3MoeForCausalLM would load them into experts of one width",
+        ),
     }
 
 
 @pytest.fixture(scope="module")
 def fp8(served, tmp_path_factory):
-    return make_fp8(served["qwen3_moe"]["ragged"], tmp_path_factory.mktemp("fp8"))
+    return make_fp8(served["qwen3_moe"]["source"], tmp_path_factory.mktemp("fp8"))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +183,7 @@ def test_random_weights_need_no_checkpoint(not_started):
     assert "error" not in not_started["dummy"] and not_started["dummy"]["tokens"]
 
 
-@pytest.mark.parametrize("name", ["missing", "wider", "version", "experts", "lora", "format", "backend"])
+@pytest.mark.parametrize("name", ["missing", "wider", "version", "experts", "lora", "format", "backend", "override"])
 def test_refused(not_started, refused, name):
     assert refused[name][2] in not_started[name]["error"]
 
@@ -222,5 +227,9 @@ def completion(port: int, model: str, prompt: list[int], server: subprocess.Pope
 
 
 def test_without_the_plugin_it_is_refused(served, answers):
-    found = answers({"stock": (served["qwen3_moe"]["ragged"], {})}, VLLM_PLUGINS="")
-    assert "trust_remote_code" in found["stock"]["error"]
+    folder, stock = served["qwen3_moe"]["ragged"], {"architectures": ["Qwen3MoeForCausalLM"]}
+    named = {"hf_overrides": stock | {"model_type": "qwen3_moe"}}
+    runs = {"stock": (folder, {}), "architecture": (folder, {"hf_overrides": stock}), "named": (folder, named)}
+    found = answers(runs, VLLM_PLUGINS="")
+    assert all("error" in one for one in found.values()), found
+    assert "trust_remote_code" in found["stock"]["error"] and "trust_remote_code" in found["architecture"]["error"]

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from tenp_dist.budget.neuron_groups import check_groups
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
@@ -104,6 +105,8 @@ class PlanKind(ABC):
         """
         if not layers:
             raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
+        if "neuron_groups" not in self.unused_keys:
+            check_groups(self.budget, self.method, layers)
         return self.sizes(layers)
 
     @abstractmethod

@@ -15,8 +15,8 @@ from fractions import Fraction
 import numpy as np
 
 from tenp_dist.budget.kinds.base import WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.neuron_groups import best_groups, group_sums
 from tenp_dist.budget.protection import protected_experts
-from tenp_dist.budget.selection import top_neurons_each
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
 from tenp_dist.budget.widths.envelope import concave
@@ -95,22 +95,25 @@ class ByPrice(PlanKind):
     def _kept(self, widths_C: np.ndarray, statistics: LayerStatistics, context: Context) -> np.ndarray:
         """What every expert keeps at these widths, float64 [C, E]."""
         if self.method.curve is None:
-            return kept_energy(self.method.neuron_worth(statistics, context).numpy(), widths_C)
+            size = self.budget.neuron_groups
+            worth_EG = group_sums(self.method.neuron_worth(statistics, context).numpy(), size)
+            return kept_energy(worth_EG, widths_C // size)
         return np.ascontiguousarray(self.method.kept_curve(statistics, context).numpy()[:, widths_C].T)
 
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
         assert sizes.widths_E is not None, "widths are decided before neurons are chosen"
-        kept_EF = top_neurons_each(self.method.neuron_scores(statistics, context).numpy(), sizes.widths_E)
+        scores_EF = self.method.neuron_scores(statistics, context).numpy()
+        kept_EF = best_groups(scores_EF, sizes.widths_E, self.budget.neuron_groups)
         whole = np.flatnonzero(sizes.widths_E == sizes.facts.intermediate_size)
         return LayerChoice(tuple(whole.tolist()), KeptNeurons.from_mask(kept_EF))
 
     def warnings(self, shape: Shape) -> list[str]:
         warnings, wasted = [], self.unspent(shape)
         if wasted > WASTE_LIMIT:
-            align, most = self.budget.align, self.budget.max_widths
+            step, most = self.budget.width_step, self.budget.max_widths
             warnings.append(
-                f"Widths that are multiples of {align}, at most {most} in a layer, leave {float(wasted):.1%} of the "
-                "allowed neurons unspent; a smaller align or a larger max_widths wastes less."
+                f"Widths that are multiples of {step}, at most {most} in a layer, leave {float(wasted):.1%} of the "
+                f"allowed neurons unspent; a smaller {self.budget.width_key} or a larger max_widths wastes less."
             )
         empty = sum(int((widths_E == 0).sum()) for widths_E in shape.widths or ())
         if empty:
@@ -134,7 +137,7 @@ def _legal(budget: Budget, facts: MoeLayer) -> np.ndarray:
             wanted=f"at most {facts.intermediate_size}",
             next_step="lower budget.minimum_width",
         )
-    return legal_widths(facts.intermediate_size, budget.align, budget.minimum_width)
+    return legal_widths(facts.intermediate_size, budget.width_step, budget.minimum_width)
 
 
 def _allowed(budget: Budget, layers: Sequence[MoeLayer]) -> int:

@@ -13,8 +13,9 @@ from fractions import Fraction
 import numpy as np
 
 from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.neuron_groups import best_groups
 from tenp_dist.budget.protection import protected_experts, protected_of_layer
-from tenp_dist.budget.selection import top_experts, top_neurons
+from tenp_dist.budget.selection import top_experts
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import (
     WASTE_LIMIT,
@@ -64,7 +65,9 @@ class Narrow(PlanKind):
         sizes = [layer.intermediate_size for layer in layers]
         total = whole_experts_total(alpha, sum(experts))
         whole = apportion(total, experts, Fraction(budget.slope), self._least_whole(layers, total))
-        narrow = narrow_widths(rho, whole, experts, sizes, budget.align, empty_allowed=alpha == rho)
+        narrow = narrow_widths(
+            rho, whole, experts, sizes, budget.width_step, empty_allowed=alpha == rho, key=budget.width_key
+        )
         shape = Shape(layers=tuple(layers), whole=tuple(whole), narrow=tuple(narrow))
         _check_distinct_widths(budget, shape)
         assert self.unspent(shape) >= 0, "a plan is never over its target"
@@ -92,7 +95,8 @@ class Narrow(PlanKind):
         _check_first(first_E, m, facts)
         assert sizes.narrow is not None, "widths of this kind are never open"
         whole = top_experts(self.method.expert_scores(statistics, context).numpy(), m, first_E) if m else ()
-        kept_EF = top_neurons(self.method.neuron_scores(statistics, context).numpy(), sizes.narrow)
+        scores_EF = self.method.neuron_scores(statistics, context).numpy()
+        kept_EF = best_groups(scores_EF, np.full(len(scores_EF), sizes.narrow), self.budget.neuron_groups)
         kept_EF[list(whole)] = True
         return LayerChoice(whole, KeptNeurons.from_mask(kept_EF))
 
@@ -101,7 +105,7 @@ class Narrow(PlanKind):
         warnings = [_empty_warning(shape)] if 0 in shape.narrow else []
         if wasted > WASTE_LIMIT:
             warnings.append(
-                f"Rounding to widths that are multiples of {self.budget.align} leaves {float(wasted):.1%} of the "
+                f"Rounding to widths that are multiples of {self.budget.width_step} leaves {float(wasted):.1%} of the "
                 f"allowed neurons unspent; {self._remedy(shape)}."
             )
         return warnings
@@ -114,14 +118,14 @@ class Narrow(PlanKind):
 
     def _remedy(self, shape: Shape) -> str:
         """What to change so that less is wasted; an alpha where experts are of one size and may be kept whole."""
-        rho, align, experts = self.budget.retention_exact, self.budget.align, shape.total_experts
+        rho, align, experts = self.budget.retention_exact, self.budget.width_step, shape.total_experts
         size, *others = {layer.intermediate_size for layer in shape.layers}
         alpha = None
         if self.keeps_whole and self.budget.max_widths > 1 and not others:
             at_least = max(1, self.budget.minimum_important * len(shape.layers))
             alpha = suggest_important(rho, sum(shape.whole), experts, size, align, at_least=at_least)
         if alpha is None:
-            return "a smaller align wastes less"
+            return f"a smaller {self.budget.width_key} wastes less"
         m = whole_experts_total(Fraction(alpha), experts)
         width = narrow_width(rho, m, experts, size, align, empty_allowed=True)
         return (

@@ -36,7 +36,7 @@ class Remove(PlanKind):
     leaves_narrow = False
     control_words = "removes as many experts, chosen by chance"
     never_routed_words = "they are the first to go"
-    unused_keys = (*WHOLE_KEYS, "align", "max_widths", *FLOOR_KEYS, "neuron_domains", "never_routed")
+    unused_keys = (*WHOLE_KEYS, "align", "neuron_groups", "max_widths", *FLOOR_KEYS, "neuron_domains", "never_routed")
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:

@@ -49,6 +49,11 @@ class Blocks:
     name: str
     block: tuple[int, int] = _PUBLISHED
 
+    @property
+    def neuron_step(self) -> int:
+        """Neurons that share a factor, in rows or in columns."""
+        return math.lcm(*self.block)
+
     def headers(self, name: str, shape: tuple[int, ...]) -> tuple[TensorHeader, ...]:
         return _headers(name, shape, self.block, ("F8_E4M3", "F32"))
 
@@ -71,6 +76,10 @@ class BlockScaled:
     factors: TensorEntry
     block: tuple[int, int]
     format: ClassVar[str] = "FP8"
+
+    @property
+    def neuron_step(self) -> int:
+        return math.lcm(*self.block)
 
     @property
     def parts(self) -> tuple[TensorEntry, ...]:
