@@ -61,6 +61,8 @@ class Layout(ABC):
     """Whether transformers, and so an evaluation, can read it."""
     experts_apart: ClassVar[bool] = True
     """Whether every expert has tensors of its own, so that files can be divided by expert."""
+    keeps_fused: ClassVar[bool] = False
+    """Whether experts that the source has fused in one tensor are fused again, or have tensors of their own."""
     plain_only: ClassVar[bool] = False
     """Whether its tensors are plain numbers, in no stored format."""
     saves_space: ClassVar[bool] = True
@@ -138,6 +140,7 @@ def under_same_names(
         place.tensor: expert_matrix(index.entry(place.tensor), place.axis, layer, expert)
         for layer, neurons in pruned.kept.items()
         for expert, _, place in slices.of_layer(layer, range(neurons.num_experts))
+        if place.axis is not None
     }
     return [
         OutputTensor(name, changed.get(name) or Copy(name, entry.dtype, entry.shape))

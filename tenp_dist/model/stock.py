@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.families.base import ANY, Family
 from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.stock_config import transformers_config
 from tenp_dist.errors import UnsupportedModelError
@@ -31,27 +32,44 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
     Raises:
         UnsupportedModelError: a form of the family that its row refuses.
     """
-    from transformers import AutoModelForCausalLM
-
     stock = transformers_config(config)
-    _check_forms(family_of(config), stock)
-    for name in _EXTRAS:
-        if getattr(stock, name, False):
-            setattr(stock, name, False)
+    family = family_of(config)
+    _check_forms(family, stock)
+    for part in {id(one): one for one in (stock, stock.get_text_config())}.values():
+        for name in _EXTRAS:
+            if getattr(part, name, False):
+                setattr(part, name, False)
+    auto, made = _auto_class(family), _model_class(family, stock)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             stock,
             dtype=dtype,
-            attn_implementation=register_attention(),
+            attn_implementation=register_attention() if made._supports_sdpa else "eager",
             experts_implementation=experts_implementation,
         )
     mark_model(model)
     return model.eval().requires_grad_(False)
 
 
+def decoder_of(model: PreTrainedModel, family: Family) -> nn.Module:
+    """The module that holds embedding, layers and final norm of the language model."""
+    return model.base_model if family.decoder is None else model.get_submodule(family.decoder)
+
+
+def _auto_class(family: Family) -> Any:
+    """transformers' Auto class of the whole model: one with towers beside its language model is no causal one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if family.section is None else AutoModelForImageTextToText
+
+
+def _model_class(family: Family, stock: Any) -> Any:
+    return _auto_class(family)._model_mapping[type(stock)]
+
+
 def _check_forms(family: Family, stock: Any) -> None:
     for key, form in family.refused.items():
-        if form in (getattr(stock, key, None) or ()):
+        if form != ANY and form in (getattr(stock, key, None) or ()):  # ANY: `expert_layers` refuses it
             raise UnsupportedModelError(
                 f"Layers of {family.model_type} in a form that is not scored yet",
                 where=f"config.json: {key}",

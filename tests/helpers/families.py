@@ -76,22 +76,50 @@ OTHERS: Mapping[str, dict] = {
         "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "granitemoe": {"num_local_experts": EXPERTS, "residual_multiplier": 0.7, "logits_scaling": 2.0} | ALONE,
+    "granitemoeshared": {"num_local_experts": EXPERTS, "shared_intermediate_size": 16} | ALONE,
+    "granitemoehybrid": ALONE | {
+        "num_local_experts": EXPERTS, "shared_intermediate_size": 16, "mamba_n_heads": 4, "mamba_d_state": 4,
+        "mamba_chunk_size": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "gpt_oss": {
+        "num_local_experts": EXPERTS, "head_dim": 8, "sliding_window": 8, "swiglu_limit": 7.0,
+    } | ALONE,
+    "nemotron_h": {
+        "n_routed_experts": EXPERTS, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"],
+        "moe_shared_expert_intermediate_size": 16, "n_group": 2, "topk_group": 1, "head_dim": 8, "ssm_state_size": 4,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8, "routed_scaling_factor": 2.5,
+    },
 }  # fmt: skip
 """Settings of the families beside those of `helpers.models`, which the tests of ranks share."""
+VISION = {
+    "hidden_size": 16, "num_heads": 2, "depth": 1, "intermediate_size": 24, "out_hidden_size": 32, "patch_size": 2,
+}  # fmt: skip
+TOWERS: Mapping[str, dict] = {
+    "qwen3_5_moe": {"text_config": {"num_experts": EXPERTS} | LINEAR, "vision_config": VISION},
+    "qwen3_vl_moe": {
+        "text_config": {"num_experts": EXPERTS, "head_dim": 8, "num_hidden_layers": 2},
+        "vision_config": VISION | {"deepstack_visual_indexes": [0]},
+    },
+}
+"""Of those with towers beside their language model: sections of the config."""
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
-    "jamba": "pre_ff_layernorm",
+    "jamba": "pre_ff_layernorm", "nemotron_h": "norm",
 }  # fmt: skip
 """Module whose input is the residual stream before the MoE block, where it is no norm named as usual."""
 
 
 def save_family(folder: Path, family: str) -> Path:
     """A model of a family with noise on every weight, bias and buffer: a default would hide a tensor left out."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(sum(map(ord, family)))
-    config = AutoConfig.for_model(family, **(COMMON | (SETTINGS | OTHERS)[family]))
-    model = AutoModelForCausalLM.from_config(config)
+    if family in TOWERS:
+        sections = TOWERS[family] | {"text_config": COMMON | TOWERS[family]["text_config"]}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **sections))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(COMMON | (SETTINGS | OTHERS)[family])))
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(torch.randn_like(tensor), alpha=0.1)
@@ -106,6 +134,11 @@ def published(folder: Path, target: Path, family: str) -> Path:
     """A copy of a saved model as its published files are: an older config, and prediction layers where there are."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
+    if family in TOWERS:
+        config["text_config"]["dtype"] = config.pop("dtype")
+        (target / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "a.B"}}))
+        PUBLISHED[family](target, config)
+        return target
     rope = config.pop("rope_parameters", None) or {}
     config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
     config |= {"torch_dtype": config.pop("dtype", "float32"), "eos_token_id": [1, 2], "auto_map": {"AutoConfig": "a.B"}}
@@ -157,16 +190,59 @@ def _ernie(folder: Path, config: Mapping) -> None:
     )
 
 
+def _rewritten(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The same folder with other tensors."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+    _add(folder, tensors)
+
+
+def _qwen3_5(folder: Path, config: Mapping) -> None:
+    """Qwen3.5: experts fused, those of the prediction layer apart."""
+    tensors = all_tensors(folder)
+    for layer in range(4):
+        prefix = f"model.language_model.layers.{layer}.mlp.experts."
+        held = [
+            [tensors.pop(f"{prefix}{e}.{name}_proj.weight") for e in range(EXPERTS)] for name in ("gate", "up", "down")
+        ]
+        if layer == 3:
+            extra = {
+                f"{e}.{n}_proj.weight": t[e]
+                for n, t in zip(("gate", "up", "down"), held, strict=True)
+                for e in range(8)
+            }
+            tensors |= {f"mtp.layers.0.mlp.experts.{name}": tensor for name, tensor in extra.items()}
+        gate, up, down = map(torch.stack, held)
+        tensors |= {f"{prefix}gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}down_proj": down}
+    rest = {n: t for n, t in tensors.items() if "language_model.layers.3." in n and "experts" not in n}
+    tensors |= {n.replace("model.language_model.layers.3.", "mtp.layers.0."): t for n, t in rest.items()}
+    _rewritten(folder, tensors | {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)})
+    change_config(folder, text_config=config["text_config"] | {"mtp_num_hidden_layers": 1})
+
+
+def _qwen3_vl(folder: Path, config: Mapping) -> None:
+    """Qwen3-VL: experts fused, and transposed."""
+    tensors = all_tensors(folder)
+    _rewritten(folder, {n: t.mT.contiguous() if ".mlp.experts." in n else t for n, t in tensors.items()})
+
+
+def _nemotron(folder: Path, config: Mapping) -> None:
+    """Nemotron 3: the kinds of layers as a word, and their number."""
+    values = json.loads((folder / "config.json").read_text())
+    letters = {"linear_attention": "M", "moe": "E", "full_attention": "*", "mlp": "-"}
+    word = "".join(letters[kind] for kind in values.pop("layers_block_type"))
+    values |= {"hybrid_override_pattern": word, "num_hidden_layers": len(word)}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
 def _kimi_linear(folder: Path, config: Mapping) -> None:
     """Dense layers keep their own name in the published files, and the kinds of attention are counted from 1."""
     tensors = {
         name.replace("layers.0.block_sparse_moe.", "layers.0.mlp."): tensor.clone()
         for name, tensor in all_tensors(folder).items()
     }
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {}}))
-    _add(folder, tensors)
+    _rewritten(folder, tensors)
     gone = ("layer_types", "mlp_layer_types", "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")
     values = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key not in gone}
     linear = {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}
@@ -186,6 +262,9 @@ PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5_moe_text": _named_mtp,
     "exaone_moe": _named_mtp,
+    "qwen3_5_moe": _qwen3_5,
+    "qwen3_vl_moe": _qwen3_vl,
+    "nemotron_h": _nemotron,
     "ernie4_5_moe": _ernie,
     "minimax_m2": lambda folder, config: change_config(folder, num_mtp_modules=3, use_mtp=True),  # no tensors of it
 }

@@ -9,16 +9,11 @@ _OTHERWISE = "its experts do not run through transformers' experts interface"
 _WRAPPER = "its language model lies inside a multimodal checkpoint"
 
 REASONS: Mapping[str, str] = {
-    "gpt_oss": f"{_FUSED}, gate and up interleaved, with biases",
-    "granitemoe": _FUSED,
-    "granitemoeshared": _FUSED,
-    "granitemoehybrid": _FUSED,
     "granitemoe_swa": _FUSED,
     "minimax_m3_vl_text": _FUSED,
     "gemma4_text": f"{_FUSED}, and its router scales every expert",
     "aria_text": f"{_FUSED}, transposed",
     "mistral4": _FUSED,
-    "nemotron_h": "its experts have no gate",
     "hunyuan_v1_moe": "its config counts experts per layer in lists",
     "mimo_v2_flash": "its attention has sinks, which the fused kernel lacks",
     "flint": "its attention has sinks, which the fused kernel lacks",
@@ -33,8 +28,6 @@ REASONS: Mapping[str, str] = {
     "zaya": "its router reads that of the layer before",
     "dbrx": _OTHERWISE,
     "jetmoe": _OTHERWISE,
-    "qwen3_5_moe": _WRAPPER,
-    "qwen3_vl_moe": _WRAPPER,
     "qwen3_omni_moe": _WRAPPER,
     "qwen3_omni_moe_thinker": _WRAPPER,
     "glm4v_moe": _WRAPPER,

@@ -17,10 +17,13 @@ from tenp_dist.checkpoint.families import (
     deepseek_kin,
     ernie,
     exaone,
+    gpt_oss,
+    granite,
     hunyuan,
     jamba,
     lfm2,
     mixtral,
+    nemotron,
     olmo,
     qwen,
 )
@@ -29,7 +32,10 @@ from tenp_dist.checkpoint.families.refused import REASONS
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.runtime.ragged_config import unsealed
 
-FILES = (deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2)
+FILES = (
+    deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
+    nemotron,
+)  # fmt: skip
 
 
 FAMILIES: Mapping[str, Family] = {row.model_type: row for file in FILES for row in file.ROWS}
