@@ -43,7 +43,10 @@ class Between:
     """How a matrix lies among others, as one of an expert's in a tensor that holds several of them.
 
     shape: of the numbers from the entry's `start` on that hold it, the other matrices among them.
-    axis: along which it has every `step`-th line from `offset` on, `count` of them.
+    axis: along which it has some lines of them.
+    offset: the first of these lines.
+    step: from one of them to the next.
+    count: how many they are.
     transposed: whether the entry is the transpose of what lies there.
     """
 

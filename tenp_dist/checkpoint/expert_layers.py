@@ -182,7 +182,7 @@ def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, presen
             "Checkpoint lacks a decoder layer",
             where=index.folder,
             found=f"no tensor of {family.layer.format(layer=absent[0])}*",
-            wanted=f"{num_layers} layers, as config.json says",
+            wanted=f"{family.layers_keys[-1]} = {num_layers}",
             next_step="download the checkpoint again, or correct config.json",
         )
 
@@ -209,12 +209,14 @@ def config_number(index: CheckpointIndex, family: Family, key: str) -> int:
         SourceError: it is absent, or no such number.
     """
     value = family.text(index.config).get(key)
+    if isinstance(value, list) and len(set(map(str, value))) == 1:
+        value = value[0]  # of every layer
     if type(value) is not int or value < 1:
         raise SourceError(
             "config.json lacks a number that the model needs",
             where=f"{index.folder / 'config.json'}: {_path(family, key)}",
             found=repr(value),
-            wanted="a whole number above 0",
+            wanted="a whole number above 0, the same for every layer",
             next_step="download config.json again",
         )
     return value

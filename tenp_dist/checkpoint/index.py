@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tenp_dist.checkpoint.entries import TensorEntry, parse_entry
-from tenp_dist.checkpoint.families.table import FAMILIES, stock_config
+from tenp_dist.checkpoint.families.table import row_of, stock_config
 from tenp_dist.checkpoint.formats.table import format_of
 from tenp_dist.checkpoint.fused import Fused, apart
 from tenp_dist.errors import SourceError
@@ -86,7 +86,7 @@ def open_index(folder: Path) -> CheckpointIndex:
         )
     form = format_of(config)
     tensors = form.fold(folder, config, tensors)
-    tensors, fused = apart(folder, FAMILIES.get(str(config.get("model_type"))), config, tensors)
+    tensors, fused = apart(folder, row_of(config), config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
     plain = form.plain_config(config)
     stored_as = {key: value for key, value in config.items() if key not in plain}

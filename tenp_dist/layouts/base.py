@@ -12,6 +12,7 @@ from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.table import auto_class
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.output_form import OutputForm, routed_matrices
@@ -117,6 +118,13 @@ class Layout(ABC):
     def extra_files(self, source: Source) -> Mapping[str, str]:
         """Name -> text of the files that the layout itself brings."""
         return {}
+
+    def auto_class(self, model_type: str) -> str:
+        """transformers' Auto class that loads it; the package's own classes are known as causal language models too.
+
+        model_type: family of the source.
+        """
+        return auto_class("" if self.needs_package else model_type)
 
     def carries(self, side_file: Path) -> bool:
         """Whether a side file of the source (`checkpoint.writer.side_files`) comes along."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tenp_dist.checkpoint.families.base import ANY, Family
-from tenp_dist.checkpoint.families.table import family_of
+from tenp_dist.checkpoint.families.table import auto_class, family_of
 from tenp_dist.checkpoint.stock_config import transformers_config
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.attention import mark_model, register_attention
@@ -32,6 +32,8 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
     Raises:
         UnsupportedModelError: a form of the family that its row refuses.
     """
+    import transformers
+
     stock = transformers_config(config)
     family = family_of(config)
     _check_forms(family, stock)
@@ -39,12 +41,12 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
         for name in _EXTRAS:
             if getattr(part, name, False):
                 setattr(part, name, False)
-    auto, made = _auto_class(family), _model_class(family, stock)
+    auto: Any = getattr(transformers, auto_class(family.model_type))
     with torch.device("meta"):
         model = auto.from_config(
             stock,
             dtype=dtype,
-            attn_implementation=register_attention() if made._supports_sdpa else "eager",
+            attn_implementation=register_attention() if auto._model_mapping[type(stock)]._supports_sdpa else "eager",
             experts_implementation=experts_implementation,
         )
     mark_model(model)
@@ -54,17 +56,6 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
 def decoder_of(model: PreTrainedModel, family: Family) -> nn.Module:
     """The module that holds embedding, layers and final norm of the language model."""
     return model.base_model if family.decoder is None else model.get_submodule(family.decoder)
-
-
-def _auto_class(family: Family) -> Any:
-    """transformers' Auto class of the whole model: one with towers beside its language model is no causal one."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    return AutoModelForCausalLM if family.section is None else AutoModelForImageTextToText
-
-
-def _model_class(family: Family, stock: Any) -> Any:
-    return _auto_class(family)._model_mapping[type(stock)]
 
 
 def _check_forms(family: Family, stock: Any) -> None:

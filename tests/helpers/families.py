@@ -82,6 +82,12 @@ OTHERS: Mapping[str, dict] = {
         "num_local_experts": EXPERTS, "shared_intermediate_size": 16, "mamba_n_heads": 4, "mamba_d_state": 4,
         "mamba_chunk_size": 8, "layer_types": ["linear_attention", "full_attention"],
     },
+    "granitemoe_swa": ALONE | {
+        "num_local_experts": EXPERTS, "shared_intermediate_size": 16, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "aria_text": {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8} | ALONE,
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2, "head_dim": 8} | ALONE,
     "gpt_oss": {
         "num_local_experts": EXPERTS, "head_dim": 8, "sliding_window": 8, "swiglu_limit": 7.0,
     } | ALONE,
@@ -100,6 +106,30 @@ TOWERS: Mapping[str, dict] = {
     "qwen3_vl_moe": {
         "text_config": {"num_experts": EXPERTS, "head_dim": 8, "num_hidden_layers": 2},
         "vision_config": VISION | {"deepstack_visual_indexes": [0]},
+    },
+    "glm4v_moe": {
+        "text_config": GROUPED | {"head_dim": 8},
+        "vision_config": {
+            "hidden_size": 16,
+            "num_heads": 2,
+            "depth": 1,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+        },
+    },
+    "kimi_k25": {
+        "text_config": GROUPED | LATENT | {"model_type": "deepseek_v3"},
+        "vision_config": {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "intermediate_size": 24,
+            "patch_size": 2,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        "projection_hidden_size": 16,
+        "tie_word_embeddings": False,
     },
 }
 """Of those with towers beside their language model: sections of the config."""
@@ -137,7 +167,7 @@ def published(folder: Path, target: Path, family: str) -> Path:
     if family in TOWERS:
         config["text_config"]["dtype"] = config.pop("dtype")
         (target / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "a.B"}}))
-        PUBLISHED[family](target, config)
+        PUBLISHED.get(family, lambda folder, config: None)(target, config)
         return target
     rope = config.pop("rope_parameters", None) or {}
     config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
@@ -265,6 +295,7 @@ PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "qwen3_5_moe": _qwen3_5,
     "qwen3_vl_moe": _qwen3_vl,
     "nemotron_h": _nemotron,
+    "hunyuan_v1_moe": lambda folder, config: change_config(folder, moe_topk=[2] * config["num_hidden_layers"]),
     "ernie4_5_moe": _ernie,
     "minimax_m2": lambda folder, config: change_config(folder, num_mtp_modules=3, use_mtp=True),  # no tensors of it
 }

@@ -94,7 +94,7 @@ class Family:
     vocab_key: config key of the number of rows of the embedding.
     heads_keys: config keys that may hold the number of attention heads that ranks share; the first one that is set.
     experts_keys: config keys that may hold the number of routed experts (transformers renames some).
-    top_k_key: config key of the number of experts that a token goes to.
+    top_k_key: config key of the number of experts that a token goes to; one for each layer if they are alike.
     width_key: config key of an expert's width.
     layer: prefix of a decoder layer's tensors.
     experts: the experts module inside a layer, as in the modeling code.
@@ -192,7 +192,8 @@ class Family:
 
     def top_k(self, config: Mapping[str, Any]) -> int:
         """Routed experts that a token goes to."""
-        return int(self.text(config)[self.top_k_key])
+        stated = self.text(config)[self.top_k_key]
+        return int(stated[0] if isinstance(stated, list) else stated)
 
     def positions(self, config: Mapping[str, Any]) -> int | None:
         """Tokens of the longest sequence that the model was made for, None where the config does not say."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from tenp_dist.checkpoint.families import (
     afmoe,
+    aria,
     cohere,
     deepseek,
     deepseek_kin,
@@ -34,7 +35,7 @@ from tenp_dist.runtime.ragged_config import unsealed
 
 FILES = (
     deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
-    nemotron,
+    nemotron, aria,
 )  # fmt: skip
 
 
@@ -76,6 +77,18 @@ def _section_with_experts(config: Mapping[str, Any]) -> str | None:
     """Key of the part of a config that counts experts, "" for the config itself, None where nothing does."""
     parts = {"": config} | {key: part for key, part in config.items() if isinstance(part, Mapping)}
     return next((key for key, part in parts.items() if any(part.get(name) for name in _EXPERT_KEYS)), None)
+
+
+def row_of(config: Mapping[str, Any]) -> Family | None:
+    """The row for a config, None where no row knows its `model_type`."""
+    return FAMILIES.get(str(config.get("model_type")))
+
+
+def auto_class(model_type: str) -> str:
+    """transformers' Auto class of a family's stock checkpoints: those with towers beside their language model are none
+    of its causal language models. The latter of a family that no row knows."""
+    row = FAMILIES.get(model_type)
+    return "AutoModelForCausalLM" if row is None or row.section is None else "AutoModelForImageTextToText"
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
