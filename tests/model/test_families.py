@@ -15,7 +15,8 @@ import torch
 from helpers.brute_force import brute_force_statistics
 from helpers.checkpoints import all_tensors, verify, write
 from helpers.evaluation import auto_class, evaluate, expected_figures, load, logits_of, masked
-from helpers.families import RESIDUAL, published, save_family
+from helpers.families import ALIKE, RESIDUAL, save_family
+from helpers.published import published
 from helpers.routing import logits_by_layers
 from helpers.scoring import batches_of, random_corpus, score
 from tenp_dist.checkpoint.expert_layers import expert_layers
@@ -43,7 +44,10 @@ def threads(one_thread):
     """One in all tests here."""
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+ROWS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in sorted(FAMILIES)]
+
+
+@pytest.fixture(scope="module", params=ROWS)
 def case(request, tmp_path_factory):
     """A family's row, a model of it as saved, and in the form of the published files."""
     root, name = tmp_path_factory.mktemp(request.param), request.param
