@@ -57,23 +57,18 @@ FAMILIES = {
     "nemotron_h": "NemotronH",
     "qwen3_5_moe": "Qwen3_5Moe",
     "qwen3_vl_moe": "Qwen3VLMoe",
-    "granitemoe_swa": "GraniteMoeSWA",
-    "aria_text": "AriaText",
-    "hunyuan_v1_moe": "HunYuanMoEV1",
-    "glm4v_moe": "Glm4vMoe",
-    "kimi_k25": "KimiK25",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
 WIDTH_KEYS = dict.fromkeys(
     (
         "olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba", "granitemoe",
-        "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "gpt_oss", "aria_text", "hunyuan_v1_moe",
+        "granitemoeshared", "granitemoehybrid", "gpt_oss",
     ),
     "intermediate_size",
 )  # fmt: skip
 # families with towers beside their language model -> the part of the config that describes the latter
-SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "kimi_k25"), "text_config")
+SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe"), "text_config")
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"

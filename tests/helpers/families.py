@@ -128,9 +128,7 @@ TOWERS: Mapping[str, dict] = {
     },
 }
 """Of those with towers beside their language model: sections of the config."""
-ALIKE = {
-    "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "aria_text", "hunyuan_v1_moe", "glm4v_moe", "kimi_k25",
-}  # fmt: skip
+ALIKE = {"granitemoeshared", "granitemoehybrid"}
 """Families of whose form another is proved among the fast tests: theirs are slow ones."""
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",

@@ -24,12 +24,4 @@ ROWS = (
     granite(model_type="granitemoe", fused=linears),
     granite(model_type="granitemoeshared", fused=linears, shared_experts="shared_mlp"),
     granite(model_type="granitemoehybrid", fused=linears, shared_experts="shared_mlp"),
-    granite(
-        model_type="granitemoe_swa",
-        fused=(
-            FusedTensor("block_sparse_moe.experts.gate_up_proj", (GATE, UP)),
-            FusedTensor("block_sparse_moe.experts.down_proj", (DOWN,)),
-        ),
-        shared_experts="shared_mlp",
-    ),
 )
