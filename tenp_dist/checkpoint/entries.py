@@ -39,6 +39,32 @@ class TensorHeader:
 
 
 @dataclass(frozen=True)
+class Between:
+    """How a matrix lies among others, as one of an expert's in a tensor that holds several of them.
+
+    shape: of the numbers from the entry's `start` on that hold it, the other matrices among them.
+    axis: along which it has some lines of them.
+    offset: the first of these lines.
+    step: from one of them to the next.
+    count: how many they are.
+    transposed: whether the entry is the transpose of what lies there.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    offset: int
+    step: int
+    count: int
+    transposed: bool
+
+    def view(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The matrix inside these numbers."""
+        stop = self.offset + self.step * (self.count - 1) + 1 if self.count else self.offset
+        found = numbers[(slice(None),) * self.axis + (slice(self.offset, stop, self.step),)]
+        return found.T if self.transposed else found
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """A tensor of a checkpoint, as it is read.
 
@@ -49,6 +75,7 @@ class TensorEntry:
     start: its first byte in the file.
     nbytes: its size in `dtype`.
     stored: how it is stored, where that is not as `nbytes` bytes in `dtype` from `start` on.
+    between: how it lies from `start` on, where others lie between its numbers.
     """
 
     name: str
@@ -58,6 +85,7 @@ class TensorEntry:
     start: int
     nbytes: int
     stored: Stored | None = None
+    between: Between | None = None
 
     @property
     def stored_bytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
-from tenp_dist.checkpoint.families.base import GATE, Family
+from tenp_dist.checkpoint.families.base import ANY, UP, Family, part_shape
 from tenp_dist.checkpoint.formats.table import FORMATS
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.layer_names import layers_under, mtp_layers
@@ -46,14 +46,16 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
     """Find the MoE layers by their tensors and check every expert matrix against the config.
 
     Raises:
-        UnsupportedModelError: no layer holds routed experts, or the experts are quantised.
+        UnsupportedModelError: no layer holds routed experts, the experts are quantised, or the family's row refuses a
+            form that the config states.
         SourceError: an expert or a layer is missing, or a shape or dtype contradicts the config.
     """
-    num_layers, num_experts = config_number(index, family, family.layers_key), _num_experts(index, family)
+    _check_forms(index, family)
+    num_layers, num_experts = _num_layers(index, family), _num_experts(index, family)
     width, hidden = (config_number(index, family, key) for key in (family.width_key, family.hidden_key))
     slices = ExpertSlices(family)
     present = {
-        layer: any(slices.of(layer, expert, GATE).tensor in index.tensors for expert in range(num_experts))
+        layer: any(slices.of(layer, expert, UP).tensor in index.tensors for expert in range(num_experts))
         for layer in sorted(layers_of(index, family))
     }
     moe = tuple(layer for layer, routed in present.items() if routed and layer < num_layers)
@@ -62,7 +64,7 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
             "No decoder layer holds routed experts",
             where=index.folder,
             found=f"{num_experts} experts in config.json, {len(present)} layers without experts",
-            wanted=slices.of(0, 0, GATE).tensor.replace(".0.", ".*.", 1),
+            wanted=slices.of(0, 0, UP).tensor.replace(".0.", ".*.", 1),
             next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
         )
     _check_depth(index, family, num_layers, present)
@@ -74,9 +76,22 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
             _check_quantised(index, entry, "A tensor is quantised")
     mtp = mtp_layers(index.tensors, family, num_layers)
     for prediction in mtp:
-        if prediction.slice(0, GATE).tensor in index.tensors:
+        if prediction.slice(0, UP).tensor in index.tensors:
             _check_experts(index, ExpertSlices(prediction.row), prediction.inside, num_experts, (width, hidden))
     return ExpertLayers(moe, tuple(layer.number for layer in mtp), num_layers, num_experts, top_k, width, hidden)
+
+
+def _check_forms(index: CheckpointIndex, family: Family) -> None:
+    for key, form in family.refused.items():
+        stated = family.text(index.config).get(key)
+        if form == ANY and stated is not None:
+            raise UnsupportedModelError(
+                f"Layers of {family.model_type} in a form that is not scored yet",
+                where=f"{index.folder / 'config.json'}: {_path(family, key)}",
+                found=stated,
+                wanted=f"no {key}",
+                next_step="choose a model of the family without it",
+            )
 
 
 def _top_k(index: CheckpointIndex, family: Family, num_experts: int) -> int:
@@ -97,13 +112,13 @@ def _check_experts(
 ) -> None:
     """Every matrix of a layer's experts has the config's shape and dtype, and there are no more of them."""
     entries: list[TensorEntry] = []
-    for _, _, place in slices.of_layer(layer, range(num_experts)):
+    for _, part, place in slices.of_layer(layer, range(num_experts)):
         entry = index.entry(place.tensor)
         entries.append(entry)
-        check_shape(entry, shape_FD if place.axis == 0 else shape_FD[::-1], index.folder)
-        _check_float(index, entry)
+        check_shape(entry, part_shape(part, *shape_FD), index.folder)
+        _check_float(index, slices.family, entry)
     _check_one_form(index, entries)
-    extra = slices.of(layer, num_experts, GATE).tensor
+    extra = slices.of(layer, num_experts, UP).tensor
     if extra in index.tensors:
         raise SourceError(
             "Checkpoint holds more experts than its config says",
@@ -134,10 +149,11 @@ def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
     return layers_under(family.layer, index.tensors)
 
 
-def _check_float(index: CheckpointIndex, entry: TensorEntry) -> None:
+def _check_float(index: CheckpointIndex, family: Family, entry: TensorEntry) -> None:
     """An expert's dtype is a float, and the one that the config states, where it states one."""
     _check_quantised(index, entry, "Routed experts are quantised")
-    stated = index.config.get("dtype") or index.config.get("torch_dtype")
+    texts = (family.text(index.config), index.config)
+    stated = next((part[key] for part in texts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     if stated in _FLOATS.values() and _FLOATS[entry.dtype] != stated:
         raise SourceError(
             "Tensor dtype contradicts the config",
@@ -166,9 +182,16 @@ def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, presen
             "Checkpoint lacks a decoder layer",
             where=index.folder,
             found=f"no tensor of {family.layer.format(layer=absent[0])}*",
-            wanted=f"{family.layers_key} = {num_layers}",
+            wanted=f"{family.layers_keys[-1]} = {num_layers}",
             next_step="download the checkpoint again, or correct config.json",
         )
+
+
+def _num_layers(index: CheckpointIndex, family: Family) -> int:
+    """The number of decoder layers that the config states, by itself or by what it says of each."""
+    if any(isinstance(family.text(index.config).get(key), list | str) for key in family.layers_keys):
+        return family.num_layers(index.config)
+    return config_number(index, family, family.layers_keys[-1])
 
 
 def _num_experts(index: CheckpointIndex, family: Family) -> int:
@@ -186,12 +209,14 @@ def config_number(index: CheckpointIndex, family: Family, key: str) -> int:
         SourceError: it is absent, or no such number.
     """
     value = family.text(index.config).get(key)
+    if isinstance(value, list) and len(set(map(str, value))) == 1:
+        value = value[0]  # of every layer
     if type(value) is not int or value < 1:
         raise SourceError(
             "config.json lacks a number that the model needs",
             where=f"{index.folder / 'config.json'}: {_path(family, key)}",
             found=repr(value),
-            wanted="a whole number above 0",
+            wanted="a whole number above 0, the same for every layer",
             next_step="download config.json again",
         )
     return value

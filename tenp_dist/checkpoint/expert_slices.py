@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from tenp_dist.checkpoint.families.base import NEURON_AXIS, Family
+from tenp_dist.checkpoint.families.base import PART_AXIS, Family
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ class ExpertSlice:
     """Where one matrix of one expert lies: in a tensor of its own, or as a part of one that holds more.
 
     tensor: the checkpoint's name of the tensor that holds it.
-    axis: of the stored matrix, that counts neurons: 0 where it is stored as [F, D], 1 as [D, F].
+    axis: of the stored matrix, that counts neurons: 0 where it is [F, D]; 1 as [D, F]; None where nothing does.
     index: the expert's place along the first axis of a tensor that holds all experts; None for a tensor of its own.
     offset, stride: neuron j lies at offset + stride * j of the axis.
     count: neurons, None for as many as the axis has from `offset` on.
@@ -31,7 +31,7 @@ class ExpertSlice:
     """
 
     tensor: str
-    axis: int
+    axis: int | None
     index: int | None = None
     offset: int = 0
     stride: int = 1
@@ -59,13 +59,13 @@ class ExpertSlices:
     family: Family
 
     def of(self, layer: int, expert: int, matrix: str) -> ExpertSlice:
-        """matrix: gate, up or down."""
+        """matrix: gate, up or down, or another part of an expert that the family's row names."""
         family = self.family
         inside = family.expert_tensor.format(expert=expert, matrix=family.matrices[matrix])
-        return ExpertSlice(family.layer.format(layer=layer) + inside, NEURON_AXIS[matrix])
+        return ExpertSlice(family.layer.format(layer=layer) + inside, PART_AXIS[matrix])
 
     def of_layer(self, layer: int, experts: range) -> Iterator[tuple[int, str, ExpertSlice]]:
         """(expert, matrix, slice) of all matrices of these experts, expert by expert."""
         for expert in experts:
-            for matrix in NEURON_AXIS:
+            for matrix in self.family.matrices:
                 yield expert, matrix, self.of(layer, expert, matrix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,9 +104,8 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
         UnsupportedModelError, SourceError: as `expert_layers`.
     """
     layers = expert_layers(index, family)
-    routed = len(layers.moe_layers) * layers.num_experts * 3 * layers.intermediate_size * layers.hidden_size
     slices, experts = ExpertSlices(family), range(layers.num_experts)
-    matrices = {place.tensor for layer in layers.moe_layers for _, _, place in slices.of_layer(layer, experts)}
+    parts = {place.tensor for layer in layers.moe_layers for _, _, place in slices.of_layer(layer, experts)}
     return Facts(
         model=index.folder.name,
         fingerprint=index.fingerprint,
@@ -121,11 +120,13 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
         intermediate_size=layers.intermediate_size,
         vocab_size=config_number(index, family, family.vocab_key),
         dtypes=_dtype_bytes(index.tensors),
-        parameters=Parameters(total=_parameters(index.tensors), routed=routed),
+        parameters=Parameters(
+            total=_parameters(index.tensors.values()), routed=_parameters(index.tensors[name] for name in parts)
+        ),
         bytes=Bytes(
             total=index.nbytes,
             stored=sum(entry.stored_bytes for entry in index.tensors.values()),
-            routed=sum(index.tensors[name].nbytes for name in matrices),
+            routed=sum(index.tensors[name].nbytes for name in parts),
             per_layer={
                 number: sum(index.tensors[name].nbytes for name in layer.names)
                 for number, layer in layer_names(index.tensors, family, layers.num_layers).items()
@@ -144,5 +145,5 @@ def _dtype_bytes(tensors: Mapping[str, TensorEntry]) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def _parameters(tensors: Mapping[str, TensorEntry]) -> int:
-    return sum(math.prod(entry.shape) for entry in tensors.values())
+def _parameters(entries: Iterable[TensorEntry]) -> int:
+    return sum(math.prod(entry.shape) for entry in entries)

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tenp_dist.checkpoint.entries import TensorEntry, parse_entry
-from tenp_dist.checkpoint.families.table import stock_config
+from tenp_dist.checkpoint.families.table import row_of, stock_config
 from tenp_dist.checkpoint.formats.table import format_of
+from tenp_dist.checkpoint.fused import Fused, apart
 from tenp_dist.errors import SourceError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,6 +35,7 @@ class CheckpointIndex:
     files: file name -> size in bytes.
     fingerprint: digest of config, index, headers and file sizes.
     stored_as: what config.json says of its stored format, which `config` leaves out.
+    fused: name -> tensor of the files that holds a layer's experts; `tensors` has a part of every expert instead.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class CheckpointIndex:
     files: Mapping[str, int]
     fingerprint: str
     stored_as: Mapping[str, Any] = field(default_factory=dict)
+    fused: Mapping[str, Fused] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -83,10 +86,11 @@ def open_index(folder: Path) -> CheckpointIndex:
         )
     form = format_of(config)
     tensors = form.fold(folder, config, tensors)
+    tensors, fused = apart(folder, row_of(config), config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
     plain = form.plain_config(config)
     stored_as = {key: value for key, value in config.items() if key not in plain}
-    return CheckpointIndex(folder, plain, ordered, files, digest.hexdigest(), stored_as)
+    return CheckpointIndex(folder, plain, ordered, files, digest.hexdigest(), stored_as, fused)
 
 
 def index_files(folder: Path, files: Sequence[str], skip: Collection[str] = ()) -> CheckpointIndex:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from tenp_dist.checkpoint.facts import checkpoint_facts
-from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS
+from tenp_dist.checkpoint.families.base import NEURON_AXIS, UP
 from tenp_dist.checkpoint.layer_names import LayerNames, mtp_layers, mtp_names
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.checkpoint.source import Source
@@ -33,7 +33,7 @@ def mtp_expert_layers(source: Source) -> list[LayerNames]:
     """The prediction layers that have routed experts, ascending."""
     index = source.index
     layers = mtp_layers(index.tensors, source.family, source.facts.num_layers)
-    return [layer for layer in layers if layer.slice(0, GATE).tensor in index.tensors]
+    return [layer for layer in layers if layer.slice(0, UP).tensor in index.tensors]
 
 
 def neuron_norms(reader: TensorReader, layer: LayerNames, experts: Sequence[int]) -> torch.Tensor:
@@ -49,7 +49,7 @@ def neuron_norms(reader: TensorReader, layer: LayerNames, experts: Sequence[int]
 
 
 def _norms(reader: TensorReader, layer: LayerNames, expert: int) -> torch.Tensor:
-    places = [layer.slice(expert, matrix) for matrix in NEURON_AXIS]
+    places = [layer.slice(expert, matrix) for matrix in NEURON_AXIS if matrix in layer.row.matrices]
     norms = [_row_norms(place.view(reader.tensor(place.tensor), 0)) for place in places]
     product_F = torch.stack(norms).prod(dim=0)
     if not bool(torch.isfinite(product_F).all()):

@@ -6,11 +6,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
-from tenp_dist.checkpoint.entries import ITEM_SIZE, TensorEntry
+from tenp_dist.checkpoint.entries import ITEM_SIZE, Between, TensorEntry
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.errors import SourceError
 
@@ -45,10 +46,10 @@ class TensorReader:
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor: as they lie in the file, or of what they stand for in its dtype."""
         entry = self.index.entry(name)
-        if entry.stored is None:
+        if entry.stored is None and entry.between is None:
             return self._bytes(entry)
         tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        entry.stored.decode(self, tensor)
+        self.into(name, tensor)
         return tensor.view(-1).view(torch.uint8).numpy().data
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -66,6 +67,8 @@ class TensorReader:
         entry = self.index.entry(name)
         if entry.stored is not None:
             entry.stored.decode(self, target)
+        elif entry.between is not None:
+            target.copy_(entry.between.view(self.whole(_around(entry, entry.between))))
         elif not target.is_contiguous():
             target.copy_(self.tensor(name))
         elif target.dtype == TORCH_DTYPES[entry.dtype]:
@@ -130,6 +133,12 @@ class TensorReader:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.index.folder / file, os.O_RDONLY)
         return self._descriptors[file]
+
+
+def _around(entry: TensorEntry, between: Between) -> TensorEntry:
+    """The numbers that a matrix lies between, as a tensor of their own."""
+    nbytes = math.prod(between.shape) * ITEM_SIZE[entry.dtype]
+    return replace(entry, shape=between.shape, nbytes=nbytes, between=None)
 
 
 def opened(index: CheckpointIndex | None) -> AbstractContextManager[TensorReader | None]:

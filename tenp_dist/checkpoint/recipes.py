@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,6 +63,10 @@ class Recipe(ABC):
     @abstractmethod
     def read(self, inputs: Inputs) -> memoryview:
         """Its bytes. Raises SourceError where the source cannot be read."""
+
+    def pieces(self, inputs: Inputs) -> Iterator[memoryview]:
+        """Its bytes in as many pieces as keep memory low, in order."""
+        yield self.read(inputs)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,9 @@ class Zero(ExpertRecipe):
     def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
         stays = np.zeros(array.shape[self.axis], dtype=array.dtype)
         stays[inputs.kept[self.layer].of(self.expert)] = 1
-        array *= stays if self.axis == 1 else stays[:, None]  # bits as they were, or none; no second buffer
+        array *= (
+            stays if self.axis == array.ndim - 1 else stays[:, None]
+        )  # bits as they were, or none; no second buffer
         return array
 
     def with_solved(self, solved: np.ndarray, inputs: Inputs) -> np.ndarray:

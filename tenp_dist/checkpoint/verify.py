@@ -170,14 +170,15 @@ def check_widths(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
     Raises:
         VerifyError: names the first layer or key that differs.
     """
-    tenp = written.config.get("tenp") or {}
+    tenp, family = written.config.get("tenp") or {}, source.family
+    plain, stated = family.text(source.index.config), family.text(written.config)
     for key, value in (tenp.get("sealed") or {}).items():
-        if value != source.index.config.get(key) or isinstance(written.config.get(key), int):
+        if value != plain.get(key) or isinstance(stated.get(key), int):
             raise VerifyError(
                 "Config does not seal the width of the source's experts",
                 where=f"{written.folder / 'config.json'}: tenp.sealed.{key}",
-                found=f"{value}, and {str(written.config.get(key))[:20]} in its place",
-                wanted=f"{source.index.config.get(key)}, and a sentence in its place",
+                found=f"{value}, and {str(stated.get(key))[:20]} in its place",
+                wanted=f"{plain.get(key)}, and a sentence in its place",
             )
     table, codes = tenp.get("widths") or [], tenp.get("layers") or {}
     for layer, neurons in kept.items():
@@ -204,6 +205,7 @@ def verify_tensors(names: Sequence[str], readers: Readers, expected: Expected, *
         place.tensor: (place.axis, layer, expert)
         for layer, neurons in kept.items()
         for expert, _, place in slices.of_layer(layer, range(neurons.num_experts))
+        if place.axis is not None
     }
     found = Verified()
     for name in names:

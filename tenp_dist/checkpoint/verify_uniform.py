@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from tenp_dist.checkpoint.families.base import GATE, NEURON_AXIS, Family
+from tenp_dist.checkpoint.families.base import PART_AXIS, UP, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.source import Source
@@ -45,9 +45,10 @@ class Names:
         if found is None:
             return None
         _, row, _, rest = found
-        pattern = re.escape(row.expert_tensor).replace(r"\{expert\}", r"(\d+)").replace(r"\{matrix\}", r"(\w+)")
+        pattern = re.escape(row.expert_tensor).replace(r"\{expert\}", r"(\d+)").replace(r"\{matrix\}", r"([\w.]+)")
         inside = re.fullmatch(pattern, rest)
-        return (int(inside[1]), {text: matrix for matrix, text in row.matrices.items()}[inside[2]]) if inside else None
+        parts = {text: part for part, text in row.matrices.items()}
+        return (int(inside[1]), parts[inside[2]]) if inside and inside[2] in parts else None
 
     def renamed(self, name: str, expert: int, matrix: str) -> str:
         """The name that this matrix of another expert of the layer has."""
@@ -86,8 +87,7 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
     Raises:
         VerifyError: names the keys that differ.
     """
-    wanted = dict(source.index.config) | _counted(source, written)
-    wanted = {key: wanted[key] for key in source.index.config}
+    wanted = source.family.with_numbers(source.index.config, _counted(source, written))
     keys = [key for key in {**wanted, **written.config} if wanted.get(key) != written.config.get(key)]
     if keys:
         raise VerifyError(
@@ -109,8 +109,9 @@ def _counted(source: Source, written: CheckpointIndex) -> dict[str, object]:
         expert = names.expert(name)
         if expert is not None:
             experts.setdefault(names.layer(name), set()).add(expert[0])
-            widths.add(entry.shape[NEURON_AXIS[expert[1]]])
-        elif names.inside(name, family.shared_prefix) == f"{family.shared_matrices[GATE]}.weight":
+            axis = PART_AXIS[expert[1]]
+            widths.update(() if axis is None else (entry.shape[axis],))
+        elif names.inside(name, family.shared_prefix) == f"{family.shared_matrices[UP]}.weight":
             shared.add(entry.shape[0])
     predicting = {layer for layer in map(names.layer, written.tensors) if layer is not None and layer >= depth}
     width = _only(widths)
@@ -138,9 +139,9 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
         wanted, layer, expert = Wanted(origin), reading.layer(name), reading.expert(origin)
         if layer is not None and layer in expected.kept:
             neurons, same = expected.kept[layer], shape == readers.source.index.entry(origin).shape
-            if expert is not None:
+            if expert is not None and (axis := PART_AXIS[expert[1]]) is not None:
                 ids = torch.from_numpy(neurons.of(expert[0]).copy()).long()
-                cut = partial(torch.index_select, dim=NEURON_AXIS[expert[1]], index=ids)
+                cut = partial(torch.index_select, dim=axis, index=ids)
                 wanted = Wanted(origin, cut, readers.solved(origin))
             elif neurons.experts is not None and reading.of_router(name):
                 wanted = Wanted(

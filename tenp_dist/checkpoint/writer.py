@@ -82,8 +82,9 @@ def write_shard(folder: Path, shard: OutputShard[OutputTensor], inputs: Inputs) 
         stream.write(shard_header(shard))
         begun = 0
         for tensor in shard.tensors:
-            stream.write(tensor.recipe.read(inputs))
-            begun = _store_behind(stream, begun)
+            for piece in tensor.recipe.pieces(inputs):
+                stream.write(piece)
+                begun = _store_behind(stream, begun)
         return stream.tell()
 
 

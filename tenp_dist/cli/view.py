@@ -280,10 +280,10 @@ def _print_places(console: Console, job: Job, stages: Mapping[str, Mapping[str, 
     if shown is not None:
         folder = job.run_dir / layouts[shown.name]["folder"]
         package = "import tenp_dist; " if shown.needs_package else ""
+        kind = shown.auto_class(str(stages.get("inspect", {}).get("family")))
         console.print("\nNext, load it:")
         console.print(
-            f'  python -c "{package}from transformers import AutoModelForCausalLM as A; '
-            f"print(A.from_pretrained('{folder}'))\"",
+            f"  python -c \"{package}from transformers import {kind} as A; print(A.from_pretrained('{folder}'))\"",
             soft_wrap=True,
         )
         console.print("or plan another size from the same scores:")

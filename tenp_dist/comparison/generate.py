@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tenp_dist  # noqa: F401 teaches transformers the ragged layout
+from tenp_dist.checkpoint.families.table import auto_class
 from tenp_dist.errors import DeviceError, NumericalError, SourceError, first_line
 
 
@@ -94,15 +95,16 @@ def load(folder: Path, device: str, dtype: str) -> Loaded:
         DeviceError: no accelerator where one was asked for.
         SourceError: transformers does not load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("No accelerator was found", wanted="cuda", next_step="leave out --device, or choose cpu")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     chosen = ("auto" if on_gpu else "float32") if dtype == "auto" else dtype
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, device_map="auto" if on_gpu else None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        kind = auto_class(transformers.AutoConfig.from_pretrained(folder).model_type)
+        model = getattr(transformers, kind).from_pretrained(folder, dtype=chosen, device_map="auto" if on_gpu else None)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise SourceError(
             "The checkpoint does not load in transformers",

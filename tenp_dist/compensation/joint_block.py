@@ -95,8 +95,16 @@ class BlockRun:
         """Refuse a block that adds up its experts in another way than the features say.
 
         Raises:
-            UnsupportedModelError: routed and shared experts do not explain what the block gives.
+            UnsupportedModelError: routed and shared experts do not explain what the block gives; biases.
         """
+        if dispatch.bias_ED is not None:
+            raise UnsupportedModelError(
+                "Experts with biases cannot be solved as one system",
+                where=f"{self._shard.skeleton.index.folder}, layer {self._layer}: {type(self._block).__name__}",
+                found="a bias of W_down",
+                wanted="experts that are matrices alone",
+                next_step="set output.compensate to true: experts are then compensated one by one",
+            )
         explained_TD = dispatch.routed_TD.float()
         if shared_TF is not None and shared is not None:
             explained_TD = explained_TD + shared_TF @ shared.down_DF.float().T

@@ -33,7 +33,7 @@ from tenp_dist.compensation.moments import ENOUGH
 from tenp_dist.compensation.random_vectors import VECTORS
 from tenp_dist.compensation.recheck_pass import LEFT_OVER, RecheckTask, is_damped_by_rule
 from tenp_dist.errors import VerifyError
-from tenp_dist.model.experts import Dispatch, FusedExperts
+from tenp_dist.model.experts import Dispatch, FusedExperts, activations
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_step import OpenShard
 from tenp_dist.passes.layer_sums import LayerSum
@@ -165,8 +165,7 @@ class JointRecheckSum(LayerSum[JointCheck]):
                 continue
             hit_TK = index_TK == block
             rows = (hit_TK.any(dim=1) & valid_T).nonzero().squeeze(1)
-            gate_up_PD = sums.experts.gate_up_proj[block - self.shard.held.start].float()
-            m_SF = sums.experts._apply_gate(x_TD[rows].float() @ gate_up_PD.T).double()
+            m_SF = activations(sums.experts, block - self.shard.held.start, x_TD[rows]).double()
             a_SF = scale * m_SF * (g_TK * hit_TK).sum(dim=1)[rows].double().unsqueeze(1)
             if own.moments_FF is not None:
                 own.moments_FF += a_SF.T @ a_SF

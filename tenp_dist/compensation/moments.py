@@ -113,7 +113,7 @@ class Moments:
         if weight == 0 or dispatch.expert_S.numel() == 0:
             return
         scale_S = dispatch.g_S.float() * math.sqrt(weight)
-        norm_S = torch.linalg.vector_norm(dispatch.y_SD, dim=1, dtype=torch.float32) * scale_S
+        norm_S = torch.linalg.vector_norm(dispatch.of_neurons_SD, dim=1, dtype=torch.float32) * scale_S
         runs = Runs(dispatch.offsets_E, scale_S.numel())
         self.energy_E += runs.sum64((norm_S.double() ** 2).unsqueeze(1)).squeeze(1)
         ends = [0, *dispatch.offsets_E.tolist()]

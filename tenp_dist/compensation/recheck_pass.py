@@ -28,7 +28,7 @@ from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.compensation.moments import ENOUGH
 from tenp_dist.compensation.random_vectors import Probe
 from tenp_dist.errors import VerifyError
-from tenp_dist.model.experts import FusedExperts
+from tenp_dist.model.experts import FusedExperts, activations
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
@@ -97,8 +97,7 @@ class LayerCheck:
             hit_TK = index_TK == expert
             used_T = hit_TK.any(dim=1) if self.valid_T is None else hit_TK.any(dim=1) & self.valid_T
             g_T = (g_TK * hit_TK).sum(dim=1)[used_T].double()
-            gate_up_PD = self.experts.gate_up_proj[expert - self.first].float()
-            m_TF = self.experts._apply_gate(x_TD[used_T].float() @ gate_up_PD.T).double()
+            m_TF = activations(self.experts, expert - self.first, x_TD[used_T]).double()
             total_FF += self.weight * (m_TF * (g_T * g_T).unsqueeze(1)).T @ m_TF
             self.tokens[expert] = self.tokens.get(expert, 0) + (len(g_T) if self.weight else 0)
 

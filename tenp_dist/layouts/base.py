@@ -12,6 +12,7 @@ from tenp_dist.budget.kinds.base import PlanForm
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
+from tenp_dist.checkpoint.families.table import auto_class
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.output_form import OutputForm, routed_matrices
@@ -63,6 +64,8 @@ class Layout(ABC):
     """Whether transformers, and so an evaluation, can read it."""
     experts_apart: ClassVar[bool] = True
     """Whether every expert has tensors of its own, so that files can be divided by expert."""
+    keeps_fused: ClassVar[bool] = False
+    """Whether experts that the source has fused in one tensor are fused again, or have tensors of their own."""
     plain_only: ClassVar[bool] = False
     """Whether its tensors are plain numbers, in no stored format."""
     saves_space: ClassVar[bool] = True
@@ -118,6 +121,13 @@ class Layout(ABC):
         """Name -> text of the files that the layout itself brings."""
         return {}
 
+    def auto_class(self, model_type: str) -> str:
+        """transformers' Auto class that loads it; the package's own classes are known as causal language models too.
+
+        model_type: family of the source.
+        """
+        return auto_class("" if self.needs_package else model_type)
+
     def carries(self, side_file: Path) -> bool:
         """Whether a side file of the source (`checkpoint.writer.side_files`) comes along."""
         return True
@@ -140,6 +150,7 @@ def under_same_names(
         place.tensor: expert_matrix(index.entry(place.tensor), place.axis, layer, expert)
         for layer, neurons in pruned.kept.items()
         for expert, _, place in slices.of_layer(layer, range(neurons.num_experts))
+        if place.axis is not None
     }
     return [
         OutputTensor(name, changed.get(name) or Copy(name, entry.dtype, entry.shape))

@@ -15,6 +15,7 @@ class Padded(Layout):
         "saves neither memory nor time."
     )
     saves_space = False
+    keeps_fused = True
 
     def tensors(self, pruned: Pruned) -> list[OutputTensor]:
         return under_same_names(pruned, _zero)

@@ -105,7 +105,8 @@ def check_expected_of(job: Job, source: Source) -> None:
     layouts, written = layouts_of(job), written_source(job, source)
     for layout in layouts:
         layout.check_source(written)
-    together = [layout.name for layout in layouts if not layout.experts_apart]
+    fused = [layout.name for layout in layouts if layout.keeps_fused and source.index.fused]
+    together = fused + [layout.name for layout in layouts if not layout.experts_apart]
     if together and job.output.expert_ranks:
         raise JobError(
             "Experts that share a tensor cannot be divided among files",
@@ -123,6 +124,14 @@ def check_expected_of(job: Job, source: Source) -> None:
             found=f"{job.output.dtype}, which is {form} here",
             wanted="bfloat16",
             next_step="set output.dtype to bfloat16, or use layout ragged",
+        )
+    if fused and form:
+        raise JobError(
+            f"A {fused[0]} checkpoint of this source has fused experts, which are written as plain tensors only",
+            where="output.dtype",
+            found=f"{job.output.dtype}, which is {form} here",
+            wanted="bfloat16",
+            next_step="set output.dtype to bfloat16, or use layout ragged, where every expert has tensors of its own",
         )
     if job.evaluation and job.evaluation.checkpoint and main_layout(layouts) is None:
         raise JobError(

@@ -40,6 +40,7 @@ class Uniform(Layout):
     holds_removal = True
     states_width = True
     prunes_mtp = True
+    keeps_fused = True
 
     def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
         widths = [form.widths for form in forms if form.widths is not None]
@@ -152,7 +153,7 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
         layer = layers[number]
         absent.update(place.tensor for place in layer.slices(range(neurons.num_experts)))
         for new, expert in enumerate(neurons.routed.tolist()):
-            for matrix in NEURON_AXIS:
+            for matrix in layer.row.matrices:
                 place, name = layer.slice(expert, matrix), layer.slice(new, matrix).tensor
                 changed[place.tensor] = OutputTensor(name, _expert_matrix(source, place, number, expert, size.width))
         for recipe in _router(source, layer, neurons):
@@ -169,7 +170,7 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
 
 def _expert_matrix(source: Source, place: ExpertSlice, layer: int, expert: int, width: int) -> Recipe:
     entry, axis = source.index.entry(place.tensor), place.axis
-    if entry.shape[axis] == width:
+    if axis is None or entry.shape[axis] == width:
         return Copy(entry.name, entry.dtype, entry.shape)
     return Cut(entry.name, entry.dtype, with_length(entry.shape, axis, width), axis, layer, expert)
 
@@ -197,8 +198,8 @@ def _router(source: Source, layer: LayerNames, neurons: KeptNeurons) -> Iterator
 
 def _shared(source: Source, prefix: str, width: int) -> Iterator[Recipe]:
     """Shared experts, filled up with neurons that are zero; copied where they have the width already."""
-    for matrix, axis in NEURON_AXIS.items():
-        entry = source.index.entry(f"{prefix}.{source.family.shared_matrices[matrix]}.weight")
+    for matrix, name in source.family.shared_matrices.items():
+        entry, axis = source.index.entry(f"{prefix}.{name}.weight"), NEURON_AXIS[matrix]
         shape = with_length(entry.shape, axis, width)
         same = shape == entry.shape
         yield Copy(entry.name, entry.dtype, shape) if same else Fill(entry.name, entry.dtype, shape, axis)

@@ -42,6 +42,7 @@ class Dispatch:
     routed_TD: the block's output.
     down_EDF: the experts' W_down.
     experts: global ids of the experts that this rank holds, None for all.
+    bias_ED: the bias of every expert's output, None where there are none.
     reduce: as `ExpertsState.reduce`; an observer that asks must do so in every call, as all ranks have to.
     """
 
@@ -56,7 +57,13 @@ class Dispatch:
     routed_TD: torch.Tensor
     down_EDF: torch.Tensor
     experts: range | None = None
+    bias_ED: torch.Tensor | None = None
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def of_neurons_SD(self) -> torch.Tensor:
+        """What the neurons give, W_down m: the outputs without their biases."""
+        return self.y_SD if self.bias_ED is None else self.y_SD - self.bias_ED[self.expert_S]
 
 
 class Observer(Protocol):
@@ -93,21 +100,19 @@ class FusedExperts(nn.Module):
     """The routed experts of a layer as transformers holds them; a name for what is used of such a module, never made.
 
     num_experts: of the whole layer, whatever this rank holds.
-    gate_up_proj: [E, P, D].
+    gate_up_proj: [E, P, D], gate first; P = F where there is no gate (`forms.py`).
     down_proj: [E, D, F].
-    has_bias, is_transposed, has_gate, is_concatenated, has_post_expert_norm: of what form they are; `Skeleton` takes
-        one form only.
+    gate_up_proj_bias, down_proj_bias: [E, P] and [E, D], where there are biases.
+    has_bias: whether there are.
     tenp_state: of the call at work.
     """
 
     num_experts: int
     gate_up_proj: torch.Tensor
     down_proj: torch.Tensor
+    gate_up_proj_bias: torch.Tensor
+    down_proj_bias: torch.Tensor
     has_bias: bool
-    is_transposed: bool
-    has_gate: bool
-    is_concatenated: bool
-    has_post_expert_norm: bool
     tenp_state: ExpertsState | None
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
 
@@ -123,10 +128,13 @@ def experts_forward(
     slot_S, expert_S, offsets_E = _dispatch(top_k_index, held, state)
     token_S = slot_S // top_k_index.shape[-1]
     x_SD = hidden_states[token_S]
-    m_SF = self._apply_gate(grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E))
+    up_SP = grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E)
+    m_SF = self._apply_gate(up_SP + self.gate_up_proj_bias[expert_S] if self.has_bias else up_SP)
     if state.mask_EF is not None:
         m_SF = m_SF * state.mask_EF[expert_S]
     y_SD = grouped(m_SF, self.down_proj.transpose(1, 2), offsets_E)
+    if self.has_bias:
+        y_SD = y_SD + self.down_proj_bias[expert_S]
     g_S = top_k_weights.reshape(-1)[slot_S]
     weighted_SD = y_SD * g_S.unsqueeze(-1)
     if state.experts is not None:
@@ -137,8 +145,20 @@ def experts_forward(
     routed_TD = routed_TD.to(hidden_states.dtype)
     if state.observer is not None:
         seen = (hidden_states, x_SD, m_SF, y_SD, g_S, token_S, expert_S, offsets_E, routed_TD, self.down_proj)
-        state.observer(Dispatch(*seen, experts=state.experts, reduce=state.reduce))
+        bias_ED = self.down_proj_bias if self.has_bias else None
+        state.observer(Dispatch(*seen, experts=state.experts, bias_ED=bias_ED, reduce=state.reduce))
     return routed_TD
+
+
+def incoming(experts: FusedExperts) -> tuple[torch.Tensor, ...]:
+    """The rows of every neuron, [E, F, D] each: of gate and up, or of up alone where there is no gate."""
+    return experts.gate_up_proj.split(experts.down_proj.shape[2], dim=1)
+
+
+def activations(experts: FusedExperts, place: int, x_TD: torch.Tensor) -> torch.Tensor:
+    """Gated activations [T, F] of one expert in float32. place: of the expert among those that this rank holds."""
+    up_TP = x_TD.float() @ experts.gate_up_proj[place].float().T
+    return experts._apply_gate(up_TP + experts.gate_up_proj_bias[place].float() if experts.has_bias else up_TP)
 
 
 def register() -> None:

@@ -104,7 +104,7 @@ class Frame:
     def _record(self, *, mask_BS: torch.Tensor | None, **inputs: torch.Tensor) -> torch.Tensor:
         """Have every recorder keep its layer's arguments; returns what enters the first layer."""
         mask = None if mask_BS is None else mask_BS.to(torch.int64)
-        base, norm = self.model.base_model, self.skeleton.final_norm
+        base, norm = self.skeleton.decoder, self.skeleton.final_norm
         base.set_submodule(self.skeleton.family.final_norm, nn.Identity())
         try:
             with self._recording():
@@ -119,7 +119,7 @@ class Frame:
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
         """Inside the context the model's layers are the recorders."""
-        base = self.model.base_model
+        base = self.skeleton.decoder
         layers, base.layers = base.layers, self._recording_layers
         try:
             yield

@@ -17,14 +17,14 @@ from torch import nn
 
 from tenp_dist.checkpoint.expert_layers import layers_of
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
-from tenp_dist.checkpoint.families.base import DOWN, GATE, UP
+from tenp_dist.checkpoint.families.base import DOWN, DOWN_BIAS, NEURON_AXIS, PARAMETERS, UP, UP_BIAS, part_shape
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
-from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.experts import FusedExperts
+from tenp_dist.model.forms import in_one_form
 from tenp_dist.model.memory import own_zeros
-from tenp_dist.model.stock import build_model
+from tenp_dist.model.stock import build_model, decoder_of
 from tenp_dist.model.tensor_names import StoredParameter, check_known, name_of, names_of_parameters
 
 if TYPE_CHECKING:
@@ -52,12 +52,14 @@ class Skeleton:
         self.model: PreTrainedModel = build_model(self.config_dict, dtype, experts_implementation)
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
-        self.layers: nn.ModuleList = self.model.base_model.layers  # kept: Frame swaps the model's own
+        self.decoder: nn.Module = decoder_of(self.model, self.family)
+        self.layers: nn.ModuleList = self.decoder.layers  # kept: Frame swaps the model's own
         self._stored = names_of_parameters(self.model, self._outside_experts())
         self._layers_path = name_of(self.model, self.layers)
         self._loaded: dict[int, nn.Module] = {}
-        self._check_interface()
-        _restore_rotary(self.model, device)
+        for number in self.moe_layers():
+            in_one_form(self.experts_of(self.layers[number]), number)
+        _restore_rotary(self.decoder, device)
 
     @property
     def num_layers(self) -> int:
@@ -79,14 +81,14 @@ class Skeleton:
     @property
     def final_norm(self) -> nn.Module:
         """What normalises the hidden states that leave the last layer."""
-        return self.model.base_model.get_submodule(self.family.final_norm)
+        return self.decoder.get_submodule(self.family.final_norm)
 
     def experts_of(self, layer: nn.Module) -> FusedExperts | None:
         """The routed experts of a decoder layer, None if it is dense."""
         module: Any = layer
         for part in self.family.experts.split("."):
             module = getattr(module, part, None)
-        return module if hasattr(module, "gate_up_proj") else None
+        return module if isinstance(module, nn.Module) and "down_proj" in module._parameters else None
 
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if self.experts_of(layer) is not None]
@@ -104,7 +106,7 @@ class Skeleton:
         state: dict[str, torch.Tensor] = {}
         used: set[str] = set()
         for key, parameter in module.state_dict().items():
-            if key in (f"{self.family.experts}.gate_up_proj", f"{self.family.experts}.down_proj"):
+            if key in {f"{self.family.experts}.{name}" for name in PARAMETERS}:
                 continue
             path = f"{self._layers_path}.{layer}.{key}"
             used.update(self._stored_parameter(path).tensors)
@@ -124,7 +126,7 @@ class Skeleton:
         module = copy.deepcopy(self.layers[layer], {id(config): config})
         experts = self.experts_of(module)
         if experts is not None:
-            for name in ("gate_up_proj", "down_proj"):
+            for name in experts._parameters.keys() & set(PARAMETERS):
                 shaped = torch.empty_like(state[f"{self.family.experts}.{name}"], device="meta")
                 setattr(experts, name, nn.Parameter(shaped, requires_grad=False))
         module.load_state_dict(dict(state), assign=True, strict=True)
@@ -198,39 +200,38 @@ class Skeleton:
     def _read_experts(
         self, layer: int, experts: FusedExperts, used: set[str], share: range | None
     ) -> dict[str, torch.Tensor]:
-        """Fused experts of a share: gate_up [E, 2F, D], down [E, D, F]; narrow ones are padded with zeros."""
-        num_experts, hidden = experts.gate_up_proj.shape[0], experts.gate_up_proj.shape[2]
-        names = {(e, m): place.tensor for e, m, place in self.slices.of_layer(layer, range(num_experts))}
+        """Fused experts of a share in the form of `forms.py`; narrow ones are filled up with zeros."""
+        full, hidden = experts.down_proj.shape[2], experts.down_proj.shape[1]
+        every = range(experts.down_proj.shape[0])
+        names = {(e, part): place.tensor for e, part, place in self.slices.of_layer(layer, every)}
         used.update(names.values())
-        full = experts.down_proj.shape[2]
-        share = range(num_experts) if share is None else share
-        gate_up_EPD = own_zeros((len(share), 2 * full, hidden), self.dtype)
-        down_EDF = own_zeros((len(share), hidden, full), self.dtype)
+        share = every if share is None else share
+        made = {
+            name: own_zeros((len(share), *experts._parameters[name].shape[1:]), self.dtype)
+            for name in PARAMETERS
+            if name in experts._parameters
+        }
         for row, e in enumerate(share):
-            width = self._expert_width(names[e, GATE], full)
-            for matrix, target, wanted in (
-                (GATE, gate_up_EPD[row, :width], (width, hidden)),
-                (UP, gate_up_EPD[row, full : full + width], (width, hidden)),
-                (DOWN, down_EDF[row, :, :width], (hidden, width)),
-            ):
-                check_shape(self.index.entry(names[e, matrix]), wanted, self.index.folder)
-                self.reader.into(names[e, matrix], target)
-        return {f"{self.family.experts}.gate_up_proj": gate_up_EPD, f"{self.family.experts}.down_proj": down_EDF}
+            width = self._expert_width(names[e, UP], full)
+            for part in self.family.matrices:
+                check_shape(self.index.entry(names[e, part]), part_shape(part, width, hidden), self.index.folder)
+                self.reader.into(names[e, part], _place(made, part, row, width))
+        return {f"{self.family.experts}.{name}": tensor for name, tensor in made.items()}
 
     def _expert_width(self, name: str, width: int) -> int:
         return self.index.entry(name).shape[0] if "tenp" in self.index.config else width
 
-    def _check_interface(self) -> None:
-        for layer, experts in enumerate(map(self.experts_of, self.layers)):
-            if experts is None:
-                continue
-            odd = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
-            if odd or not (experts.has_gate and experts.is_concatenated):
-                raise UnsupportedModelError(
-                    "Experts of a form that is not scored yet",
-                    where=f"{type(experts).__name__}, layer {layer}",
-                    wanted="gated experts without biases, in [F, D] layout",
-                )
+
+def _place(made: Mapping[str, torch.Tensor], part: str, row: int, width: int) -> torch.Tensor:
+    """Where a part of an expert goes in the fused tensors of its layer. row: of the expert; width: its neurons."""
+    matrix = made["down_proj" if part in (DOWN, DOWN_BIAS) else "gate_up_proj"][row]
+    if part == DOWN:
+        return matrix[:, :width]
+    if part == DOWN_BIAS:
+        return made["down_proj_bias"][row]
+    rows = matrix if part in NEURON_AXIS else made["gate_up_proj_bias"][row]
+    first = len(rows) - made["down_proj"].shape[2] if part in (UP, UP_BIAS) else 0
+    return rows[first : first + width]
 
 
 def _restore_rotary(model: nn.Module, device: torch.device) -> None:

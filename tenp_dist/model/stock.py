@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from tenp_dist.checkpoint.families.base import Family
-from tenp_dist.checkpoint.families.table import family_of
+from tenp_dist.checkpoint.families.base import ANY, Family
+from tenp_dist.checkpoint.families.table import auto_class, family_of
 from tenp_dist.checkpoint.stock_config import transformers_config
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.attention import mark_model, register_attention
@@ -31,27 +32,35 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
     Raises:
         UnsupportedModelError: a form of the family that its row refuses.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     stock = transformers_config(config)
-    _check_forms(family_of(config), stock)
-    for name in _EXTRAS:
-        if getattr(stock, name, False):
-            setattr(stock, name, False)
+    family = family_of(config)
+    _check_forms(family, stock)
+    for part in {id(one): one for one in (stock, stock.get_text_config())}.values():
+        for name in _EXTRAS:
+            if getattr(part, name, False):
+                setattr(part, name, False)
+    auto: Any = getattr(transformers, auto_class(family.model_type))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             stock,
             dtype=dtype,
-            attn_implementation=register_attention(),
+            attn_implementation=register_attention() if auto._model_mapping[type(stock)]._supports_sdpa else "eager",
             experts_implementation=experts_implementation,
         )
     mark_model(model)
     return model.eval().requires_grad_(False)
 
 
+def decoder_of(model: PreTrainedModel, family: Family) -> nn.Module:
+    """The module that holds embedding, layers and final norm of the language model."""
+    return model.base_model if family.decoder is None else model.get_submodule(family.decoder)
+
+
 def _check_forms(family: Family, stock: Any) -> None:
     for key, form in family.refused.items():
-        if form in (getattr(stock, key, None) or ()):
+        if form != ANY and form in (getattr(stock, key, None) or ()):  # ANY: `expert_layers` refuses it
             raise UnsupportedModelError(
                 f"Layers of {family.model_type} in a form that is not scored yet",
                 where=f"config.json: {key}",

@@ -15,7 +15,7 @@ from torch import nn
 
 from tenp_dist.checkpoint.expert_layers import expert_layers
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
-from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.families.base import PARAMETERS, UP_ALONE, Family
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.layer_names import mtp_names
@@ -156,7 +156,7 @@ def _check_present(
     index: CheckpointIndex, model: PreTrainedModel, family: Family, stored: Mapping[str, StoredParameter]
 ) -> None:
     """Every parameter but the experts' has its tensor, in the parameter's shape."""
-    fused = tuple(f".{family.experts}.{name}" for name in ("gate_up_proj", "down_proj"))
+    fused = tuple(f".{family.experts}.{name}" for name in (*PARAMETERS, UP_ALONE))
     for parameter, value in model.state_dict().items():
         if parameter in stored:
             stored[parameter].check(index, value.shape)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from tenp_dist.checkpoint.families.table import auto_class
 from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.table import LAYOUTS
 from tenp_dist.report import templates, text
@@ -31,6 +32,7 @@ def model_card(report: Mapping[str, Any], layout: str, *, custom_code: bool) -> 
         needs_package=known is not None and known.needs_package,
         mtp=report["checkpoints"][layout].get("mtp") or _mtp_before(known),
         custom_code=custom_code,
+        auto_class=auto_class(str(report["model"].get("family"))),
         front_matter=front_matter(report, layout),
     )
 

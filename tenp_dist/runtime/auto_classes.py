@@ -27,8 +27,7 @@ _FOOTER = """
 {config} = ragged_config_class("{family}", __name__)
 {model} = ragged_model_class({config}, __name__)
 {config}.register_for_auto_class()
-{model}.register_for_auto_class("AutoModelForCausalLM")
-"""
+{register}"""
 
 
 def modeling_source(family: str) -> str:
@@ -45,7 +44,9 @@ def modeling_source(family: str) -> str:
     """
     prefix = ragged_config.class_prefix(family)
     parts = [inspect.getsource(importlib.import_module(f"tenp_dist.runtime.{name}")) for name in _PARTS]
-    footer = _FOOTER.format(family=family, config=f"{prefix}Config", model=f"{prefix}ForCausalLM")
+    model, kinds = ragged_config.class_name(family), [*ragged_config.auto_map(family)][1:]
+    register = "".join(f'{model}.register_for_auto_class("{kind}")\n' for kind in kinds[:1])
+    footer = _FOOTER.format(family=family, config=f"{prefix}Config", model=model, register=register)
     return _HEADER + _INTERNAL_IMPORT.sub("", "\n\n".join(parts)) + footer
 
 
@@ -65,13 +66,17 @@ def register_configs(configuration_auto: ModuleType) -> None:
 
 
 def register_models(modeling_auto: ModuleType) -> None:
-    """Register the model classes with AutoModelForCausalLM, by name (see `register_configs`)."""
-    mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    """Register the model classes with AutoModelForCausalLM, by name (see `register_configs`).
+
+    Those with towers beside their language model are known to AutoModelForImageTextToText too, as the stock ones are.
+    """
+    causal, towers = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     for family in ragged_config.FAMILIES:
         model_type, prefix = ragged_config.PREFIX + family, ragged_config.class_prefix(family)
-        mapping._model_mapping[model_type] = f"{prefix}ForCausalLM"
-        mapping._reverse_config_mapping[f"{prefix}Config"] = model_type
-        mapping._modules[model_type] = sys.modules[__name__]
+        for mapping in (causal, towers) if family in ragged_config.SECTIONS else (causal,):
+            mapping._model_mapping[model_type] = ragged_config.class_name(family)
+            mapping._reverse_config_mapping[f"{prefix}Config"] = model_type
+            mapping._modules[model_type] = sys.modules[__name__]
 
 
 @functools.cache
@@ -106,6 +111,6 @@ def __getattr__(name: str) -> type:
         prefix = ragged_config.class_prefix(family)
         if name == f"{prefix}Config":
             return config_class(family)
-        if name == f"{prefix}ForCausalLM":
+        if name == ragged_config.class_name(family):
             return model_class(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,11 @@ E experts of a layer, N experts of a bucket, W width of a bucket.
 A bucket holds experts of (nearly) one width and runs one grouped matmul per matrix, whatever the
 number of experts. Widths are rounded up to `ALIGNMENT` neurons and filled with zeros, because
 `torch.nn.functional.grouped_mm` wants strides that are multiples of 16 bytes. Padding is exact and
-stays so in training: act(0) * 0 = 0, and the gradients of the padding are zero. It is cut off again
+stays so in training: gating zeros gives 0, and the gradients of the padding are zero. It is cut off again
 when the model is saved. Buckets are stored as `experts.buckets.{i}.gate_up_proj [N, 2 W, D]` and
-`.down_proj [N, D, W]`, ascending in width; inside a bucket expert ids ascend.
+`.down_proj [N, D, W]`, ascending in width; inside a bucket expert ids ascend. Experts without a gate have `up_proj
+[N, W, D]`, those with biases `gate_up_proj_bias [N, 2 W]` and `down_proj_bias [N, D]` too; stock experts that are
+transposed, or whose gate and up take turns, are held like the others.
 
 Needs torch and transformers only: the modeling files next to the weights carry a copy of this text.
 """
@@ -24,8 +26,14 @@ from transformers.integrations.moe import _grouped_linear
 
 ALIGNMENT = 8  # neurons: 16 bytes in bfloat16 and float16, 32 in float32
 MAX_BUCKETS = 32  # per layer; the names of the buckets have to be listed in the conversion
-# bucket parameter -> (the matrices that it holds, the axis of the neurons in one of them)
-PARAMETERS = {"gate_up_proj": (("gate_proj", "up_proj"), 0), "down_proj": (("down_proj",), 1)}
+# bucket parameter -> (the parts of an expert that it holds, the axis of the neurons in one of them, None for none)
+PARAMETERS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), 0),
+    "up_proj": (("up_proj",), 0),  # of experts without a gate
+    "down_proj": (("down_proj",), 1),
+    "gate_up_proj_bias": (("gate_proj_bias", "up_proj_bias"), 0),
+    "down_proj_bias": (("down_proj_bias",), None),
+}
 
 Gate = Callable[[torch.Tensor], torch.Tensor]  # gate and up of rows, [R, 2 W] -> activations [R, W]
 
@@ -51,18 +59,30 @@ def grouped_linear(x_RI: torch.Tensor, weight_NOI: torch.Tensor, end_N: torch.Te
     return _grouped_linear(x_RI, weight_NOI, end_N)
 
 
+def bucket_shape(name: str, width: int, hidden: int) -> tuple[int, ...]:
+    """Shape that a parameter of a bucket has for each of its experts."""
+    if name == "down_proj":
+        return hidden, width
+    if name == "down_proj_bias":
+        return (hidden,)
+    lines = len(PARAMETERS[name][0]) * width
+    return (lines,) if name.endswith("_bias") else (lines, hidden)
+
+
 class ExpertBucket(nn.Module):
     """Experts `ids` of true widths `widths`, zero-padded to one width W.
 
-    The parameters are random like those of a stock model; checkpoints overwrite them.
+    The parameters `names` are random like those of a stock model; checkpoints overwrite them.
     """
 
-    def __init__(self, ids: list[int], widths: list[int], hidden_size: int, std: float, like: torch.Tensor):
+    def __init__(
+        self, ids: list[int], widths: list[int], names: list[str], hidden_size: int, std: float, like: torch.Tensor
+    ):
         super().__init__()
         self.ids, self.widths = ids, widths
         self.width = bucket_width(max(widths))
-        shapes = {"gate_up_proj": (2 * self.width, hidden_size), "down_proj": (hidden_size, self.width)}
-        for name, shape in shapes.items():
+        for name in names:
+            shape = bucket_shape(name, self.width, hidden_size)
             value = torch.zeros(len(ids), *shape, dtype=like.dtype, device=like.device)
             for position in range(0 if value.is_meta else len(ids)):
                 for block in self.blocks(name, value, position):
@@ -70,14 +90,25 @@ class ExpertBucket(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def blocks(self, name: str, value: torch.Tensor, position: int) -> list[torch.Tensor]:
-        """Views on the true neurons of one expert in a value of parameter `name`, one per matrix."""
+        """Views on the true neurons of one expert in a value of parameter `name`, one per part of an expert."""
         matrices, axis = PARAMETERS[name]
+        if axis is None:
+            return [value[position]]
         width = self.widths[position]
         return [value[position].narrow(axis, index * self.width, width) for index in range(len(matrices))]
 
     def forward(self, x_RD: torch.Tensor, end_N: torch.Tensor, apply_gate: Gate) -> torch.Tensor:
         """Outputs of the experts, [R, D]; expert n owns the rows up to `end_N[n]`."""
-        return grouped_linear(apply_gate(grouped_linear(x_RD, self.gate_up_proj, end_N)), self.down_proj, end_N)
+        weight_NPD = self.up_proj if "up_proj" in self._parameters else self.gate_up_proj
+        m_RW = apply_gate(self._biased("gate_up_proj_bias", grouped_linear(x_RD, weight_NPD, end_N), end_N))
+        return self._biased("down_proj_bias", grouped_linear(m_RW, self.down_proj, end_N), end_N)
+
+    def _biased(self, name: str, y_RO: torch.Tensor, end_N: torch.Tensor) -> torch.Tensor:
+        """Rows with the bias of their expert, where there are biases."""
+        if name not in self._parameters:
+            return y_RO
+        every_R = torch.arange(len(y_RO), device=end_N.device, dtype=end_N.dtype)
+        return y_RO + getattr(self, name)[torch.searchsorted(end_N, every_R, right=True)]
 
 
 class BucketedExperts(nn.Module):
@@ -92,19 +123,22 @@ class BucketedExperts(nn.Module):
     Raises:
         ValueError: another number of widths than experts, a width above the stock one, or more
             than `MAX_BUCKETS` buckets.
-        NotImplementedError: the stock experts are not plain gated ones.
+        NotImplementedError: the stock experts do more than up, an activation or a gate, and down.
     """
 
     def __init__(self, stock: nn.Module, widths: list[int], path: str, std: float):
         super().__init__()
-        _check_layout(stock)
+        if stock.has_post_expert_norm:
+            raise NotImplementedError(f"{type(stock).__name__} has a norm after every expert, which is not run here")
         self.path = path
-        if len(widths) != stock.num_experts or max(widths, default=0) > stock.intermediate_dim:
+        self.num_experts, *sizes = stock.down_proj.shape
+        self.hidden_dim, intermediate_dim = reversed(sizes) if stock.is_transposed else sizes
+        if len(widths) != self.num_experts or max(widths, default=0) > intermediate_dim:
             raise ValueError(
                 f"{path}: config.json has {len(widths)} expert widths up to {max(widths, default=0)} for a layer of "
-                f"{stock.num_experts} experts of width {stock.intermediate_dim}"
+                f"{self.num_experts} experts of width {intermediate_dim}"
             )
-        self.num_experts, self.hidden_dim, self.act_fn = stock.num_experts, stock.hidden_dim, stock.act_fn
+        names = [name for name in PARAMETERS if name in stock._parameters]
         self._gate = (_without_weights(stock),)  # in a tuple: no module of this one's, nor of its state
         members: dict[int, list[int]] = {}
         for expert, width in enumerate(widths):
@@ -112,7 +146,7 @@ class BucketedExperts(nn.Module):
         if len(members) > MAX_BUCKETS:
             raise ValueError(f"{path}: {len(members)} distinct expert widths, at most {MAX_BUCKETS} are supported")
         self.buckets = nn.ModuleList(
-            ExpertBucket(ids, [widths[e] for e in ids], self.hidden_dim, std, stock.gate_up_proj)
+            ExpertBucket(ids, [widths[e] for e in ids], names, self.hidden_dim, std, stock.down_proj)
             for _, ids in sorted(members.items())
         )
         self._slot_E: torch.Tensor | None = None
@@ -193,21 +227,30 @@ class BucketedExperts(nn.Module):
     def _run(self, bucket: ExpertBucket, x_RD: torch.Tensor, end_N: torch.Tensor) -> torch.Tensor:
         """Outputs of one bucket, [R, D], for R = 0 too."""
         if len(x_RD) > 0:
-            return bucket(x_RD, end_N, self._gate[0]._apply_gate)
+            return bucket(x_RD, end_N, self._apply_gate)
         if not torch.is_grad_enabled():
             return x_RD
         # data-parallel training expects a gradient, if zero, for every parameter: a row of zeros, dropped after
-        return bucket(x_RD.new_zeros(1, self.hidden_dim), torch.ones_like(end_N), self._gate[0]._apply_gate)[:0]
+        return bucket(x_RD.new_zeros(1, self.hidden_dim), torch.ones_like(end_N), self._apply_gate)[:0]
+
+    def _apply_gate(self, up_RP: torch.Tensor) -> torch.Tensor:
+        """What the stock experts make of their first product; gate and up come one behind the other here."""
+        return _gated(self._gate[0], up_RP)
 
     def _check(self, matrix: str, tensors: list[torch.Tensor]) -> None:
         if len(tensors) != self.num_experts:
             self._contradict(f"{len(tensors)} {matrix} tensors, config.json wants {self.num_experts}")
         for bucket in self.buckets:
             for expert, width in zip(bucket.ids, bucket.widths, strict=True):
-                wanted = [self.hidden_dim, width] if matrix == "down_proj" else [width, self.hidden_dim]
+                wanted = self._shape(matrix, width)
                 if list(tensors[expert].shape) != wanted:
                     found = list(tensors[expert].shape)
                     self._contradict(f"expert {expert} {matrix}: shape {found}, config.json wants {wanted}")
+
+    def _shape(self, matrix: str, width: int) -> list[int]:
+        if matrix.endswith("_bias"):
+            return [self.hidden_dim if matrix == "down_proj_bias" else width]
+        return [self.hidden_dim, width] if matrix == "down_proj" else [width, self.hidden_dim]
 
     def _contradict(self, reason: str) -> NoReturn:
         message = f"{self.path}: {reason}"
@@ -225,21 +268,15 @@ def _without_weights(stock: nn.Module) -> nn.Module:
     """
     bare = copy.copy(stock)
     bare._parameters = {}
-    if bare._apply_gate(torch.zeros(1, 2 * ALIGNMENT, device="cpu")).any():
+    if _gated(bare, torch.zeros(1, 2 * ALIGNMENT, device="cpu")).any():
         raise NotImplementedError(f"{type(stock).__name__} gates zeros to something else, so no expert can be narrow")
     return bare
 
 
-def _check_layout(stock: nn.Module) -> None:
-    """Raises NotImplementedError unless the stock experts compute down(gated(gate, up)), gate and up side by side."""
-    wanted = {
-        "has_gate": True,
-        "has_bias": False,
-        "has_post_expert_norm": False,
-        "is_transposed": False,
-        "is_concatenated": True,
-    }
-    found = {name: getattr(stock, name, None) for name in wanted}
-    odd = {name: value for name, value in found.items() if value != wanted[name]}
-    if odd:
-        raise NotImplementedError(f"{type(stock).__name__} has {odd}, the ragged runtime needs {wanted}")
+def _gated(stock: nn.Module, up_RP: torch.Tensor) -> torch.Tensor:
+    """Activations of rows [R, 2 W], gate before up, or of [R, W] where there is no gate."""
+    if not stock.has_gate:
+        return stock.act_fn(up_RP)
+    if not stock.is_concatenated:
+        up_RP = torch.stack(up_RP.chunk(2, dim=-1), dim=-1).flatten(-2)
+    return stock._apply_gate(up_RP)

@@ -50,12 +50,25 @@ FAMILIES = {
     "cohere2_moe": "Cohere2Moe",
     "lfm2_moe": "Lfm2Moe",
     "jamba": "Jamba",
+    "granitemoe": "GraniteMoe",
+    "granitemoeshared": "GraniteMoeShared",
+    "granitemoehybrid": "GraniteMoeHybrid",
+    "gpt_oss": "GptOss",
+    "nemotron_h": "NemotronH",
+    "qwen3_5_moe": "Qwen3_5Moe",
+    "qwen3_vl_moe": "Qwen3VLMoe",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
 WIDTH_KEYS = dict.fromkeys(
-    ("olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba"), "intermediate_size"
-)
+    (
+        "olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba", "granitemoe",
+        "granitemoeshared", "granitemoehybrid", "gpt_oss",
+    ),
+    "intermediate_size",
+)  # fmt: skip
+# families with towers beside their language model -> the part of the config that describes the latter
+SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe"), "text_config")
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"
@@ -78,6 +91,11 @@ def width_key(family: str) -> str:
     return WIDTH_KEYS.get(family, "moe_intermediate_size")
 
 
+def class_name(family: str) -> str:
+    """Name of a family's ragged model class: TenpDeepseekV3ForCausalLM."""
+    return class_prefix(family) + ("ForConditionalGeneration" if family in SECTIONS else "ForCausalLM")
+
+
 def modeling_module(family: str) -> str:
     """Name of the modeling file of a family without `.py`: modeling_tenp_deepseek_v3."""
     return f"modeling_{PREFIX}{family}"
@@ -85,8 +103,10 @@ def modeling_module(family: str) -> str:
 
 def auto_map(family: str) -> dict[str, str]:
     """Where `trust_remote_code=True` finds the classes of a family."""
-    reference = f"{modeling_module(family)}.{class_prefix(family)}"
-    return {"AutoConfig": f"{reference}Config", "AutoModelForCausalLM": f"{reference}ForCausalLM"}
+    module = modeling_module(family)
+    kinds = ["AutoModelForCausalLM"] + ["AutoModelForImageTextToText"] * (family in SECTIONS)
+    classes = {kind: f"{module}.{class_name(family)}" for kind in kinds}
+    return {"AutoConfig": f"{module}.{class_prefix(family)}Config", **classes}
 
 
 def ragged_config(
@@ -115,11 +135,11 @@ def ragged_config(
         raise ValueError(f"the source is already a ragged checkpoint (model_type {family!r}); prune its source instead")
     if not isinstance(retention, str):
         raise ValueError(f"retention is {retention!r}, wanted the decimal string of the job")
-    prefix = class_prefix(family)
+    name = class_name(family)
     table, layers = _encode(widths_by_layer, full_width)
     config = copy.deepcopy(source_config)
     config["model_type"] = PREFIX + family
-    config["architectures"] = [f"{prefix}ForCausalLM"]
+    config["architectures"] = [name]
     config["auto_map"] = auto_map(family)
     config["tenp"] = {
         "format_version": FORMAT_VERSION,
@@ -137,9 +157,10 @@ def ragged_config(
 
 def sealed(config: dict) -> dict:
     """A ragged config as it goes into a file: no stock class accepts it. Its argument is not modified."""
-    key = width_key(config["model_type"].removeprefix(PREFIX))
-    kept = {key: config.get(key)}  # None: the source does not state it
-    return {**config, key: SEAL, "tenp": {**config["tenp"], "sealed": kept}}
+    key = width_key(_family(config))
+    kept = {key: _language_model(config).get(key)}  # None: the source does not state it
+    changed = _with_language_model(config, {**_language_model(config), key: SEAL})
+    return {**changed, "tenp": {**config["tenp"], "sealed": kept}}
 
 
 def unsealed(config: dict) -> dict:
@@ -147,9 +168,25 @@ def unsealed(config: dict) -> dict:
     tenp = config.get("tenp") or {}
     if "sealed" not in tenp:
         return dict(config)
-    plain = {key: value for key, value in config.items() if key not in tenp["sealed"]}
+    plain = {key: value for key, value in _language_model(config).items() if key not in tenp["sealed"]}
     stated = {key: value for key, value in tenp["sealed"].items() if value is not None}
-    return {**plain, **stated, "tenp": {key: value for key, value in tenp.items() if key != "sealed"}}
+    changed = _with_language_model(config, {**plain, **stated})
+    return {**changed, "tenp": {key: value for key, value in tenp.items() if key != "sealed"}}
+
+
+def _family(config: dict) -> str:
+    return config["model_type"].removeprefix(PREFIX)
+
+
+def _language_model(config: dict) -> dict:
+    """The part of a ragged config that describes the language model: all of it, or a section."""
+    section = SECTIONS.get(_family(config))
+    return config if section is None else config.get(section) or {}
+
+
+def _with_language_model(config: dict, part: dict) -> dict:
+    section = SECTIONS.get(_family(config))
+    return dict(part) if section is None else {**config, section: part}
 
 
 def widths_by_layer(config: dict) -> dict[int, list[int]]:

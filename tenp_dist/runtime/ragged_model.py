@@ -9,10 +9,13 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
-from tenp_dist.runtime.ragged_config import PREFIX, class_prefix
+from tenp_dist.runtime.ragged_config import PREFIX, SECTIONS, class_name
 from tenp_dist.runtime.stored_compressed import COMPANIONS, read_stored
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -79,12 +82,13 @@ class RaggedForCausalLM:
             raise ValueError(f"{type(config).__name__} has no `tenp` entry: not the config of a ragged checkpoint")
         super().__init__(config, *args, **kwargs)
         widths_of = config.expert_widths()
-        for index, layer in enumerate(self.base_model.layers):
+        inner, std = _decoder_of(self), config.get_text_config().initializer_range
+        for index, layer in enumerate(self.get_submodule(inner).layers):
             inside, stock = _experts_of(layer)
             if stock is not None:
-                widths = widths_of.pop(index, [stock.intermediate_dim] * stock.num_experts)
-                path = f"{self.base_model_prefix}.layers.{index}.{inside}"
-                layer.set_submodule(inside, BucketedExperts(stock, widths, path, config.initializer_range))
+                widths = widths_of.pop(index, None) or _full_widths(stock)
+                path = f"{inner}.layers.{index}.{inside}"
+                layer.set_submodule(inside, BucketedExperts(stock, widths, path, std))
         if widths_of:
             raise ValueError(f"config.json has expert widths for layers {sorted(widths_of)}, which are no MoE layers")
 
@@ -123,10 +127,22 @@ def _refusal(source: str, reasons: list[str]) -> str:
     return f"the experts in {source} contradict its config.json; write or download the checkpoint again:\n  {shown}"
 
 
+def _decoder_of(model: nn.Module) -> str:
+    """Name of the module that holds the decoder layers: the base model, or the language model inside it."""
+    prefix = model.base_model_prefix
+    return f"{prefix}.language_model" if hasattr(model.base_model, "language_model") else prefix
+
+
 def _experts_of(layer: nn.Module) -> tuple[str, nn.Module | None]:
     """Name and module of a layer's routed experts, None if it is dense."""
-    held = ((name, module) for name, module in layer.named_modules() if "gate_up_proj" in module._parameters)
+    held = ((name, module) for name, module in layer.named_modules() if "down_proj" in module._parameters)
     return next(held, ("", None))
+
+
+def _full_widths(stock: nn.Module) -> list[int]:
+    """Widths of experts that were not pruned."""
+    experts, *sizes = stock.down_proj.shape
+    return [sizes[0] if stock.is_transposed else sizes[1]] * experts
 
 
 def _after_expert(pattern: str) -> str:
@@ -136,18 +152,43 @@ def _after_expert(pattern: str) -> str:
 
 def _register_conversion(class_name: str, family: str) -> None:
     """The stock family's own rules, with buckets in the place of fused experts."""
-    rules = get_checkpoint_conversion_mapping(family)
+    rules = get_checkpoint_conversion_mapping(family) or []
+    made = [_to_buckets(rule) if _makes_experts(rule) else rule for rule in rules if not _takes_fused(rule)]
+    if not any(map(_makes_experts, made)):
+        made += [_rule(name, [f"experts.*.{_stored(part)}" for part in PARAMETERS[name][0]]) for name in _APART]
     # modeling files of several checkpoints may be loaded in one process
-    register_checkpoint_conversion_mapping(class_name, [_to_buckets(rule) for rule in rules], overwrite=True)
+    register_checkpoint_conversion_mapping(class_name, made, overwrite=True)
+
+
+# parameters of buckets where stock checkpoints hold experts fused: biases first, whose names are the longer ones
+_APART = ("gate_up_proj_bias", "down_proj_bias", "gate_up_proj", "down_proj")
+
+
+def _stored(part: str) -> str:
+    """What a part of an expert is called in a ragged checkpoint of such a family: `up_proj.weight`, `up_proj.bias`."""
+    return f"{part.removesuffix('_bias')}.bias" if part.endswith("_bias") else f"{part}.weight"
+
+
+def _makes_experts(rule: WeightTransform) -> bool:
+    """Whether a rule makes a fused parameter of experts' tensors."""
+    path, _, name = rule._original_target_patterns[0].rpartition(".")
+    return isinstance(rule, WeightConverter) and path.endswith("experts") and name in PARAMETERS
+
+
+def _takes_fused(rule: WeightTransform) -> bool:
+    """Whether a rule makes them of tensors that are fused already, of which a ragged checkpoint has none."""
+    return _makes_experts(rule) and "*" not in rule._original_source_patterns[0]
 
 
 def _to_buckets(rule: WeightTransform) -> WeightTransform:
-    """A rule that makes a fused parameter of experts' tensors as one that makes buckets of them; others as they are."""
+    """A rule that makes buckets where one makes a fused parameter."""
     path, _, name = rule._original_target_patterns[0].rpartition(".")
-    if not (isinstance(rule, WeightConverter) and path.endswith(".experts") and name in PARAMETERS):
-        return rule
+    return _rule(name, rule._original_source_patterns, path)
+
+
+def _rule(name: str, sources: list[str], path: str = "experts") -> WeightTransform:
     targets = [f"{path}.buckets.{index}.{name}" for index in range(MAX_BUCKETS)]
-    return WeightConverter(rule._original_source_patterns, targets, [ToBuckets()])
+    return WeightConverter(sources, targets, [ToBuckets()])
 
 
 def ragged_model_class(config_class: type, module: str) -> type:
@@ -158,8 +199,9 @@ def ragged_model_class(config_class: type, module: str) -> type:
         module: name of the module that will hold the class.
     """
     family = config_class.model_type.removeprefix(PREFIX)
-    name = f"{class_prefix(family)}ForCausalLM"
-    stock = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    name = class_name(family)
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if family in SECTIONS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    stock = getattr(transformers, names[family])
     doc = f"{stock.__name__} with experts of different widths."
     _register_conversion(name, family)
     return type(name, (RaggedForCausalLM, stock), {"__module__": module, "__doc__": doc, "config_class": config_class})

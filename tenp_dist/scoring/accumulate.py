@@ -11,13 +11,14 @@ Shape letters: S slots in order of expert, R pieces of runs, T tokens, D model w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 
-from tenp_dist.model.experts import Dispatch, FusedExperts, grouped
+from tenp_dist.model.experts import Dispatch, FusedExperts, grouped, incoming
 from tenp_dist.model.memory import own_zeros
 from tenp_dist.scoring.pairs import pair_sums
 from tenp_dist.scoring.statistics import PAIR_STATISTICS, LayerStatistics
@@ -193,8 +194,8 @@ def column_norms(experts: FusedExperts) -> torch.Tensor:
 
 def weight_norms(experts: FusedExperts, column_norm_EF: torch.Tensor) -> torch.Tensor:
     """|gate_j| |up_j| |down_j| per neuron, [E, F] float64: the rank of neurons no token reached."""
-    gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
-    return norms_along(gate_EFD, dim=2) * norms_along(up_EFD, dim=2) * column_norm_EF
+    rows = [norms_along(rows_EFD, dim=2) for rows_EFD in incoming(experts)]
+    return math.prod(rows[1:], start=rows[0]) * column_norm_EF
 
 
 def norms_along(weights_EXY: torch.Tensor, dim: int, order: int = 2) -> torch.Tensor:

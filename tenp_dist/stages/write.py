@@ -17,6 +17,7 @@ from tenp_dist.artifacts import atomic_write, digest_of, drop_leftovers, free_by
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.checkpoint.expert_parallel import FileSets, files_by_rank
 from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
+from tenp_dist.checkpoint.joined import rejoined
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
 from tenp_dist.checkpoint.output_form import routed_matrices
 from tenp_dist.checkpoint.reader import TensorReader, opened
@@ -164,6 +165,8 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     if layout.prunes_mtp:
         pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept, pruned.neuron_groups))
     tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
+    if layout.keeps_fused:
+        tensors = rejoined(source.index.fused, tensors)
     sets = _file_sets(tensors, source, attempt)
     shards = sets.shards
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)

@@ -17,6 +17,60 @@ import torch
 CHUNK = 64  # tokens whose F x D neuron outputs exist at once
 
 
+@dataclass
+class Gated:
+    """An expert by its definition, all float64: W_down [D, F], gate and up [F, D], the bias of its output [D]."""
+
+    down: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+
+    def m(self, x: torch.Tensor) -> torch.Tensor:
+        """Its activations [..., F] of x [..., D]."""
+        return torch.nn.functional.silu(x @ self.gate.T) * (x @ self.up.T)
+
+    def y(self, x: torch.Tensor) -> torch.Tensor:
+        return self.m(x) @ self.down.T + self.bias
+
+
+@dataclass
+class WithoutGate(Gated):
+    """Nemotron's: the square of what is above zero."""
+
+    def m(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.up.T).clamp(min=0) ** 2
+
+
+@dataclass
+class Clamped(Gated):
+    """gpt-oss's, https://github.com/openai/gpt-oss: alpha 1.702, both sides cut at 7, one added to up."""
+
+    gate_bias: torch.Tensor
+    up_bias: torch.Tensor
+
+    def m(self, x: torch.Tensor) -> torch.Tensor:
+        gate = (x @ self.gate.T + self.gate_bias).clamp(max=7.0)
+        up = (x @ self.up.T + self.up_bias).clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def experts_by_definition(experts: torch.nn.Module) -> list[Gated]:
+    """Every expert of a stock experts module."""
+    held = {name: value.detach().double() for name, value in experts.named_parameters()}
+    kind, down, none = type(experts).__name__, held["down_proj"], torch.zeros((), dtype=torch.float64)
+    if kind == "GptOssExperts":
+        first, bias = held["gate_up_proj"], held["gate_up_proj_bias"]
+        return [
+            Clamped(down[e].T, first[e, :, ::2].T, first[e, :, 1::2].T, held["down_proj_bias"][e], b[::2], b[1::2])
+            for e, b in enumerate(bias)
+        ]
+    if kind == "NemotronHExperts":
+        return [WithoutGate(w, up, up, none) for w, up in zip(down, held["up_proj"], strict=True)]
+    width = down.shape[2]
+    return [Gated(w, one[:width], one[width:], none) for w, one in zip(down, held["gate_up_proj"], strict=True)]
+
+
 class Tap:
     """Keeps the inputs of every experts call and the residual stream before its block."""
 
@@ -65,19 +119,24 @@ def brute_force_statistics(
 
 def _tapped(model_folder: Path, batches, residual: str = "post_attention_layernorm") -> tuple[dict[int, Tap], str]:
     """A tap per MoE layer after the stock model saw the batches, and the activation's name."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
-    ).eval()
-    layers = {i: layer for i, layer in enumerate(model.model.layers) if _experts_of(layer) is not None}
+    towers = hasattr(AutoConfig.from_pretrained(model_folder), "vision_config")
+    model = (
+        (AutoModelForImageTextToText if towers else AutoModelForCausalLM)
+        .from_pretrained(model_folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager")
+        .eval()
+    )
+    decoder = getattr(model.base_model, "language_model", model.base_model)
+    layers = {i: layer for i, layer in enumerate(decoder.layers) if _experts_of(layer) is not None}
     taps = {i: Tap(layer, residual) for i, layer in layers.items()}
     with torch.no_grad():
         for tokens, mask, _ in batches:
             model(tokens, attention_mask=None if mask is None else mask.long())
     for tap in taps.values():
         tap.close()
-    return taps, getattr(model.config, "hidden_act", "silu")  # LFM2 has no key for it
+    config = model.config.get_text_config()
+    return taps, getattr(config, "mlp_hidden_act", getattr(config, "hidden_act", "silu"))  # LFM2 has no key for it
 
 
 @dataclass
@@ -99,25 +158,25 @@ def routed_tokens(model_folder: Path, batches) -> dict[int, dict[tuple[int, int]
     """layer -> (domain, expert) -> the tokens routed there, one by one; batches without padding."""
     found: dict[int, dict[tuple[int, int], list[RoutedToken]]] = {}
     for layer, tap in _tapped(model_folder, batches)[0].items():
-        gate_up, down = tap.experts.gate_up_proj.detach().double(), tap.experts.down_proj.detach().double()
-        width = down.shape[2]
+        experts = experts_by_definition(tap.experts)
         layer_tokens = found.setdefault(layer, {})
         for (_, _, domain), call in zip(batches, tap.calls, strict=True):
             for t, k in itertools.product(*map(range, call["index"].shape)):
                 e, x = int(call["index"][t, k]), call["x"][t]
-                m = torch.nn.functional.silu(gate_up[e, :width] @ x) * (gate_up[e, width:] @ x)
-                y = down[e] @ m
+                down = experts[e].down
+                m = experts[e].m(x)
+                y = down @ m
                 token = RoutedToken(
-                    float(call["g"][t, k]), m, y, down[e].norm(dim=0), down[e].T @ y, x, call["h"][t], call["r"][t]
+                    float(call["g"][t, k]), m, y, down.norm(dim=0), down.T @ y, x, call["h"][t], call["r"][t]
                 )
                 layer_tokens.setdefault((domain, e), []).append(token)
     return found
 
 
 def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[str, torch.Tensor]:
-    assert activation == "silu"
-    gate_up, down = tap.experts.gate_up_proj.detach().double(), tap.experts.down_proj.detach().double()
-    num_experts, _hidden, width = down.shape
+    experts = experts_by_definition(tap.experts)
+    assert activation == ("relu2" if isinstance(experts[0], WithoutGate) else "silu")
+    num_experts, width = len(experts), experts[0].down.shape[1]
     names_E = (
         "token_count", "gate_sum", "output_norm_sum", "output_norm_squared_sum",
         "gated_norm_sum", "expert_importance_sum", "easy_ep_sum",
@@ -129,41 +188,37 @@ def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[
     out |= {name: torch.zeros(domains, num_experts, num_experts, dtype=torch.float64) for name in pairs}
     for (_, mask, domain), call in zip(batches, tap.calls, strict=True):
         valid = None if mask is None else mask.reshape(-1).bool()
-        _add_pairs(out, domain, call, valid, gate_up, down)
+        _add_pairs(out, domain, call, valid, experts)
         for expert in range(num_experts):
             routed = (call["index"] == expert).any(dim=1)
             if valid is not None:
                 routed &= valid
             rows = routed.nonzero().squeeze(1)
             for chunk in rows.split(CHUNK) if len(rows) else ():
-                _add(out, domain, expert, chunk, call, gate_up[expert], down[expert])
+                _add(out, domain, expert, chunk, call, experts[expert])
     return out
 
 
-def _add_pairs(out: Mapping[str, torch.Tensor], domain: int, call, valid, gate_up, down) -> None:
+def _add_pairs(out: Mapping[str, torch.Tensor], domain: int, call, valid, experts) -> None:
     """Token by token, every pair of the experts that it went to, an expert with itself included."""
-    width = down.shape[2]
     for t in range(len(call["x"])):
         if valid is not None and not valid[t]:
             continue
         norms = {}
         for expert, g in zip(call["index"][t].tolist(), call["g"][t], strict=True):
-            m = torch.nn.functional.silu(gate_up[expert, :width] @ call["x"][t]) * (
-                gate_up[expert, width:] @ call["x"][t]
-            )
-            norms[expert] = g * (down[expert] @ m).norm()
+            norms[expert] = g * experts[expert].y(call["x"][t]).norm()
         for i, j in itertools.product(norms, norms):
             out["coselection_count"][domain, i, j] += 1
             out["gated_norm_product_sum"][domain, i, j] += norms[i] * norms[j]
 
 
-def _add(out: Mapping[str, torch.Tensor], domain: int, expert: int, rows, call, gate_up, down) -> None:
-    width = down.shape[1]
+def _add(out: Mapping[str, torch.Tensor], domain: int, expert: int, rows, call, definition) -> None:
+    down = definition.down
     x, h, r = call["x"][rows], call["h"][rows], call["r"][rows]
     g = (call["g"][rows] * (call["index"][rows] == expert)).sum(dim=1)
-    m = torch.nn.functional.silu(x @ gate_up[:width].T) * (x @ gate_up[width:].T)
+    m = definition.m(x)
     neuron_TFD = m[:, :, None] * down.T[None, :, :]  # Eq. 8: one neuron's own output
-    y = neuron_TFD.sum(dim=1)
+    y = neuron_TFD.sum(dim=1) + definition.bias
     norm = y.norm(dim=1)
     cosine = torch.nn.functional.cosine_similarity(x, y, dim=1, eps=0)
     moved = torch.nn.functional.cosine_similarity(h, h + r, dim=1, eps=0)

@@ -21,10 +21,21 @@ def evaluate(passes, corpus, folder, compute=COMPUTE) -> dict:
     return metrics.summary()
 
 
-def load(folder, dtype=torch.float32):
-    from transformers import AutoModelForCausalLM
+def auto_class(folder):
+    """What loads the whole model: one with towers beside its language model is no causal one for transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    towers = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    return AutoModelForImageTextToText if towers else AutoModelForCausalLM
+
+
+def load(folder, dtype=torch.float32):
+    return auto_class(folder).from_pretrained(folder, dtype=dtype).eval()
+
+
+def layers_of(model):
+    """The decoder layers of a model."""
+    return getattr(model.base_model, "language_model", model.base_model).layers
 
 
 def logits_of(model, corpus) -> torch.Tensor:
@@ -36,9 +47,11 @@ def logits_of(model, corpus) -> torch.Tensor:
 def masked(model, kept):
     """The stock model with the dropped neurons' down columns set to zero."""
     for layer, neurons in kept.items():
-        down = next(p for name, p in model.model.layers[layer].named_parameters() if name.endswith("experts.down_proj"))
+        name, down = next(i for i in layers_of(model)[layer].named_parameters() if i[0].endswith("experts.down_proj"))
+        turned = getattr(layers_of(model)[layer].get_submodule(name.rpartition(".")[0]), "is_transposed", False)
+        down_EDF = down.transpose(1, 2) if turned else down
         with torch.no_grad():
-            down *= torch.from_numpy(neurons.mask(down.shape[2]))[:, None, :]
+            down_EDF *= torch.from_numpy(neurons.mask(down_EDF.shape[2]))[:, None, :]
     return model
 
 

@@ -1,21 +1,16 @@
-"""A small random model of every family in the table, as transformers saves it and with what published folders have.
+"""A small random model of every family in the table, as transformers saves it; `published.py` has published forms.
 
 A family without an entry here fails the proof of its row: every row of the table is asked for by name.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from helpers.checkpoints import all_tensors, change_config
 from helpers.models import COMMON, EXPERTS, LATENT, NEURONS, SETTINGS
-from tenp_dist.checkpoint.index import INDEX_NAME
 
 GROUPED = {
     "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": True,
@@ -76,116 +71,84 @@ OTHERS: Mapping[str, dict] = {
         "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "granitemoe": {"num_local_experts": EXPERTS, "residual_multiplier": 0.7, "logits_scaling": 2.0} | ALONE,
+    "granitemoeshared": {"num_local_experts": EXPERTS, "shared_intermediate_size": 16} | ALONE,
+    "granitemoehybrid": ALONE | {
+        "num_local_experts": EXPERTS, "shared_intermediate_size": 16, "mamba_n_heads": 4, "mamba_d_state": 4,
+        "mamba_chunk_size": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "granitemoe_swa": ALONE | {
+        "num_local_experts": EXPERTS, "shared_intermediate_size": 16, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "aria_text": {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8} | ALONE,
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2, "head_dim": 8} | ALONE,
+    "gpt_oss": {
+        "num_local_experts": EXPERTS, "head_dim": 8, "sliding_window": 8, "swiglu_limit": 7.0,
+    } | ALONE,
+    "nemotron_h": {
+        "n_routed_experts": EXPERTS, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"],
+        "moe_shared_expert_intermediate_size": 16, "n_group": 2, "topk_group": 1, "head_dim": 8, "ssm_state_size": 4,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8, "routed_scaling_factor": 2.5,
+    },
 }  # fmt: skip
 """Settings of the families beside those of `helpers.models`, which the tests of ranks share."""
+VISION = {
+    "hidden_size": 16, "num_heads": 2, "depth": 1, "intermediate_size": 24, "out_hidden_size": 32, "patch_size": 2,
+}  # fmt: skip
+TOWERS: Mapping[str, dict] = {
+    "qwen3_5_moe": {"text_config": {"num_experts": EXPERTS} | LINEAR, "vision_config": VISION},
+    "qwen3_vl_moe": {
+        "text_config": {"num_experts": EXPERTS, "head_dim": 8, "num_hidden_layers": 2},
+        "vision_config": VISION | {"deepstack_visual_indexes": [0]},
+    },
+    "glm4v_moe": {
+        "text_config": GROUPED | {"head_dim": 8},
+        "vision_config": {
+            "hidden_size": 16,
+            "num_heads": 2,
+            "depth": 1,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+        },
+    },
+    "kimi_k25": {
+        "text_config": GROUPED | LATENT | {"model_type": "deepseek_v3"},
+        "vision_config": {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "intermediate_size": 24,
+            "patch_size": 2,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        "projection_hidden_size": 16,
+        "tie_word_embeddings": False,
+    },
+}
+"""Of those with towers beside their language model: sections of the config."""
+ALIKE = {"granitemoeshared", "granitemoehybrid"}
+"""Families of whose form another is proved among the fast tests: theirs are slow ones."""
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
-    "jamba": "pre_ff_layernorm",
+    "jamba": "pre_ff_layernorm", "nemotron_h": "norm",
 }  # fmt: skip
 """Module whose input is the residual stream before the MoE block, where it is no norm named as usual."""
 
 
 def save_family(folder: Path, family: str) -> Path:
     """A model of a family with noise on every weight, bias and buffer: a default would hide a tensor left out."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(sum(map(ord, family)))
-    config = AutoConfig.for_model(family, **(COMMON | (SETTINGS | OTHERS)[family]))
-    model = AutoModelForCausalLM.from_config(config)
+    if family in TOWERS:
+        sections = TOWERS[family] | {"text_config": COMMON | TOWERS[family]["text_config"]}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **sections))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(COMMON | (SETTINGS | OTHERS)[family])))
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(torch.randn_like(tensor), alpha=0.1)
     model.save_pretrained(folder, max_shard_size="100KB")
     return folder
-
-
-# what published folders have beside it
-
-
-def published(folder: Path, target: Path, family: str) -> Path:
-    """A copy of a saved model as its published files are: an older config, and prediction layers where there are."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text())
-    rope = config.pop("rope_parameters", None) or {}
-    config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
-    config |= {"torch_dtype": config.pop("dtype", "float32"), "eos_token_id": [1, 2], "auto_map": {"AutoConfig": "a.B"}}
-    config.pop("tie_word_embeddings", None)  # left to the family's default, as many published configs leave it
-    config |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
-    (target / "config.json").write_text(json.dumps(config))
-    PUBLISHED.get(family, lambda folder, config: None)(target, config)
-    return target
-
-
-def _add(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "extra.safetensors", {"format": "pt"}
-    )
-    index = json.loads((folder / INDEX_NAME).read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, "extra.safetensors")
-    (folder / INDEX_NAME).write_text(json.dumps(index))
-
-
-def _numbered_mtp(folder: Path, config: Mapping) -> None:
-    """DeepSeek-V3, V3.2 and GLM: one prediction layer, numbered behind the decoder's, with embedding and head."""
-    tensors, last = all_tensors(folder), config["num_hidden_layers"]
-    copied = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{last - 1}.")}
-    extra = {n.replace(f"layers.{last - 1}.", f"layers.{last}."): t for n, t in copied.items()}
-    prefix = f"model.layers.{last}."
-    extra |= {prefix + name: torch.randn(32) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
-    extra |= {prefix + "eh_proj.weight": torch.randn(32, 64), prefix + "embed_tokens.weight": torch.randn(320, 32)}
-    _add(folder, extra)
-    change_config(folder, num_nextn_predict_layers=1)
-
-
-def _named_mtp(folder: Path, config: Mapping) -> None:
-    """Qwen3-Next and EXAONE: prediction layers under names of their own, with all experts."""
-    tensors = {n: t for n, t in all_tensors(folder).items() if n.startswith("model.layers.3.")}
-    extra = {n.replace("model.layers.3.", "mtp.layers.0."): t for n, t in tensors.items()}
-    _add(folder, extra | {"mtp.fc.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(32)})
-
-
-def _qwen3_next(folder: Path, config: Mapping) -> None:
-    _named_mtp(folder, config)
-    values = json.loads((folder / "config.json").read_text()) | {"full_attention_interval": 4}
-    del values["layer_types"]
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def _ernie(folder: Path, config: Mapping) -> None:
-    _add(
-        folder, {"model.mtp_emb_norm.0.weight": torch.randn(32), "model.mtp_linear_proj.0.weight": torch.randn(32, 64)}
-    )
-
-
-def _kimi_linear(folder: Path, config: Mapping) -> None:
-    """Dense layers keep their own name in the published files, and the kinds of attention are counted from 1."""
-    tensors = {
-        name.replace("layers.0.block_sparse_moe.", "layers.0.mlp."): tensor.clone()
-        for name, tensor in all_tensors(folder).items()
-    }
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {}}))
-    _add(folder, tensors)
-    gone = ("layer_types", "mlp_layer_types", "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")
-    values = {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key not in gone}
-    linear = {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}
-    values |= {"linear_attn_config": linear, "first_k_dense_replace": 1}
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
-    "deepseek_v3": _numbered_mtp,
-    "deepseek_v32": _numbered_mtp,
-    "glm_moe_dsa": _numbered_mtp,
-    "glm4_moe": _numbered_mtp,
-    "glm4_moe_lite": _numbered_mtp,
-    "hy_v3": _numbered_mtp,
-    "bailing_hybrid": _numbered_mtp,
-    "kimi_linear": _kimi_linear,
-    "qwen3_next": _qwen3_next,
-    "qwen3_5_moe_text": _named_mtp,
-    "exaone_moe": _named_mtp,
-    "ernie4_5_moe": _ernie,
-    "minimax_m2": lambda folder, config: change_config(folder, num_mtp_modules=3, use_mtp=True),  # no tensors of it
-}

@@ -11,6 +11,7 @@ from tenp_dist.model.experts import ExpertsState, register
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.routing import restricted_router
 from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.model.tensor_names import name_of
 
 
 def choose(family: str, config, logits_E, bias_E, kept):
@@ -67,7 +68,8 @@ def logits_by_layers(folder, kept_of_layer, tokens_BS, changes):
         for attribute, key in (("num_group", "n_group"), ("topk_group", "topk_group")):
             if key in changes:
                 setattr(router, attribute, changes[key])
-    for name in ("model.embed_tokens", f"model.{skeleton.family.final_norm}", "lm_head"):
+    ends = (skeleton.model.get_input_embeddings(), skeleton.final_norm, skeleton.model.get_output_embeddings())
+    for name in [name_of(skeleton.model, module) for module in ends]:
         skeleton.load_module(name)
     frame, batch = Frame(skeleton), Microbatch(tokens_BS, 0)
     hidden = frame.embed(batch)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tenp_dist.calibration.corpus import Corpus, write_corpus
+from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import read_config
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.config import Cluster
@@ -36,9 +37,15 @@ def random_corpus(vocab_size: int, *, sequences=6, length=24, padded=False, seed
     return Corpus(tokens, mask, np.arange(sequences, dtype=np.int32) % 2, ("first", "second"))
 
 
+def depth(model: Path) -> int:
+    """Decoder layers."""
+    family, config = family_and_config(read_config(model))
+    return family.num_layers(config)
+
+
 def pass_context(model: Path, ledger: Path, pool=None, progress=lambda step: None, **cluster) -> PassContext:
     """A place for the model's shards, this process if no pool is given; layers of equal size."""
-    layers = read_config(model)["num_hidden_layers"]
+    layers = depth(model)
     return PassContext(pool or InProcessPool(cores=1), Cluster(**cluster), [1] * layers, Ledger(ledger), progress)
 
 
@@ -48,7 +55,7 @@ def moe_layers(model: Path) -> list[int]:
 
 def whole_worker(task: PassTask) -> LayerWorker:
     """A worker that owns all layers of the task's model; not open yet."""
-    return LayerWorker(task, range(read_config(task.model)["num_hidden_layers"]))
+    return LayerWorker(task, range(depth(task.model)))
 
 
 def score(model, corpus, folder, compute=COMPUTE) -> dict[int, LayerStatistics]:

@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+from helpers.families import save_family
+from helpers.refusals import refused
 from helpers.spoiling import configure
 from tenp_dist.model.experts import grouped
 
@@ -29,6 +31,27 @@ def test_uniform_width_that_rows_of_16_bytes_do_not_fit(tenp, job_file, text_fil
     )
     result = tenp("run", job)
     assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "qwen3_vl_moe"])
+def test_every_stage_on_experts_of_other_forms(family, tenp, job_file, tiny_model, tmp_path, text_files):
+    """With biases, without a gate, and inside a multimodal checkpoint: scored, compensated, written and evaluated."""
+    model = save_family(tmp_path / "m", family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model("qwen3_moe") / name, model)
+    source = {"path": str(text_files["prose"]), "domain": "d", "samples": 2}
+    job = job_file(
+        model=model,
+        budget={"method": "tenp", "retention": 0.6},
+        output={"layouts": ["ragged", "padded"], "compensate": True},
+        evaluation={"sources": [source], "sequence_length": 32},
+    )
+    result = tenp("run", job)
+    assert result.exit_code == 0, result.stderr
+    if family == "gpt_oss":
+        result = tenp("run", job_file(model=model, output={"compensate": "joint"}))
+        refused(result, "UnsupportedModelError", "biases", "one system", "output.compensate to true")
 
 
 def test_router_logits_that_the_config_asks_for(tenp, job_file, tiny_model, tmp_path, text_files):

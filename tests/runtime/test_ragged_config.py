@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenp_dist.artifacts import write_json
-from tenp_dist.runtime.ragged_config import FAMILIES, SEAL, ragged_config, sealed, unsealed, width_key, widths_by_layer
+from tenp_dist.runtime.ragged_config import (
+    FAMILIES,
+    SEAL,
+    SECTIONS,
+    ragged_config,
+    sealed,
+    unsealed,
+    width_key,
+    widths_by_layer,
+)
 
 LAYERS = st.dictionaries(
     st.integers(0, 200), st.lists(st.integers(0, 64), min_size=1, max_size=20), min_size=0, max_size=6
@@ -19,16 +28,18 @@ def test_config_round_trip(widths, family):
     source = {
         "model_type": family,
         "architectures": ["X"],
-        width_key(family): 64,
         "auto_map": {"AutoConfig": "y.Z"},
     }
+    section, text = SECTIONS.get(family), {width_key(family): 64}
+    source |= text if section is None else {section: text}
     before = json.dumps(source)
     config = ragged_config(source, widths_by_layer=widths, retention="0.6", fingerprint="abc")
     assert json.dumps(source) == before
     assert widths_by_layer(json.loads(json.dumps(config))) == widths
     assert config["tenp"]["source"] == {"model_type": family, "architectures": ["X"], "fingerprint": "abc"}
     assert config["auto_map"]["AutoConfig"] == f"modeling_tenp_{family}.Tenp{FAMILIES[family]}Config"
-    assert config[width_key(family)] == SEAL and unsealed(config)[width_key(family)] == 64
+    for form, width in ((config, SEAL), (unsealed(config), 64)):
+        assert (form if section is None else form[section])[width_key(family)] == width
     assert "sealed" not in unsealed(config)["tenp"] and sealed(unsealed(config)) == config
 
 

@@ -146,7 +146,7 @@ def test_a_new_format_is_an_entry_of_the_table(monkeypatch, tmp_path, shape):
 OTHER = Family(
     model_type="other_moe",
     section="language",
-    layers_key="depth",
+    layers_keys=("depth",),
     hidden_key="channels",
     vocab_key="words",
     experts_keys=("specialists",),

@@ -18,6 +18,60 @@ NEURON_AXIS: Mapping[str, int] = {GATE: 0, UP: 0, DOWN: 1}
 """Axis of the torch-layout expert matrix that counts neurons: [F, D] for gate and up, [D, F] for down."""
 
 
+GATE_BIAS, UP_BIAS, DOWN_BIAS = "gate_bias", "up_bias", "down_bias"
+
+
+PART_AXIS: Mapping[str, int | None] = {**NEURON_AXIS, GATE_BIAS: 0, UP_BIAS: 0, DOWN_BIAS: None}
+"""The same of every part that an expert can have; None where a part has nothing per neuron, as the bias of W_down."""
+
+
+PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+"""What transformers calls the tensors of a layer's experts in its modules, those that there are."""
+
+
+UP_ALONE = "up_proj"
+"""The same of the first, where experts have no gate."""
+
+
+BIASED: Mapping[str, str] = {
+    **{part: f"{name}.weight" for part, name in PROJECTIONS.items()},
+    **{f"{part}_bias": f"{name}.bias" for part, name in PROJECTIONS.items()},
+}
+"""What the parts of experts with biases are called where every expert has tensors of its own."""
+
+
+ANY = "*"
+"""Of a row's `refused`: whatever a config key says."""
+
+
+def part_shape(part: str, width: int, hidden: int) -> tuple[int, ...]:
+    """Shape that a part of an expert has. width: its neurons; hidden: D."""
+    if part in NEURON_AXIS:
+        return (hidden, width) if NEURON_AXIS[part] else (width, hidden)
+    return (hidden,) if PART_AXIS[part] is None else (width,)
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor of a layer that holds one or two parts of all its experts, the experts along its first axis.
+
+    name: of the tensor inside a layer, as in the checkpoint.
+    parts: of an expert, one behind the other along the axis that counts neurons.
+    interleaved: whether the neurons of the parts take turns there instead.
+    transposed: whether that is the other axis than in torch's layout of a matrix; None where files of both kinds are
+        published, so that it has to be read off the shape.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    interleaved: bool = False
+    transposed: bool | None = False
+
+
+FUSED = (FusedTensor("mlp.experts.gate_up_proj", (GATE, UP)), FusedTensor("mlp.experts.down_proj", (DOWN,)))
+"""As most families fuse their experts: [E, 2F, D], gate first, and [E, D, F]."""
+
+
 def experts_axis(shape: Sequence[int], num_experts: int) -> int:
     """The axis of a router's tensor that counts experts: the first one of their number.
 
@@ -34,17 +88,22 @@ class Family:
     model_type: `model_type` of config.json.
     aliases: other `model_type`s whose checkpoints are this family's, tensor by tensor.
     section: key of the part of the config that describes the language model; None for the config itself.
-    layers_key: config key of the number of decoder layers.
+    layers_keys: config keys that may hold the number of decoder layers, or an entry for each; the first one that is
+        set.
     hidden_key: config key of D, the width of the hidden states.
     vocab_key: config key of the number of rows of the embedding.
     heads_keys: config keys that may hold the number of attention heads that ranks share; the first one that is set.
     experts_keys: config keys that may hold the number of routed experts (transformers renames some).
-    top_k_key: config key of the number of experts that a token goes to.
+    top_k_key: config key of the number of experts that a token goes to; one for each layer if they are alike.
     width_key: config key of an expert's width.
     layer: prefix of a decoder layer's tensors.
     experts: the experts module inside a layer, as in the modeling code.
     expert_tensor: an expert's tensor inside a layer, as in the checkpoint.
-    matrices: the checkpoint's names of gate, up and down.
+        Where the tensor holds all experts of a layer: what it is called in a checkpoint that keeps them apart.
+    matrices: parts that an expert has -> the checkpoint's names of them: gate, up and down; less where it has no gate,
+        more where it has biases.
+    fused: tensors that hold all experts of a layer, of checkpoints that have such.
+    decoder: module of transformers' model that holds embedding, layers and final norm; None for its base model.
     final_norm: module of the decoder that normalises what leaves its last layer.
     layer_outputs: values that a decoder layer returns, the hidden states first; the others are not handed on.
     block_norm: module inside a layer whose input is the residual stream before the MoE block.
@@ -66,14 +125,15 @@ class Family:
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
     mtp_tensors: prefixes of the tensors of prediction layers that are not numbered behind the decoder's.
     mtp_changes: fields of the row that differ in those layers; their prefix at least.
-    refused: config key -> what no layer may be by it: forms of the family that are not scored yet.
+    refused: config key -> what no layer may be by it, ANY for a key that may not be set: forms of the family that are
+        not scored yet.
     tensor_parallel: verified with more than one rank per shard.
     """
 
     model_type: str
     aliases: tuple[str, ...] = ()
     section: str | None = None
-    layers_key: str = "num_hidden_layers"
+    layers_keys: tuple[str, ...] = ("num_hidden_layers",)
     hidden_key: str = "hidden_size"
     vocab_key: str = "vocab_size"
     heads_keys: tuple[str, ...] = ("num_key_value_heads", "num_attention_heads")
@@ -84,6 +144,8 @@ class Family:
     experts: str = "mlp.experts"
     expert_tensor: str = "mlp.experts.{expert}.{matrix}.weight"
     matrices: Mapping[str, str] = field(default_factory=lambda: dict(PROJECTIONS))
+    fused: tuple[FusedTensor, ...] = ()
+    decoder: str | None = None
     final_norm: str = "norm"
     layer_outputs: int = 1
     block_norm: str = "post_attention_layernorm"
@@ -116,7 +178,9 @@ class Family:
 
     def num_layers(self, config: Mapping[str, Any]) -> int:
         """Decoder layers, prediction layers not counted."""
-        return int(self.text(config)[self.layers_key])
+        text = self.text(config)
+        stated = text[next((key for key in self.layers_keys if text.get(key)), self.layers_keys[0])]
+        return int(stated) if isinstance(stated, int) else len(stated)
 
     def hidden_size(self, config: Mapping[str, Any]) -> int:
         """D, the width of the hidden states."""
@@ -128,7 +192,8 @@ class Family:
 
     def top_k(self, config: Mapping[str, Any]) -> int:
         """Routed experts that a token goes to."""
-        return int(self.text(config)[self.top_k_key])
+        stated = self.text(config)[self.top_k_key]
+        return int(stated[0] if isinstance(stated, list) else stated)
 
     def positions(self, config: Mapping[str, Any]) -> int | None:
         """Tokens of the longest sequence that the model was made for, None where the config does not say."""

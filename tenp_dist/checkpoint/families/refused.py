@@ -4,41 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_FUSED = "its experts are stored fused, in one tensor of three axes"
 _OTHERWISE = "its experts do not run through transformers' experts interface"
-_WRAPPER = "its language model lies inside a multimodal checkpoint"
+_SCALED = f"{_OTHERWISE}: a token is multiplied by its weight before them, not after"
+_WRAPPER = "its language model lies inside a multimodal checkpoint that no row tells of yet"
 
 REASONS: Mapping[str, str] = {
-    "gpt_oss": f"{_FUSED}, gate and up interleaved, with biases",
-    "granitemoe": _FUSED,
-    "granitemoeshared": _FUSED,
-    "granitemoehybrid": _FUSED,
-    "granitemoe_swa": _FUSED,
-    "minimax_m3_vl_text": _FUSED,
-    "gemma4_text": f"{_FUSED}, and its router scales every expert",
-    "aria_text": f"{_FUSED}, transposed",
-    "mistral4": _FUSED,
-    "nemotron_h": "its experts have no gate",
+    "granitemoe_swa": "no proof of it exists yet",
+    "aria_text": "no proof of it exists yet",
     "hunyuan_v1_moe": "its config counts experts per layer in lists",
-    "mimo_v2_flash": "its attention has sinks, which the fused kernel lacks",
-    "flint": "its attention has sinks, which the fused kernel lacks",
+    "glm4v_moe": _WRAPPER,
+    "kimi_k25": _WRAPPER,
+    "minimax_m3_vl_text": "its attention picks blocks of keys by an index whose scores no proof covers yet",
+    "gemma4_text": "its router scales every expert, and its experts lie beside a dense block",
+    "mistral4": "transformers does not have it among its causal language models",
+    "mimo_v2_flash": "its rotary tables differ by the type of layer",
+    "flint": "its attention has sinks, and no proof of how it is scored exists yet",
     "minimax": "its linear attention keeps tables that no checkpoint holds",
     "mellum": "its rotary tables differ by the type of layer",
     "laguna": "its rotary tables differ by the type of layer",
     "beam": "its rotary tables differ by the type of layer",
     "deepseek_v4": "it routes by token id, and carries four residual streams",
-    "llama4": f"{_WRAPPER}, and {_OTHERWISE}",
-    "llama4_text": _OTHERWISE,
+    "llama4": _SCALED,
+    "llama4_text": _SCALED,
     "longcat_flash": "some of its experts are the identity",
     "zaya": "its router reads that of the layer before",
     "dbrx": _OTHERWISE,
     "jetmoe": _OTHERWISE,
-    "qwen3_5_moe": _WRAPPER,
-    "qwen3_vl_moe": _WRAPPER,
     "qwen3_omni_moe": _WRAPPER,
     "qwen3_omni_moe_thinker": _WRAPPER,
-    "glm4v_moe": _WRAPPER,
-    "kimi_k25": _WRAPPER,
     "minimax_m3_vl": _WRAPPER,
     "gemma4": _WRAPPER,
     "aria": _WRAPPER,

@@ -17,10 +17,13 @@ from tenp_dist.checkpoint.families import (
     deepseek_kin,
     ernie,
     exaone,
+    gpt_oss,
+    granite,
     hunyuan,
     jamba,
     lfm2,
     mixtral,
+    nemotron,
     olmo,
     qwen,
 )
@@ -29,7 +32,10 @@ from tenp_dist.checkpoint.families.refused import REASONS
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.runtime.ragged_config import unsealed
 
-FILES = (deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2)
+FILES = (
+    deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
+    nemotron,
+)  # fmt: skip
 
 
 FAMILIES: Mapping[str, Family] = {row.model_type: row for file in FILES for row in file.ROWS}
@@ -70,6 +76,18 @@ def _section_with_experts(config: Mapping[str, Any]) -> str | None:
     """Key of the part of a config that counts experts, "" for the config itself, None where nothing does."""
     parts = {"": config} | {key: part for key, part in config.items() if isinstance(part, Mapping)}
     return next((key for key, part in parts.items() if any(part.get(name) for name in _EXPERT_KEYS)), None)
+
+
+def row_of(config: Mapping[str, Any]) -> Family | None:
+    """The row for a config, None where no row knows its `model_type`."""
+    return FAMILIES.get(str(config.get("model_type")))
+
+
+def auto_class(model_type: str) -> str:
+    """transformers' Auto class of a family's stock checkpoints: those with towers beside their language model are none
+    of its causal language models. The latter of a family that no row knows."""
+    row = FAMILIES.get(model_type)
+    return "AutoModelForCausalLM" if row is None or row.section is None else "AutoModelForImageTextToText"
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
