@@ -28,6 +28,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
         "scores_digest": scores_digest,
         "budget": {
             "retention": exact_string(budget.retention_exact),
+            **({} if budget.activated is None else {"activated": exact_string(Fraction(budget.activated))}),
             "experts": budget.experts,
             "neurons": budget.neurons,
             "important": exact_string(plan.important),
@@ -45,6 +46,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
         "retention": {
             "asked": exact_string(budget.retention_exact),
             "realised": float(plan.retention),
+            **({} if budget.activated is None else {"activated_asked": exact_string(Fraction(budget.activated))}),
             "activated": plan.activated,
         },
         "experts": {
