@@ -196,6 +196,10 @@ class Budget(_Part):
         AUTO,
         description="decoder layers, or layer/expert, kept whole; auto: experts that must not be starved; none",
     )
+    expert_domains: Literal["scaled", "pooled"] = Field(
+        "scaled",
+        description="adding expert scores over domains: each scaled to length 1, or one score of all tokens together",
+    )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",
         description="adding an expert's neuron scores over domains: each scaled to length 1, or means over its tokens",

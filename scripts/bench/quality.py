@@ -120,6 +120,8 @@ def by_method(
 
 def settings(method: str, lines: str = "") -> list[tuple[str, dict]]:
     """Lines of the table, those that say `lines`, and the budget keys of each: what a method has besides its name."""
+    if method in ("reap", "hope"):
+        return [(method, {}), (f"{method}, pooled", {"expert_domains": "pooled"})]
     if method in ("global", "obs"):
         found = [
             (f"{method}, align 16, 2 widths", {"align": 16, "max_widths": 2}),

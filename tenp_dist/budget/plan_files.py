@@ -39,6 +39,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
             "minimum_width": budget.minimum_width,
             "minimum_layer_retention": exact_string(Fraction(budget.minimum_layer_retention)),
             "protect": [] if budget.protect == AUTO else list(budget.protect),
+            **({} if budget.expert_domains == "scaled" else {"expert_domains": budget.expert_domains}),
             "neuron_domains": budget.neuron_domains,
             "never_routed": budget.never_routed,
             "seed": budget.seed,

@@ -38,7 +38,7 @@ class ByPrice(PlanKind):
     """Plans of methods that say what a neuron is worth: every expert keeps as many as are worth their price."""
 
     meets_activated = True
-    unused_keys = (*WHOLE_KEYS, "neuron_domains")
+    unused_keys = (*WHOLE_KEYS, "expert_domains", "neuron_domains")
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
