@@ -158,8 +158,13 @@ def make_plan(
     """
     kind = kind_of(budget)
     shape = kind.shape(layers)
-    domains = {"neuron_domains": budget.neuron_domains, "expert_domains": budget.expert_domains}
-    context = Context(layer=0, seed=budget.seed, domain_weights=domain_weights or {}, **domains)
+    context = Context(
+        layer=0,
+        seed=budget.seed,
+        domain_weights=domain_weights or {},
+        neuron_domains=budget.neuron_domains,
+        expert_domains=budget.expert_domains,
+    )
     contexts = {facts.layer: replace(context, layer=facts.layer) for facts in shape.layers}
 
     def read(facts: MoeLayer) -> LayerStatistics:
