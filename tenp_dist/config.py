@@ -176,6 +176,9 @@ class Budget(_Part):
         None, description="rank neurons as this method does instead, or by the mean rank of several"
     )
     retention: Exact = Field(Decimal("0.6"), description="routed-expert parameters kept, 0 < rho <= 1")
+    activated: Annotated[Exact, Field(gt=0, le=1)] | None = Field(
+        None, description="routed parameters that a token meets, a share of what it used to (methods global, obs)"
+    )
     important: Exact | Auto | None = Field(
         None, description="share of experts kept whole, 0 <= alpha <= rho, or auto; default rho/3"
     )
@@ -195,6 +198,10 @@ class Budget(_Part):
     protect: Auto | Protection = Field(
         AUTO,
         description="decoder layers, or layer/expert, kept whole; auto: experts that must not be starved; none",
+    )
+    expert_domains: Literal["scaled", "pooled"] = Field(
+        "scaled",
+        description="adding expert scores over domains: each scaled to length 1, or one score of all tokens together",
     )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",

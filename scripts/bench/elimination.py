@@ -2,7 +2,8 @@
 
 An expert of random weights and activations (--tokens of them): its forward, the sums of its moments, W^T W and the
 elimination itself, CPU seconds of one thread in turns, and bytes. Then, with --model and --text, the stages from score
-to write of two compensated jobs, methods `global` and `obs`, in one process and in turns.
+to write of compensated jobs, methods `global` and `obs`, and `obs` with layers as one system, in one process and in
+turns.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import print_machine
 
 PATHS = click.Path(path_type=Path, exists=True)
+JOBS = {"global": ("global", True), "obs": ("obs", True), "obs joint": ("obs", "joint")}  # method, compensate
 STAGES = ("score", "eliminate", "plan", "compensate", "write")
 
 
@@ -101,25 +103,27 @@ def print_jobs(model: Path, texts, samples: int, folder: Path, threads: int, rep
     job = {
         "model": str(model),
         "calibration": {"sources": sources, "sequence_length": 256},
-        "output": {"compensate": True},
         "cluster": {"threads": threads},
     }
     rounds = []
     for number in range(repeat):
-        for method in ("global", "obs"):
-            run = job | {"run_dir": str(folder / f"{method}-{number}")}
+        for name, (method, form) in JOBS.items():
+            run = job | {"run_dir": str(folder / f"{name}-{number}"), "output": {"compensate": form}}
             run["budget"] = {"method": method, "align": 16, "max_widths": 3}
-            rounds.append((method, stage_seconds(run, threads)))
+            rounds.append((name, stage_seconds(run, threads)))
     click.echo(f"job       {model.name}, {samples} x 256 tokens a domain; CPU seconds, medians of {repeat}")
-    click.echo(f"{'method':<8}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'all':>12}")
+    click.echo(f"{'job':<10}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'all':>12}")
     totals = {}
-    for method in ("global", "obs"):
-        own = [seconds for name, seconds in rounds if name == method]
+    for job_name in JOBS:
+        own = [seconds for name, seconds in rounds if name == job_name]
         cells = [statistics.median(one.get(stage, 0.0) for one in own) for stage in STAGES]
-        totals[method] = [sum(one.values()) for one in own]
-        click.echo(f"{method:<8}" + "".join(f"{cell:>12.2f}" for cell in (*cells, statistics.median(totals[method]))))
-    ratios = [obs / own for own, obs in zip(totals["global"], totals["obs"], strict=True)]
-    click.echo(f"obs over global: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); goal 2.5")
+        totals[job_name] = [sum(one.values()) for one in own]
+        every = (*cells, statistics.median(totals[job_name]))
+        click.echo(f"{job_name:<10}" + "".join(f"{cell:>12.2f}" for cell in every))
+    for job_name in list(JOBS)[1:]:
+        ratios = [one / own for own, one in zip(totals["global"], totals[job_name], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        click.echo(f"{job_name} over global: {spread}; goal 2.5")
 
 
 def stage_seconds(job: dict, threads: int) -> dict[str, float]:

@@ -33,15 +33,19 @@ if TYPE_CHECKING:
 @click.option("--align", default=1, show_default=True, help="narrow widths are multiples of this")
 @click.option("--max-widths", default=2, show_default=True, help="distinct widths of a layer")
 @click.option("--minimum-layer-retention", "layer_minimum", default="0", show_default=True, help="of method global")
+@click.option("--activated", default=None, help="of methods global and obs")
 @click.option("--repeat", default=3, show_default=True, help="runs; every one is printed")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 @click.option("--measure", type=click.Path(path_type=Path), hidden=True, help="internal: plan this folder of scores")
-def main(layers, experts, neurons, domains, method, align, max_widths, layer_minimum, repeat, folder, measure):
+def main(
+    layers, experts, neurons, domains, method, align, max_widths, layer_minimum, activated, repeat, folder, measure
+):
     sizes = (layers, experts, neurons)
     if measure:
         from tenp_dist.config import Budget
 
-        budget = Budget(method=method, align=align, max_widths=max_widths, minimum_layer_retention=layer_minimum)
+        floors = {"minimum_layer_retention": layer_minimum, "activated": activated}
+        budget = Budget(method=method, align=align, max_widths=max_widths, **floors)
         click.echo(json.dumps(plan_once(measure, sizes, budget)))
         return
     print_machine("torch", "numpy", "safetensors")

@@ -42,12 +42,14 @@ PATHS = click.Path(path_type=Path, exists=True)
 @click.option("--counts", default="1,2,4,8,16,32,64,128", show_default=True, help="of the table of samples")
 @click.option("--tables", default=",".join(TABLES), show_default=True)
 @click.option("--only", default="", help="methods, separated by commas; default: all")
+@click.option("--lines", default="", help="of methods with several lines those that say this, like `3 widths`")
 @click.option("--neuron-domains", type=click.Choice(["scaled", "mean"]), default="scaled", show_default=True)
 @click.option("--compensate/--plain", default=True, show_default=True)
+@click.option("--auto/--no-auto", default=True, show_default=True, help="TENP with `important` and `slope` chosen too")
 @click.option("--threads", default=None, type=int, help="default: all cores")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("quality"), show_default=True)
-def main(model, calibration, selection, samples, measured, length, retentions, seeds, counts, tables, only,
-         neuron_domains, compensate, threads, out):  # fmt: skip
+def main(model, calibration, selection, samples, measured, length, retentions, seeds, counts, tables, only, lines,
+         neuron_domains, compensate, auto, threads, out):  # fmt: skip
     from study import CalibrationSet, Study
 
     from tenp_dist.cli.view import quieten
@@ -65,6 +67,8 @@ def main(model, calibration, selection, samples, measured, length, retentions, s
         "retentions": retentions.split(","),
         "seeds": range(seeds),
         "compensate": compensate,
+        "auto": auto,
+        "lines": lines,
         "neuron_domains": neuron_domains,
         "samples": samples,
         "counts": [int(count) for count in counts.split(",")],
@@ -87,8 +91,9 @@ def _sources(paths: Sequence[Path], count: int) -> tuple:
 
 
 def by_method(
-    study, domains: Mapping[str, Path], *, methods, retentions, seeds, compensate, samples, neuron_domains, **_
-):
+    study, domains: Mapping[str, Path], *,
+    methods, lines, retentions, seeds, compensate, auto, samples, neuron_domains, **_,
+):  # fmt: skip
     """Every method; compensated too where experts keep a part of their neurons."""
     from study import CalibrationSet, Case
 
@@ -100,28 +105,31 @@ def by_method(
     for name in methods:
         for retention in retentions:
             for seed in seeds if name.startswith("random") else [0]:
-                for line, changes in settings(name):
+                for line, changes in settings(name, lines):
                     settled = {"retention": retention, "seed": seed, "neuron_domains": neuron_domains}
                     budget = Budget(method=name, **settled, **changes)
                     cases.append(Case("methods", line, budget, "all"))
-    if "tenp" in methods:
+    if auto and "tenp" in methods:
         asked = {"important": "auto", "slope": "auto", "neuron_domains": neuron_domains}
-        auto = [Budget(retention=retention, **asked) for retention in retentions]
+        open_budgets = [Budget(retention=retention, **asked) for retention in retentions]
         for solved in (False, True) if compensate else (False,):  # each chosen as it is measured
-            chosen = study.choose(auto, sets["split"], compensated=solved)
+            chosen = study.choose(open_budgets, sets["split"], compensated=solved)
             choices += [Case("methods", "tenp auto", budget, "split", solved) for budget in chosen]
     return sets, cases + _compensated(cases, compensate) + choices
 
 
-def settings(method: str) -> list[tuple[str, dict]]:
-    """Lines of the table and the budget keys of each: what a method has besides its name."""
+def settings(method: str, lines: str = "") -> list[tuple[str, dict]]:
+    """Lines of the table, those that say `lines`, and the budget keys of each: what a method has besides its name."""
+    if method in ("reap", "hope"):
+        return [(method, {}), (f"{method}, pooled", {"expert_domains": "pooled"})]
     if method in ("global", "obs"):
-        return [
+        found = [
             (f"{method}, align 16, 2 widths", {"align": 16, "max_widths": 2}),
             (f"{method}, align 16, 3 widths", {"align": 16, "max_widths": 3}),
             *([("obs, align 16, a width a layer", {"align": 16, "max_widths": 1})] if method == "obs" else []),
             (f"{method}, free widths", {"align": 1, "max_widths": 10**6}),
         ]
+        return [one for one in found if lines in one[0]]
     return [(method, {})]
 
 

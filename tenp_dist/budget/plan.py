@@ -22,7 +22,7 @@ from tenp_dist.errors import StaleError
 from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
-from tenp_dist.scoring.statistics import PAIR_STATISTICS, LayerStatistics
+from tenp_dist.scoring.statistics import PAIR_STATISTICS, LayerStatistics, tokens_of
 
 NEVER_ROUTED_LIMIT = Fraction(1, 100)
 """The share of experts without a calibration token above which a plan warns."""
@@ -117,6 +117,13 @@ class Plan:
         return _share(met, sum(p.routed_tokens * p.facts.intermediate_size for p in self.layers.values()))
 
     @property
+    def met_share(self) -> Fraction:
+        """The same, exactly; 0 where no token was routed."""
+        met = sum(plan.activated_neurons for plan in self.layers.values())
+        every = sum(plan.routed_tokens * plan.facts.intermediate_size for plan in self.layers.values())
+        return Fraction(met, every) if every else Fraction(0)
+
+    @property
     def leftover_neurons(self) -> int:
         """Neurons that the target allows and rounding leaves unspent."""
         return int(self.budget.retention_exact * self.shape.total_neurons) - self.kept_neurons
@@ -152,7 +159,11 @@ def make_plan(
     kind = kind_of(budget)
     shape = kind.shape(layers)
     context = Context(
-        layer=0, seed=budget.seed, domain_weights=domain_weights or {}, neuron_domains=budget.neuron_domains
+        layer=0,
+        seed=budget.seed,
+        domain_weights=domain_weights or {},
+        neuron_domains=budget.neuron_domains,
+        expert_domains=budget.expert_domains,
     )
     contexts = {facts.layer: replace(context, layer=facts.layer) for facts in shape.layers}
 
@@ -169,12 +180,13 @@ def make_plan(
     warnings = (*_unused_warnings(kind), *kind.warnings(shape), *_never_routed_warnings(kind, planned))
     plan = Plan(budget=budget, important=kind.important, shape=shape, layers=planned, warnings=warnings)
     assert shape.kept_neurons in (None, plan.kept_neurons) and plan.retention <= budget.retention_exact
+    assert budget.activated is None or plan.met_share <= Fraction(budget.activated)
     return plan
 
 
 def _plan_layer(kind: PlanKind, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerPlan:
     whole, kept = kind.choose(sizes, statistics, context)
-    tokens_E = statistics["token_count"].sum(dim=0).numpy().astype(np.int64)
+    tokens_E = tokens_of(statistics)
     return LayerPlan(
         facts=sizes.facts,
         kept=kept,

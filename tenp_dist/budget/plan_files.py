@@ -28,6 +28,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
         "scores_digest": scores_digest,
         "budget": {
             "retention": exact_string(budget.retention_exact),
+            **({} if budget.activated is None else {"activated": exact_string(Fraction(budget.activated))}),
             "experts": budget.experts,
             "neurons": budget.neurons,
             "important": exact_string(plan.important),
@@ -39,6 +40,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
             "minimum_width": budget.minimum_width,
             "minimum_layer_retention": exact_string(Fraction(budget.minimum_layer_retention)),
             "protect": [] if budget.protect == AUTO else list(budget.protect),
+            **({} if budget.expert_domains == "scaled" else {"expert_domains": budget.expert_domains}),
             "neuron_domains": budget.neuron_domains,
             "never_routed": budget.never_routed,
             "seed": budget.seed,
@@ -46,6 +48,7 @@ def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict
         "retention": {
             "asked": exact_string(budget.retention_exact),
             "realised": float(plan.retention),
+            **({} if budget.activated is None else {"activated_asked": exact_string(Fraction(budget.activated))}),
             "activated": plan.activated,
         },
         "experts": {

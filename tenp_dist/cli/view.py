@@ -175,6 +175,8 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     asked = f"{float(retention['asked']):.2%}"
     table.add_row("Retention asked", asked)
     table.add_row("Retention realised", f"{retention['realised']:.2%} of routed-expert parameters")
+    if retention.get("activated_asked"):
+        table.add_row("Activated asked", f"{float(retention['activated_asked']):.2%} at most")
     if retention.get("activated") is not None:
         table.add_row("Activated share", f"{retention['activated']:.2%} of what a routed token used to meet")
     removed = experts.get("removed")

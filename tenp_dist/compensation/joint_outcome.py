@@ -20,7 +20,8 @@ def joint_outcome(plan: Path, files: Mapping[int, Sequence[Path]], ridge: float,
 
     `before`, `apart` and `after`: the error of the layer's MoE block on the calibration tokens, as a share of the
     energy of what it gives: with the source's columns, solved expert by expert, and solved together. `damped`: experts
-    with few tokens; `left_alone`: with none. `shared`: whether the shared expert was solved too.
+    with few tokens; `left_alone`: with none. `layer_damping`: by what all of a layer are damped for want of tokens.
+    `shared`: whether the shared expert was solved too.
     """
     kept = read_kept(plan)
     layers = {str(layer): _layer(kept[layer], paths, joint_ridge) for layer, paths in files.items()}
@@ -45,13 +46,13 @@ def _layer(kept: KeptNeurons, paths: Sequence[Path], joint_ridge: float) -> dict
         errors = dict.fromkeys(("before", "apart", "after"), 0.0)
         return {"compensated": 0, **errors, "damped": [], "left_alone": [], "shared": False}
     table, said = made[0]
-    experts = sorted(set(damping) - {SHARED})
+    experts, least = sorted(set(damping) - {SHARED}), joint_ridge * said.get("layer_damping", 1.0)
     return {
         "compensated": len(experts),
         "before": table["before"][0],
         "after": table["after"][0],
         **said,
-        "damped": [expert for expert in experts if damping[expert] > joint_ridge],
+        "damped": [expert for expert in experts if damping[expert] > least * (1 + 1e-9)],
         "left_alone": sorted({e for e in kept.routed.tolist() if kept.widths[e]} - set(experts)),
         "shared": SHARED in damping,
     }

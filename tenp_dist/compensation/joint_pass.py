@@ -28,7 +28,7 @@ from tenp_dist.compensation.joint_block import BlockRun
 from tenp_dist.compensation.joint_features import SHARED, SharedExpert, columns_of
 from tenp_dist.compensation.joint_features import shared_expert as load_shared_expert
 from tenp_dist.compensation.joint_outcome import joint_outcome
-from tenp_dist.compensation.joint_systems import JointSolution, JointSystem, Start, make_system
+from tenp_dist.compensation.joint_systems import JointSolution, JointSystem, Start, layer_damping, make_system
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.layers import Microbatch
@@ -154,9 +154,14 @@ class JointSum(LayerSum[LayerSystems]):
             narrow = self._apart.narrow_of(kept, down_EDF.shape[2])
             for expert in self._apart.solved(layer, narrow, sums.moments, down_EDF):
                 prior[int(expert.row[0])] = expert.down_DW.T
-        starved = {b: max(1.0, ENOUGH * len(ids) / system.tokens[b]) for b, ids in columns.neurons.items()}
+        least = self._layer_damping(kept, sums)
+        starved = {b: max(least, ENOUGH * len(ids) / system.tokens[b]) for b, ids in columns.neurons.items()}
         damping = {block: self.task.joint_ridge * factor for block, factor in starved.items()}
         return Start(columns, damping, plain, prior)
+
+    def _layer_damping(self, kept: KeptNeurons, sums: LayerSystems) -> float:
+        features = sum(map(len, blocks_of(kept, sums.shared).values()))
+        return layer_damping(features, sums.systems[routing_of(kept)].all_tokens)
 
     def _source(self, layer: int, block: int, ids: np.ndarray, down_EDF: torch.Tensor) -> torch.Tensor:
         """The source's columns of a block, [W, D] float64."""
@@ -188,6 +193,7 @@ class JointSum(LayerSum[LayerSystems]):
         start, solved = sums.plans[key_of(kept)]
         solution, tokens = solved(), sums.systems[routing_of(kept)].tokens
         said = {"features": start.columns.count, "apart": solution.apart, "falls": solution.falls}
+        said["layer_damping"] = self._layer_damping(kept, sums)
         own = [block for block in start.columns.neurons if block in solution.weights]
 
         def experts() -> Iterator[CompensatedExpert]:

@@ -29,6 +29,7 @@ from tenp_dist.checkpoint.kept import narrow_experts, read_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.compensation.joint_block import BlockRun
 from tenp_dist.compensation.joint_features import SHARED, SharedExpert, shared_expert
+from tenp_dist.compensation.joint_systems import layer_damping
 from tenp_dist.compensation.moments import ENOUGH
 from tenp_dist.compensation.random_vectors import VECTORS
 from tenp_dist.compensation.recheck_pass import LEFT_OVER, RecheckTask, is_damped_by_rule
@@ -82,6 +83,7 @@ class JointCheck:
     shared: its shared expert, None where it has none.
     blocks: of this rank, by expert or SHARED.
     c_KD: Y'(X v), of all ranks.
+    tokens: of the layer.
     inputs: of the microbatch at work: hidden states, chosen experts and their gates.
     result: what the check says.
     """
@@ -90,6 +92,7 @@ class JointCheck:
     shared: SharedExpert | None
     blocks: dict[int, BlockCheck]
     c_KD: torch.Tensor
+    tokens: int = 0
     inputs: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     result: dict[str, float] = field(default_factory=dict)
 
@@ -138,6 +141,7 @@ class JointRecheckSum(LayerSum[JointCheck]):
             hook.remove()
 
     def _add_batch(self, sums: JointCheck, run: BlockRun, weight: float) -> None:
+        sums.tokens += int(run.valid_T.sum()) if weight else 0
         scale, dots_TK = weight**0.5, torch.zeros(len(run.x_TD), VECTORS, device=run.x_TD.device)
         parts = list(self._features(sums, run, scale))
         for block, rows, a_SW in parts:
@@ -204,9 +208,12 @@ class JointRecheckSum(LayerSum[JointCheck]):
         wanted = {} if untouched else {block: own for block, own in sums.blocks.items() if own.tokens}
         for block in sorted(set(wanted) ^ set(damping)):
             raise _refused(path, f"block {block} is {'not ' * (block in wanted)}stored", "those that a token reached")
+        features = int(self._kept[layer].widths[self._kept[layer].routed].sum())
+        features += 0 if sums.shared is None else sums.shared.down_DF.shape[1]
         for block, value in damping.items():
             own = wanted[block]
-            least = self.task.joint_ridge * max(1.0, ENOUGH * len(own.ids) / own.tokens)
+            fewest = max(layer_damping(features, sums.tokens), ENOUGH * len(own.ids) / own.tokens)
+            least = self.task.joint_ridge * fewest
             if not is_damped_by_rule(value / least):
                 raise _refused(
                     path, f"expert {block}: damping {value:.3g}, {own.tokens} tokens", f"damping {least:.3g}"

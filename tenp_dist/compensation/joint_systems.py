@@ -64,11 +64,17 @@ class JointSolution:
 
 
 class JointSystem(ABC):
-    """Sums of one rank. columns: the features that any of the plans keeps. tokens: block -> those that reached it."""
+    """Sums of one rank.
+
+    columns: the features that any of the plans keeps.
+    tokens: block -> those that reached it.
+    all_tokens: of the layer.
+    """
 
     def __init__(self, shard: OpenShard, columns: Columns, hidden: int, device: torch.device):
         self.shard, self.columns, self.hidden, self.device = shard, columns, hidden, device
         self.tokens: dict[int, int] = dict.fromkeys(columns.neurons, 0)
+        self.all_tokens = 0
 
     def reduce(self, part: torch.Tensor) -> torch.Tensor:
         """Add up over the ranks in float32, which is exact where one rank alone holds a value."""
@@ -86,6 +92,7 @@ class JointSystem(ABC):
         count_E[0, held.start : held.stop] = ends_E.diff(prepend=ends_E.new_zeros(1))
         counts = self.reduce(count_E)[0].tolist()
         valid = int(run.valid_T.sum())
+        self.all_tokens += valid
         for block in self.tokens:
             self.tokens[block] += valid if block == SHARED else int(counts[block])
         self.take(run, dispatch, shared_TF, scale)
@@ -200,6 +207,21 @@ class GradientSystem(JointSystem):
 
     def close(self) -> None:
         self._stored.drop()
+
+
+PLENTY = 32
+"""Tokens per feature of a layer from which its r_b are `joint_ridge` alone; below, they grow with the square.
+
+Ours. The fewer tokens, the more of them the solution learns by heart: with 1.7, 3.4 and 6.7 tokens per feature (a
+layer of a 25 M model, `obs` at 0.3) the error on other text was 2.6, 1.4 and 1.0 times that of experts solved alone
+at 1e-3, and least (0.9, 0.8, 0.75 times) at 256, 64 to 256 and 64 times that. With 31 the NLL of the whole model is
+flat from 1e-4 to 1e-2.
+"""
+
+
+def layer_damping(features: int, tokens: int) -> float:
+    """By what the r_b of a layer grow for want of tokens. features: that its plan keeps."""
+    return max(1.0, PLENTY * features / max(tokens, 1)) ** 2
 
 
 def pull_of(damping: float, diagonal_W: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def _headline(
     evaluation: Mapping[str, Any] | None,
     verify: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    layout = _main_layout(checkpoints, evaluation)
+    layout, asked = _main_layout(checkpoints, evaluation), plan["retention"].get("activated_asked")
     means = {name: variant["mean"] for name, variant in (evaluation or {"variants": {}})["variants"].items()}
 
     def mean(variant: str, key: str) -> float | None:
@@ -126,6 +126,7 @@ def _headline(
         "retention_asked": float(plan["retention"]["asked"]),
         "retention_realised": plan["retention"]["realised"],
         "activated": plan["retention"]["activated"],
+        "activated_asked": asked and float(asked),
         "layout": layout,
         "bytes_before": facts.bytes.stored,
         "bytes_after": checkpoints[layout]["bytes"] if layout else None,

@@ -73,7 +73,7 @@ def headline_cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
             text.percent(head["retention_realised"]),
             f"asked for {text.percent(head['retention_asked'])}",
         ),
-        _card("Activated per token", text.percent(head["activated"]), "of the routed parameters the source would use"),
+        _card("Activated per token", text.percent(head["activated"]), _activated_note(head["activated_asked"])),
         _card(
             "Size on disk",
             f"{text.size(head['bytes_before'])} → {text.size(head['bytes_after'])}"
@@ -97,6 +97,11 @@ def headline_cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
         ),
         _verified(head["verified"]),
     ]
+
+
+def _activated_note(asked: float | None) -> str:
+    of_what = "of the routed parameters the source would use"
+    return of_what if asked is None else f"{of_what}; at most {text.percent(asked)} asked for"
 
 
 def _control(value: float | None, digits: int, *, percent: bool = False) -> str:

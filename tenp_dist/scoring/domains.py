@@ -8,7 +8,8 @@ that of the experts can move a single bit of a score.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
@@ -21,6 +22,7 @@ from tenp_dist.scoring.statistics import WEIGHT_NORM, LayerStatistics
 DomainWeights = Mapping[str, Fraction | float]
 Length = Literal["l1", "l2"]
 NeuronDomains = Literal["scaled", "mean"]
+ExpertDomains = Literal["scaled", "pooled"]
 
 
 def mix_experts(
@@ -56,6 +58,20 @@ def mix_pairs(statistics: LayerStatistics, losses_NEE: torch.Tensor, weights: Do
         if norm > 0:
             mixed_EE += losses_NEE[row] * (weight / norm)
     return mixed_EE
+
+
+def pooled(statistics: LayerStatistics, names: Collection[str], weights: DomainWeights) -> LayerStatistics:
+    """These statistics with all domains as one, a token of a domain counted by its weight: sums [1, ...].
+
+    What a method makes of it is what it would make of one text.
+    """
+    rows = _rows(statistics, weights)
+    tensors = {
+        name: sum((statistics[name][row : row + 1] * weight for row, weight in rows), torch.zeros(()))
+        for name in names
+        if name in statistics.tensors
+    }
+    return replace(statistics, domains=("all",), tensors=tensors)
 
 
 def routed_mean(statistics: LayerStatistics, name: str) -> torch.Tensor:

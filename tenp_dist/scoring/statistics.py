@@ -37,6 +37,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
@@ -111,6 +112,11 @@ class LayerStatistics:
     def to(self, device: torch.device | str) -> LayerStatistics:
         """The same on a device; on the one where it is, the same tensors."""
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def tokens_of(statistics: LayerStatistics) -> np.ndarray:
+    """Tokens routed to each expert, of all domains together, int64 [E]."""
+    return statistics["token_count"].sum(dim=0).numpy().astype(np.int64)
 
 
 def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:

@@ -40,7 +40,13 @@ def expert_ranking(run: Run) -> dict[str, Any]:
     layers = {}
     for layer in facts.moe_layers:
         statistics = read_statistics(run.files.scores.layer(layer), method.expert_statistics, weight_norm=False)
-        context = Context(layer=layer, seed=run.job.budget.seed, domain_weights=run.domain_weights)
+        budget = run.job.budget
+        context = Context(
+            layer=layer,
+            seed=budget.seed,
+            domain_weights=run.domain_weights,
+            expert_domains=budget.expert_domains,
+        )
         scores_E = method.expert_scores(statistics, context)
         order_E = scores_E.argsort(descending=True, stable=True)
         layers[str(layer)] = {"experts": order_E.tolist(), "scores": scores_E[order_E].tolist()}

@@ -27,12 +27,12 @@ from tenp_dist.compensation.recheck_pass import recheck_model
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.layer_sums import LayerSumTask
 
-JOINT_RIDGE = 0.003
+JOINT_RIDGE = 3e-5  # a hundred times that in layers of so few tokens
 SHARED = -1
 
 
 def compensate_jointly(
-    model, folder, plans, *, corpus=None, weights=None, pool=None, dtype="float32", joint_ridge=0.003, **cluster
+    model, folder, plans, *, corpus=None, weights=None, pool=None, dtype="float32", joint_ridge=JOINT_RIDGE, **cluster
 ):
     """All plans (name -> kept) in one pass in this process; each in `folder/<name>`."""
     folder.mkdir(exist_ok=True)
@@ -154,13 +154,15 @@ def expected_of(block: Block, kept: KeptNeurons, ridge: float, joint_ridge: floa
         ids[SHARED] = np.arange(block.x[SHARED].shape[1])
     x = np.concatenate([block.x[b][:, i] for b, i in ids.items()], axis=1)
     plain = np.concatenate([block.down[b][:, i].T for b, i in ids.items()])
+    features = int(kept.widths[kept.routed].sum()) + (block.down[SHARED].shape[1] if SHARED in block.down else 0)
+    few = max(1.0, 32 * features / block.tokens.get(SHARED, len(block.y))) ** 2
     prior, damping, pull, at = plain.copy(), {}, [], 0
     for b, i in ids.items():
         own = slice(at, at + len(i))
         if b != SHARED and len(i) < block.down[b].shape[1] and kept.experts is None:
             a = block.x[b][np.abs(block.x[b]).sum(axis=1) > 0]
             prior[own] = least_squares(a, block.down[b], i, ridge)[0].T
-        damping[b] = joint_ridge * max(1.0, ENOUGH * len(i) / block.tokens[b])
+        damping[b] = joint_ridge * max(few, ENOUGH * len(i) / block.tokens[b])
         pull.append(np.full(len(i), damping[b] * (x[:, own] ** 2).sum(axis=0).mean()))
         at = own.stop
     root = np.sqrt(np.concatenate(pull))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.drawn_statistics import drawn as drawn_all
 from tenp_dist.budget.selection import top_experts, top_neurons
 from tenp_dist.errors import JobError, NumericalError, StaleError
 from tenp_dist.scoring.methods import registry
@@ -97,6 +98,28 @@ def test_a_domain_without_importance_adds_nothing():
     stats = statistics([[1, 1], [0, 0]], [[3, 4], [0, 0]], [[[1.0], [1]]] * 2, [[1.0], [1]])
     wanted = torch.tensor([0.6, 0.8], dtype=torch.float64)
     torch.testing.assert_close(TENP.expert_scores(stats, LAYER), wanted)
+
+
+def test_experts_scored_over_all_tokens_together_by_hand():
+    # code: means 3 and 1, math: means 1 and 4; over all tokens 12/10 and 50/20
+    tensors = {"token_count": [[1, 10], [9, 10]], "gated_norm_sum": [[3, 10], [9, 40]]}
+    tensors = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in tensors.items()}
+    stats, reap = LayerStatistics(("code", "math"), tensors), registry.get("reap")
+    for weights, wanted in (({}, [1.2, 2.5]), ({"math": Fraction(1, 2)}, [7.5 / 5.5, 30 / 15]), ({"code": 0}, [1, 4])):
+        context = replace(LAYER, domain_weights=weights, expert_domains="pooled")
+        found = reap.expert_scores(stats, context)
+        torch.testing.assert_close(found, torch.nn.functional.normalize(torch.tensor(wanted).double(), dim=0))
+    scaled = reap.expert_scores(stats, LAYER)
+    assert scaled[0] / scaled[1] > 0.9 > found[0] / found[1]
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if registry.get(name).experts])
+def test_pooled_is_what_one_domain_would_give(name):
+    stats = drawn_all(1)
+    tensors = {key: tensor.sum(dim=0, keepdim=True) for key, tensor in stats.tensors.items()}
+    one, pooled = replace(stats, domains=("all",), tensors=tensors), replace(LAYER, expert_domains="pooled")
+    method = registry.get(name)
+    torch.testing.assert_close(method.expert_scores(stats, pooled), method.expert_scores(one, LAYER))
 
 
 # --- neurons ------------------------------------------------------------------------------------

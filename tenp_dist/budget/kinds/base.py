@@ -64,6 +64,8 @@ class PlanKind(ABC):
     """Whether experts that are not kept leave the model, their router rows with them."""
     leaves_narrow: ClassVar[bool] = True
     """Whether experts that stay may lose neurons, so that there is something to compensate."""
+    meets_activated: ClassVar[bool] = False
+    """Whether plans keep to the share of routed parameters that a token may meet (`budget.activated`)."""
     control_words: ClassVar[str] = "keeps neurons chosen by chance"
     """What the random control does, for `The random control ..., at the same size.`"""
     never_routed_words: ClassVar[str] = "their neurons are ranked by weight norms"
@@ -107,6 +109,14 @@ class PlanKind(ABC):
             raise BudgetError("There is no MoE layer to plan for", next_step="give a Mixture-of-Experts model")
         if "neuron_groups" not in self.unused_keys:
             check_groups(self.budget, self.method, layers)
+        if self.budget.activated is not None and not self.meets_activated:
+            raise BudgetError(
+                "The method has no say in what a token meets",
+                where="budget.activated",
+                found=f"activated {self.budget.activated} with method {self.budget.method}",
+                wanted="a method that gives every expert a width by its worth: global or obs",
+                next_step="set budget.method to global or obs, or leave budget.activated out",
+            )
         return self.sizes(layers)
 
     @abstractmethod

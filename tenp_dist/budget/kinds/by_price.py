@@ -24,19 +24,21 @@ from tenp_dist.budget.widths.floors import Floor, check_floors, floor_places
 from tenp_dist.budget.widths.layer_optimum import kept_energy, legal_widths
 from tenp_dist.budget.widths.leftover import spend
 from tenp_dist.budget.widths.prices import Curves, allocate
+from tenp_dist.budget.widths.two_prices import within_both
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
 from tenp_dist.errors import BudgetError
 from tenp_dist.scoring.domains import never_routed
 from tenp_dist.scoring.methods.registry import Context, Method
-from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.statistics import LayerStatistics, tokens_of
 
 
 @dataclass(frozen=True)
 class ByPrice(PlanKind):
     """Plans of methods that say what a neuron is worth: every expert keeps as many as are worth their price."""
 
-    unused_keys = (*WHOLE_KEYS, "neuron_domains")
+    meets_activated = True
+    unused_keys = (*WHOLE_KEYS, "expert_domains", "neuron_domains")
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
@@ -68,9 +70,12 @@ class ByPrice(PlanKind):
             curves.append(self._curves(facts, whole_E, statistics(facts), context))
         allowed, most = _allowed(self.budget, shape.layers), self.budget.max_widths
         hulls = curves if self.method.curve is None else [concave(one) for one in curves]
-        floors = floor_places(hulls, allowed, most)
-        places, _ = allocate(hulls, allowed, most, floors)
-        places = spend(curves, places, allowed, most)
+        met = self._met(curves)
+        if met is None:
+            places, _ = allocate(hulls, allowed, most, floor_places(hulls, allowed, most))
+        else:
+            places = within_both(hulls, allowed, met, most)
+        places = spend(curves, places, allowed, most, met)
         widths = tuple(one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True))
         full = [facts.intermediate_size for facts in shape.layers]
         whole = tuple(int((width_E == size).sum()) for width_E, size in zip(widths, full, strict=True))
@@ -90,7 +95,14 @@ class ByPrice(PlanKind):
             kept_CE=self._kept(widths_C, statistics, context),
             whole_E=whole_E,
             minimum=_minimum(self.budget, facts),
+            tokens_E=None if self.budget.activated is None else tokens_of(statistics),
         )
+
+    def _met(self, curves: Sequence[Curves]) -> int | None:
+        """Neurons that all tokens together may meet, None for any number."""
+        if self.budget.activated is None:
+            return None
+        return math.floor(Fraction(self.budget.activated) * sum(one.met(one.full_E) for one in curves))
 
     def _kept(self, widths_C: np.ndarray, statistics: LayerStatistics, context: Context) -> np.ndarray:
         """What every expert keeps at these widths, float64 [C, E]."""
@@ -109,7 +121,11 @@ class ByPrice(PlanKind):
 
     def warnings(self, shape: Shape) -> list[str]:
         warnings, wasted = [], self.unspent(shape)
-        if wasted > WASTE_LIMIT:
+        if wasted > WASTE_LIMIT and self.budget.activated is not None:
+            warnings.append(
+                f"What tokens may meet (activated) leaves {float(wasted):.1%} of the allowed neurons unspent."
+            )
+        elif wasted > WASTE_LIMIT:
             step, most = self.budget.width_step, self.budget.max_widths
             warnings.append(
                 f"Widths that are multiples of {step}, at most {most} in a layer, leave {float(wasted):.1%} of the "

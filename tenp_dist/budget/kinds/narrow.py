@@ -49,7 +49,7 @@ class Narrow(PlanKind):
 
     @property
     def unused_keys(self) -> tuple[str, ...]:
-        return FLOOR_KEYS if self.keeps_whole else (*WHOLE_KEYS, *FLOOR_KEYS, "protect")
+        return FLOOR_KEYS if self.keeps_whole else (*WHOLE_KEYS, *FLOOR_KEYS, "protect", "expert_domains")
 
     @property
     def keeps_whole(self) -> bool:

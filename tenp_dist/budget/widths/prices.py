@@ -21,6 +21,7 @@ import numpy as np
 from tenp_dist.budget.widths.layer_optimum import best_widths
 
 _COARSE = 128  # widths of a coarse layer, from twice as many on
+_ROUNDING = 1e-12  # of the energy of a layer
 _FURTHEST = 1e30  # a first price is not corrected by more
 
 Places = list[np.ndarray]
@@ -36,6 +37,7 @@ class Curves:
     kept_CE: energy that each expert keeps at each width, concave along C.
     whole_E: true for experts that get the full width whatever it costs.
     minimum: neurons that the layer keeps at least.
+    tokens_E: tokens routed to each expert, int64; where what they meet has a price (`two_prices.py`).
     """
 
     layer: int
@@ -43,6 +45,7 @@ class Curves:
     kept_CE: np.ndarray
     whole_E: np.ndarray
     minimum: int = 0
+    tokens_E: np.ndarray | None = None
 
     @property
     def full_E(self) -> np.ndarray:
@@ -56,6 +59,16 @@ class Curves:
     def energy(self, place_E: np.ndarray) -> float:
         """Energy that the layer keeps at these places."""
         return float(np.take_along_axis(self.kept_CE, place_E[None], axis=0).sum())
+
+    def met(self, place_E: np.ndarray) -> int:
+        """Neurons that the layer's tokens meet at these places, all tokens together."""
+        assert self.tokens_E is not None, "what tokens meet has no price here"
+        return int(self.tokens_E @ self.widths_C[place_E])
+
+    def gain(self, few_E: np.ndarray, many_E: np.ndarray) -> float:
+        """Energy between two places; 0 where it is below 0 by rounding alone."""
+        few, many = self.energy(few_E), self.energy(many_E)
+        return 0.0 if 0 < few - many <= _ROUNDING * abs(few) else many - few
 
     def at_price(self, price: float, max_widths: int) -> np.ndarray:
         """Places [E] that are worth most at `price`, whatever the layer's minimum."""
@@ -100,7 +113,7 @@ class _Bracket:
         """Solve at `price` and take the solution for the end that it lies at; whether it is over the budget."""
         parts = zip(self.layers, self.small, self.large, self.floors, strict=True)
         # Worth is linear in the price: what is best at both ends is best between them.
-        places = [a if np.array_equal(a, b) else _priced(c, price, self.max_widths, f) for c, a, b, f in parts]
+        places = [a if np.array_equal(a, b) else priced(c, price, self.max_widths, f) for c, a, b, f in parts]
         small, found, large = (total_neurons(self.layers, end) for end in (self.small, places, self.large))
         if small < found <= self.allowed:
             self.small, self.high = places, price
@@ -162,7 +175,8 @@ def total_neurons(layers: Sequence[Curves], places: Places) -> int:
     return sum(curves.neurons(place_E) for curves, place_E in zip(layers, places, strict=True))
 
 
-def _priced(curves: Curves, price: float, max_widths: int, floor_E: np.ndarray) -> np.ndarray:
+def priced(curves: Curves, price: float, max_widths: int, floor_E: np.ndarray) -> np.ndarray:
+    """Places of a layer at a price, those of its floor where they would be fewer than its minimum."""
     place_E = curves.at_price(price, max_widths)
     return place_E if curves.neurons(place_E) >= curves.minimum else floor_E
 
@@ -177,7 +191,7 @@ def smallest(curves: Curves, high: float, max_widths: int) -> np.ndarray:
         return few_E
     while True:
         few, many = curves.neurons(few_E), curves.neurons(many_E)
-        price = max(curves.energy(many_E) - curves.energy(few_E), 0.0) / (many - few)
+        price = curves.gain(few_E, many_E) / (many - few)
         place_E = curves.at_price(price, max_widths)
         found = curves.neurons(place_E)
         if few < found < curves.minimum:

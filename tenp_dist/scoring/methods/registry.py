@@ -29,7 +29,7 @@ import torch
 
 from tenp_dist.config import Budget
 from tenp_dist.errors import JobError, NumericalError
-from tenp_dist.scoring.domains import NeuronDomains
+from tenp_dist.scoring.domains import ExpertDomains, NeuronDomains, pooled
 from tenp_dist.scoring.fusion import mean_ranks
 from tenp_dist.scoring.statistics import WEIGHT_STATISTICS, LayerStatistics
 
@@ -42,12 +42,14 @@ class Context:
     seed: of the methods that draw numbers.
     domain_weights: domain -> weight; a domain that is not named weighs 1.
     neuron_domains: how neuron scores of several domains become one, see `mix_neurons`.
+    expert_domains: how expert scores do: each domain scaled, as the methods say, or all tokens `pooled` first.
     """
 
     layer: int
     seed: int = 0
     domain_weights: Mapping[str, Fraction | float] = field(default_factory=dict)
     neuron_domains: NeuronDomains = "scaled"
+    expert_domains: ExpertDomains = "scaled"
 
 
 Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
@@ -118,7 +120,7 @@ class Method:
         """
         ranking = self._has(self.experts, "experts", "budget.experts")
         require_finite(statistics, self.expert_statistics, context.layer)
-        return ranking(statistics, context)
+        return ranking(*_of_experts(statistics, self.expert_statistics, context))
 
     def neuron_scores(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """Importance of each neuron among those of its expert, float64 [E, F].
@@ -140,7 +142,7 @@ class Method:
         """
         ranking = self._has(self.pair_losses, "pair_losses", "budget.method")
         require_finite(statistics, self.pair_statistics, context.layer)
-        return ranking(statistics, context)
+        return ranking(*_of_experts(statistics, self.pair_statistics, context))
 
     def with_experts_of(self, other: Method) -> Method:
         """The same with the expert ranking of another method (an ablation).
@@ -168,6 +170,13 @@ class Method:
                 next_step=f"leave {where} out, or use another method",
             )
         return ranking
+
+
+def _of_experts(statistics: LayerStatistics, names: Sequence[str], context: Context) -> tuple[LayerStatistics, Context]:
+    """What experts are ranked by: the domains as they are, or all as one. names: of the statistics that are read."""
+    if context.expert_domains == "scaled":
+        return statistics, context
+    return pooled(statistics, names, context.domain_weights), replace(context, domain_weights={})
 
 
 def of_budget(budget: Budget) -> Method:
