@@ -22,7 +22,20 @@ PAGES = (
     "cluster/kuberay/rayjob.yaml",
     *(f"jobs/{name}.yaml" for name in ("rebudget", "evaluate", "deepseek-v3", "qwen3-235b", "kimi-k2")),
 )
-PROGRAMS = ("tenp-dist", "ray", "sbatch", "scancel", "tail", "kubectl", "python", "pip", "cp", "export", "echo")
+PROGRAMS = (
+    "tenp-dist",
+    "ray",
+    "sbatch",
+    "scancel",
+    "tail",
+    "kubectl",
+    "docker",
+    "python",
+    "pip",
+    "cp",
+    "export",
+    "echo",
+)
 
 IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist run JOB.yaml",
@@ -93,7 +106,11 @@ ELSEWHERE = {
         "kubectl get rayjob tenp-dist",
         "kubectl delete -f cluster/kuberay/rayjob.yaml",
     ],
-    "installs": ["pip install .", "pip install ./tenp_dist/runtime/vllm"],
+    "tests/system/test_image.py runs its steps": [
+        "docker build -f cluster/Dockerfile -t registry.example/tenp-dist:0.1.0 .",
+    ],
+    "needs a registry": ["docker push registry.example/tenp-dist:0.1.0"],
+    "installs": ["pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
