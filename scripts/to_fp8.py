@@ -21,7 +21,8 @@ from tenp_dist.checkpoint import float8
 from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.checkpoint.writer import OutputShard, assign_shards, finish_checkpoint, shard_header, side_files
+from tenp_dist.checkpoint.side_files import side_files
+from tenp_dist.checkpoint.writer import OutputShard, assign_shards, finish_checkpoint, shard_header
 
 ENCODED = re.compile(r"\.layers\.\d+\..*_proj(_with_mqa)?\.weight$")
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -73,7 +74,7 @@ def convert(model: Path, out: Path, tensors: Tensors, shard_size: int) -> None:
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
             "weight_block_size": list(tensors.block), **({"scale_fmt": "ue8m0"} if tensors.powers else {}),
         }  # fmt: skip
-    finish_checkpoint(out, shards, config, list(side_files(model)))
+    finish_checkpoint(out, shards, config, side_files(model))
 
 
 def write(

@@ -9,9 +9,10 @@ import torch
 
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.families.table import family_of
-from tenp_dist.checkpoint.stock_config import transformers_config
+from tenp_dist.checkpoint.stock_config import refusing_config, transformers_config
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.attention import mark_model, register_attention
+from tenp_dist.model.router_groups import check_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,15 +31,17 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
 
     Raises:
         UnsupportedModelError: a form of the family that its row refuses.
+        SourceError: numbers of the config that no model can have.
     """
     from transformers import AutoModelForCausalLM
 
-    stock = transformers_config(config)
-    _check_forms(family_of(config), stock)
+    family, stock = family_of(config), transformers_config(config)
+    _check_forms(family, stock)
+    check_groups(family, stock.get_text_config(), family.groups(config))
     for name in _EXTRAS:
         if getattr(stock, name, False):
             setattr(stock, name, False)
-    with torch.device("meta"):
+    with refusing_config(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             stock,
             dtype=dtype,

@@ -124,7 +124,7 @@ def test_steps_of_the_image(tmp_path):
     package = [name for name in tracked() if name.startswith("tenp_dist/") and "/vllm/" not in name]
     assert [name for name in package if not (site / name).is_file()] == [], "not installed"
     job = re.search(r"tenp-dist run (\S+)", manifest()["spec"]["entrypoint"])[1]
-    show = "from tenp_dist.job_file import load_job; import sys, tenp_dist; print(tenp_dist.__file__, load_job(sys.argv[1]))"
+    show = "import sys, tenp_dist.job_file as j; print(j.__file__, j.load_job(sys.argv[1]))"
     environment |= {name: str(tmp_path) for name in ("TENP_MODELS", "TENP_RUNS", "TENP_TEXT")}
     assert str(site) in run("/opt/tenp-dist", sys.executable, "-c", show, str(root / job.lstrip("/")))
     run("/opt/tenp-dist", sys.executable, "scripts/stdlib_text.py", "--help")
