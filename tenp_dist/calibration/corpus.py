@@ -22,7 +22,7 @@ from tenp_dist.calibration.documents import documents_of
 from tenp_dist.calibration.round_trip import round_trip
 from tenp_dist.calibration.rows import label_of
 from tenp_dist.calibration.tally import SourceReport, Tally, report_of
-from tenp_dist.calibration.tokenizer import load_tokenizer
+from tenp_dist.calibration.tokenizer import load_tokenizer, token_ids
 from tenp_dist.config import Source, Text
 from tenp_dist.errors import CalibrationError
 
@@ -243,10 +243,8 @@ def _encode(
 def _encode_batch(
     batch: list[str], tokenizer: PreTrainedTokenizerBase, bos: list[int], eos: list[int], tally: Tally
 ) -> Iterator[list[int]]:
-    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    for document, decoded in zip(
-        batch, tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False), strict=True
-    ):
+    encoded, texts = token_ids(tokenizer, batch)
+    for document, decoded in zip(batch, texts, strict=True):
         tally.tokenizer = tally.tokenizer.plus(round_trip(document, decoded))
     yield from (bos + tokens + eos for tokens in encoded if tokens)
 

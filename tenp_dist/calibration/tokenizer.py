@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,43 @@ from tenp_dist.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Failure(Exception):
+    """What another library raised, as one line."""
+
+
+@contextlib.contextmanager
+def any_failure() -> Iterator[None]:
+    """Whatever tokenizers raise, of any type, as `Failure`: a broken tokenizer.json ends in a panic of Rust."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is no Exception
+            raise
+        raise Failure(f"{type(error).__name__}: {one_line(error)}") from error
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, batch: list[str]) -> tuple[list[list[int]], list[str]]:
+    """The tokens of every text, without special ones around them, and what they decode to.
+
+    Raises:
+        CalibrationError: the tokenizer fails.
+    """
+    try:
+        with any_failure():
+            encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            return encoded, tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
+    except Failure as error:
+        raise CalibrationError(
+            "The tokenizer fails on the text",
+            where=tokenizer.name_or_path,
+            found=error,
+            wanted="tokens",
+            next_step="use the tokenizer.json and tokenizer_config.json that were published with the weights",
+        ) from error
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
@@ -24,17 +63,14 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
     config = transformers_config(read_config(model))
     try:
-        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
-    except (
-        BaseException
-    ) as error:  # of any type: a broken tokenizer.json ends in a panic of Rust, which is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with any_failure():
+            return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
+    except Failure as error:
         code, whole = _names_code(model), (model / "tokenizer.json").is_file()
         raise CalibrationError(
             "Tokenizer cannot be loaded",
             where=model,
-            found="a class of its own by auto_map, which is never run" if code else one_line(error),
+            found="a class of its own by auto_map, which is never run" if code else str(error),
             wanted="tokenizer.json or what the model's tokenizer needs",
             next_step=_tokenizer_step(code, whole),
         ) from error
