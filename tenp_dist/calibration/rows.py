@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tenp_dist.config import Source, Text
-from tenp_dist.errors import CalibrationError, first_line
+from tenp_dist.errors import CalibrationError, one_line
 
 _BUILDERS: Mapping[str, Mapping[str, Any]] = {
     ".jsonl": {"path": "json"},
@@ -112,7 +112,7 @@ def _readable(source: Source) -> Iterator[None]:
         raise CalibrationError(
             "Source cannot be read",
             where=f"{label_of(source)} (domain {source.domain})",
-            found=f"{type(cause).__name__}: {first_line(cause)}",
+            found=f"{type(cause).__name__}: {one_line(cause)}",
             wanted="jsonl with one object a line, json, parquet, arrow, csv, txt, or a dataset that exists",
             next_step=_next_step(source, cause),
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import tenp_dist  # noqa: F401 teaches transformers the ragged layout
-from tenp_dist.errors import DeviceError, NumericalError, SourceError, first_line
+from tenp_dist.errors import DeviceError, NumericalError, SourceError, one_line
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def load(folder: Path, device: str, dtype: str) -> Loaded:
         raise SourceError(
             "The checkpoint does not load in transformers",
             where=folder,
-            found=first_line(error),
+            found=one_line(error),
             wanted="a folder with config.json, weights and tokenizer",
             next_step="correct the path",
         ) from error

@@ -49,7 +49,8 @@ class User:
         self.home = home
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TENP_", "HF_"))}
         path = f"{COMMAND.parent}:{os.environ['PATH']}"
-        self.variables = {**kept, **QUIET, "HOME": str(home), "PATH": path, "HF_HUB_OFFLINE": "1", **variables}
+        shell = {"HOME": str(home), "PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "300"}
+        self.variables = {**kept, **QUIET, **shell, **variables}
 
     def give(self, command: str, cwd: Path) -> str:
         """Its output; exports stay."""
