@@ -21,7 +21,7 @@ from typing import Literal
 from tenp_dist.artifacts import free_bytes
 from tenp_dist.errors import first_line
 from tenp_dist.pool.machine import own_address
-from tenp_dist.pool.ray_environment import ray_folder, too_long
+from tenp_dist.pool.ray_environment import ray_folder, unfit
 
 Verdict = Literal["ok", "warning", "failed"]
 
@@ -181,10 +181,11 @@ def _disk(run_dir: Path) -> Iterator[Finding]:
 
 def _temporary() -> Iterator[Finding]:
     folder = ray_folder()
-    if too_long(folder):
-        fix = "set RAY_TMPDIR to a shorter path on the node's own disk"
-        stands = "RAY_TMPDIR" in os.environ  # a local run of ours takes /tmp in place of a long TMPDIR
-        yield Finding("Ray's folder", "failed" if stands else "warning", f"{folder} is too long for Ray's sockets", fix)
+    why = unfit(folder)
+    if why:
+        fix = "set RAY_TMPDIR to a shorter, plain path on the node's own disk"
+        stands = "RAY_TMPDIR" in os.environ  # a local run of ours takes /tmp in place of such a TMPDIR
+        yield Finding("Ray's folder", "failed" if stands else "warning", f"{folder} {why}", fix)
         if stands:
             return
         folder = Path("/tmp")

@@ -26,9 +26,13 @@ def ray_folder() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
 
 
-def too_long(folder: Path) -> bool:
-    """Whether sockets below it would have paths longer than a system allows."""
-    return len(os.fsencode(folder)) + _BELOW > _SOCKET_PATH
+def unfit(folder: Path) -> str | None:
+    """Why Ray cannot keep its sockets below a folder, None where it can."""
+    if not str(folder).isascii():
+        return "has letters beyond ASCII, which Ray does not take"
+    if len(os.fsencode(folder)) + _BELOW > _SOCKET_PATH:
+        return "is too long for Ray's sockets"
+    return None
 
 
 def set_ray_environment() -> None:
