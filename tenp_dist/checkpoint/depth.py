@@ -24,7 +24,7 @@ def check_depth(index: CheckpointIndex, family: Family, num_layers: int) -> None
         SourceError: a layer is absent, or lies behind the last one that the config counts.
     """
     layers = layers_under(family.layer, index.tensors)
-    where = f"{index.folder / 'config.json'}: {family.layers_key}"
+    key = family.layers_key if family.section is None else f"{family.section}.{family.layers_key}"
     absent = next((layer for layer in range(num_layers) if layer not in layers), None)
     if absent is not None:
         raise SourceError(
@@ -34,12 +34,13 @@ def check_depth(index: CheckpointIndex, family: Family, num_layers: int) -> None
             wanted=f"{family.layers_key} = {num_layers}",
             next_step="download the checkpoint again, or correct config.json",
         )
-    known = _kinds(name for layer in range(num_layers) for name in layers[layer])
-    beyond = [layer for layer in sorted(layers) if layer >= num_layers and _kinds(layers[layer]) <= known]
+    behind = [layer for layer in sorted(layers) if layer >= num_layers]
+    known = _kinds(name for layer in range(num_layers) for name in layers[layer]) if behind else set()
+    beyond = [layer for layer in behind if _kinds(layers[layer]) <= known]
     if beyond:
         raise SourceError(
             "Checkpoint holds more decoder layers than its config says",
-            where=where,
+            where=f"{index.folder / 'config.json'}: {key}",
             found=f"{num_layers}, and {_range(beyond)} with the tensors of a decoder layer",
             wanted=f"{family.layers_key} = {max(beyond) + 1}, or prediction layers, which have tensors of their own",
             next_step="correct config.json; to leave layers out, take their tensors out of the index as well",

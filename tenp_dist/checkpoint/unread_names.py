@@ -34,7 +34,7 @@ _SIGNS = (
     Sign(r"\.(absmax|quant_map|quant_state\.[\w.]+)$", "The checkpoint is quantised with bitsandbytes", _UNQUANTISED),
     Sign(r"\.(qweight|qzeros)$", "The checkpoint is quantised with GPTQ or AWQ", _UNQUANTISED),
     Sign(
-        r"(?<!shared_)experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13|w2_weight|w13_weight)(\.weight)?$",
+        r"(?<!shared_)experts\.[a-z]\w*(\.weight)?$",
         "All experts of a layer lie in one tensor",
         "load the model with transformers 5 and save it with save_pretrained, which writes a tensor for every expert",
     ),
