@@ -6,7 +6,7 @@ not come out, scores of different tokens mix without a word, or the reshape fail
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.errors import SourceError
@@ -54,7 +54,7 @@ def _number(stock: Any, key: str) -> int:
     return value
 
 
-def _refuse(key: str, found: str, wanted: str) -> None:
+def _refuse(key: str, found: str, wanted: str) -> NoReturn:
     raise SourceError(
         "The router cannot choose among the groups that the config states",
         where=f"config.json: {key}",
