@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -131,8 +130,6 @@ def test_on_a_ray_cluster(tmp_path, checkout, short):
                 other.variables |= {name: value for name, value in head.variables.items() if name.startswith("TENP_")}
                 other.variables["RAY_AUTH_MODE"] = "token"
                 user = other
-            if "--follow" in command:
-                _ended(head, job, server, checkout)
             said = user.give(command, checkout)
             job = job or next(iter(re.findall(r"raysubmit_\w+", said)), "")
             user = head
@@ -140,10 +137,3 @@ def test_on_a_ray_cluster(tmp_path, checkout, short):
         head.end()
         other.end()
     assert job and (shared / "runs" / "quickstart" / "report" / "index.html").is_file()
-
-
-def _ended(user: User, job: str, server: int, cwd: Path) -> None:
-    limit = time.monotonic() + 120
-    while "SUCCEEDED" not in user.give(f"ray job status {job} --address http://127.0.0.1:{server}", cwd):
-        assert time.monotonic() < limit, "the job does not end"
-        time.sleep(1)
