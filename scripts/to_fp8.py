@@ -22,7 +22,8 @@ from tenp_dist.checkpoint import float8
 from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
-from tenp_dist.checkpoint.writer import OutputShard, assign_shards, finish_checkpoint, shard_header, side_files
+from tenp_dist.checkpoint.side_files import side_files
+from tenp_dist.checkpoint.writer import OutputShard, assign_shards, finish_checkpoint, shard_header
 
 ENCODED = re.compile(r"\.layers\.\d+\..*_proj(_with_mqa)?\.weight$")
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -79,7 +80,7 @@ def convert(model: Path, out: Path, tensors: Tensors, shard_size: int) -> None:
     config = read_json(model / "config.json")
     if not tensors.plain:
         config |= tensors.config_entry()
-    finish_checkpoint(out, shards, config, list(side_files(model)))
+    finish_checkpoint(out, shards, config, side_files(model))
 
 
 def write(

@@ -7,7 +7,6 @@ so that the budget is computed in exact rationals. `job_file` reads them.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -16,33 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(value: object) -> int:
-    """`5GB`, `512MiB` or a plain number of bytes -> bytes. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    if not match or match[2].upper() not in _UNITS:
-        raise ValueError(f"not a size: {value!r} (write 5GB, 512MiB or a number of bytes)")
-    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if size <= 0:
-        raise ValueError("a size must be above zero")
-    return size
-
-
-Size = Annotated[int, BeforeValidator(parse_bytes)]
-Exact = Annotated[Decimal, BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)]
-
-
-def parse_protected(value: object) -> str:
-    """`5` for a decoder layer, `5/17` for expert 17 of it. Raises ValueError."""
-    if isinstance(value, bool) or not re.fullmatch(r"\d+(/\d+)?", str(value)):
-        raise ValueError(f"not a layer or an expert: {value!r} (write 5 for a decoder layer, 5/17 for its expert 17)")
-    return "/".join(str(int(part)) for part in str(value).split("/"))
-
-
-Protected = Annotated[str, BeforeValidator(parse_protected)]
-Protection = Annotated[tuple[Protected, ...], BeforeValidator(lambda given: () if given == NONE else given)]
+from tenp_dist.job_values import Exact, LayoutBy, Protection, Size
 
 Fused = Annotated[tuple[str, ...], Field(min_length=1)]
 """Methods whose rankings become one."""
@@ -59,17 +32,8 @@ def parse_layout(value: object) -> object:
     return value
 
 
-def parse_layout_by(value: object) -> object:
-    """`expert-parallel=8` -> the same. Raises ValueError."""
-    if value is not None and not re.fullmatch(r"expert-parallel=[1-9]\d*", str(value)):
-        raise ValueError(f"not a way to divide files: {value!r} (write expert-parallel=8 for a set of files per rank)")
-    return value
-
-
-LayoutBy = Annotated[str | None, BeforeValidator(parse_layout_by)]
 LayoutName = Annotated[str, BeforeValidator(parse_layout)]
 
-NONE = "none"  # of `budget.protect`: an empty list
 COMPENSATE = "compensate"  # of `output`; of a grid too
 Compensate = bool | Literal["joint"]
 """Whether W_down is compensated, expert by expert (true) or a whole layer as one system."""

@@ -9,7 +9,8 @@
       plan.json, plan.safetensors     the plan, for people and for the writer
       compensation/, compensation.json   new W_down of narrow experts, and what that changed
       checkpoint/<layout>/            the pruned model
-      verify/, verify.json            parts of the check while it is made, and its outcome
+      verify/, verify.json            parts of the check while it is made, its outcome, sha256 of what was written
+      source.sha256.json              digests of the source's files, where `verify --full` was asked for
       evaluation/, evaluation.json    tokens, plans and hidden states of the evaluation, and its figures
       benchmark/, benchmark.json      figures of every model on tasks, and both side by side
       report/                         the page and the numbers behind it
@@ -190,6 +191,11 @@ class RunFiles:
     @property
     def verify(self) -> Path:
         return self.run_dir / "verify.json"
+
+    @property
+    def source_digests(self) -> Path:
+        """sha256 of every weight file of the source, once somebody asked for it."""
+        return self.run_dir / "source.sha256.json"
 
     @property
     def evaluation_folder(self) -> Path:

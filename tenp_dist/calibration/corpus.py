@@ -22,10 +22,9 @@ from tenp_dist.calibration.documents import documents_of
 from tenp_dist.calibration.round_trip import round_trip
 from tenp_dist.calibration.rows import label_of
 from tenp_dist.calibration.tally import SourceReport, Tally, report_of
-from tenp_dist.checkpoint.index import read_config
-from tenp_dist.checkpoint.stock_config import transformers_config
+from tenp_dist.calibration.tokenizer import load_tokenizer, token_ids
 from tenp_dist.config import Source, Text
-from tenp_dist.errors import CalibrationError, first_line
+from tenp_dist.errors import CalibrationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +97,7 @@ def build_split(text: Text, model: Path, vocab_size: int, share: Fraction) -> Sp
     Raises:
         CalibrationError: as `build_corpus`.
     """
-    tokenizer = _load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     domains = tuple(dict.fromkeys(source.domain for source in text.sources))
     kept, aside, reports = [], [], []
     for source in text.sources:
@@ -244,47 +243,10 @@ def _encode(
 def _encode_batch(
     batch: list[str], tokenizer: PreTrainedTokenizerBase, bos: list[int], eos: list[int], tally: Tally
 ) -> Iterator[list[int]]:
-    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    for document, decoded in zip(
-        batch, tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False), strict=True
-    ):
+    encoded, texts = token_ids(tokenizer, batch)
+    for document, decoded in zip(batch, texts, strict=True):
         tally.tokenizer = tally.tokenizer.plus(round_trip(document, decoded))
     yield from (bos + tokens + eos for tokens in encoded if tokens)
-
-
-def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """From files of data alone: code that comes with a model is never run."""
-    from transformers import AutoTokenizer
-
-    try:
-        config = transformers_config(read_config(model))
-        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        code, whole = _names_code(model), (model / "tokenizer.json").is_file()
-        raise CalibrationError(
-            "Tokenizer cannot be loaded",
-            where=model,
-            found="a class of its own by auto_map, which is never run" if code else first_line(error),
-            wanted="tokenizer.json or what the model's tokenizer needs",
-            next_step=_tokenizer_step(code, whole),
-        ) from error
-
-
-def _names_code(model: Path) -> bool:
-    """Whether tokenizer_config.json asks for code of the model's own."""
-    try:
-        return "auto_map" in json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
-def _tokenizer_step(code: bool, whole: bool) -> str:
-    """What to do. code: it asks for code of its own. whole: tokenizer.json is there."""
-    if not code:
-        return "put the model's tokenizer files next to config.json" + ", whole ones" * whole
-    if whole:
-        return "take auto_map and tokenizer_class out of tokenizer_config.json: tokenizer.json is enough"
-    return "put a tokenizer.json that says the same next to config.json, and take auto_map out of tokenizer_config.json"
 
 
 def _check_kept(tally: Tally, model: Path) -> None:

@@ -9,7 +9,7 @@ from tenp_dist.calibration.messages import as_messages, handed_on
 from tenp_dist.calibration.rows import Row, label_of, rows_of
 from tenp_dist.calibration.tally import Tally
 from tenp_dist.config import Source
-from tenp_dist.errors import CalibrationError, first_line
+from tenp_dist.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def _rendered(source: Source, number: int, value: Any, tokenizer: PreTrainedToke
         raise CalibrationError(
             "Messages do not go through the chat template",
             where=where,
-            found=f"{type(error).__name__}: {first_line(error)}",
+            found=f"{type(error).__name__}: {one_line(error)}",
             wanted="a tokenizer with a chat template that takes these roles",
             next_step="use text_column, or correct the rows",
         ) from error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tenp_dist.config import Source, Text
-from tenp_dist.errors import CalibrationError, first_line
+from tenp_dist.errors import CalibrationError, one_line
 
 _BUILDERS: Mapping[str, Mapping[str, Any]] = {
     ".jsonl": {"path": "json"},
@@ -28,6 +28,7 @@ _BUILDERS: Mapping[str, Mapping[str, Any]] = {
 _PACKED = (".gz", ".bz2", ".xz")  # of text files; `datasets` opens them
 _IN_MEMORY = 10_000  # rows
 _NUMBER = "__row__"
+_WHOLE = "train"  # the split that a file is, and the default
 
 
 class Row(NamedTuple):
@@ -41,15 +42,29 @@ def check_sources(text: Text) -> None:
     """Raise CalibrationError where a file that a source names is not there or of no known kind."""
     for source in text.sources:
         if source.path is not None:
-            _builder(source.path)
+            _check_parts(source, _builder(source.path))
+
+
+def _check_parts(source: Source, builder: Mapping[str, Any] | None) -> None:
+    """Refuse the part of a source that says nothing of what it names; it would be ignored."""
+    ignored = "subset" if source.subset else "split" if builder and source.split != _WHOLE else None
+    if ignored:
+        raise CalibrationError(
+            f"A {'file' if builder else 'saved folder'} has no {ignored}",
+            where=f"{label_of(source)} (domain {source.domain})",
+            found=f"{ignored}: {getattr(source, ignored)}",
+            wanted="`subset` and `split` for a dataset by `name`, `split` for a folder with several",
+            next_step=f"take `{ignored}` out of the source; `samples` says how much of it is taken",
+        )
 
 
 def rows_of(source: Source, seed: int) -> Iterator[Row]:
     """All rows of a source, each once. Raises CalibrationError where it cannot be read."""
     with _readable(source):
         count = _count(source)
+        numbered = _numbered(source)
     if count is None or count <= _IN_MEMORY:
-        yield from _shuffled(source, _numbered(source), seed)
+        yield from _shuffled(source, numbered, seed)
         return
     drawn = np.random.default_rng(seed).permutation(count)
     for start in range(0, count, _IN_MEMORY):
@@ -97,7 +112,7 @@ def _readable(source: Source) -> Iterator[None]:
         raise CalibrationError(
             "Source cannot be read",
             where=f"{label_of(source)} (domain {source.domain})",
-            found=f"{type(cause).__name__}: {first_line(cause)}",
+            found=f"{type(cause).__name__}: {one_line(cause)}",
             wanted="jsonl with one object a line, json, parquet, arrow, csv, txt, or a dataset that exists",
             next_step=_next_step(source, cause),
         ) from error
@@ -142,7 +157,12 @@ def _builder(path: Path) -> Mapping[str, Any] | None:
     """What makes `datasets` read a file, None for a folder saved by `datasets`."""
     if not path.exists():
         raise CalibrationError(
-            "Calibration source not found", where=path, wanted="a file or a folder", next_step="correct `path`"
+            "Calibration source not found",
+            where=path,
+            wanted="a file or a folder",
+            next_step="give one source for each file: patterns are not expanded"
+            if "*" in str(path)
+            else "correct `path`",
         )
     if path.is_dir():
         _check_saved(path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tenp_dist.checkpoint.depth import check_depth
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import ANY, UP, Family, part_shape
@@ -12,6 +13,7 @@ from tenp_dist.checkpoint.formats.table import FORMATS
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.layer_names import layers_under, mtp_layers
 from tenp_dist.checkpoint.reader import check_shape
+from tenp_dist.checkpoint.unread_names import no_experts
 from tenp_dist.errors import SourceError, UnsupportedModelError
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -60,14 +62,8 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
     }
     moe = tuple(layer for layer, routed in present.items() if routed and layer < num_layers)
     if not moe:
-        raise UnsupportedModelError(
-            "No decoder layer holds routed experts",
-            where=index.folder,
-            found=f"{num_experts} experts in config.json, {len(present)} layers without experts",
-            wanted=slices.of(0, 0, UP).tensor.replace(".0.", ".*.", 1),
-            next_step="set `model` to a Mixture-of-Experts checkpoint that is not quantised",
-        )
-    _check_depth(index, family, num_layers, present)
+        raise no_experts(index, family, num_experts, len(present))
+    check_depth(index, family, num_layers)
     top_k = _top_k(index, family, num_experts)
     for layer in moe:
         _check_experts(index, slices, layer, num_experts, (width, hidden))
@@ -152,16 +148,31 @@ def layers_of(index: CheckpointIndex, family: Family) -> dict[int, list[str]]:
 def _check_float(index: CheckpointIndex, family: Family, entry: TensorEntry) -> None:
     """An expert's dtype is a float, and the one that the config states, where it states one."""
     _check_quantised(index, entry, "Routed experts are quantised")
-    texts = (family.text(index.config), index.config)
-    stated = next((part[key] for part in texts for key in ("dtype", "torch_dtype") if part.get(key)), None)
-    if stated in _FLOATS.values() and _FLOATS[entry.dtype] != stated:
+    key, stated = _stated_dtype(index, family)
+    if stated is not None and _FLOATS[entry.dtype] != stated:
         raise SourceError(
             "Tensor dtype contradicts the config",
             where=f"{index.folder / entry.file}: {entry.name}",
             found=_FLOATS[entry.dtype],
             wanted=f"{stated}, the dtype in config.json",
-            next_step="check that config.json belongs to these weights",
+            next_step=f"check that config.json belongs to these weights; if it does, correct its {key}",
         )
+
+
+def _stated_dtype(index: CheckpointIndex, family: Family) -> tuple[str, str | None]:
+    """The config's key for the dtype of the weights, and its value; engines make their tensors by it."""
+    parts = (family.text(index.config), index.config)
+    found = ((key, part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key) is not None)
+    key, stated = next(found, ("dtype", None))
+    if stated is not None and stated not in _FLOATS.values():
+        raise SourceError(
+            "The config states a dtype that no model is made in",
+            where=f"{index.folder / 'config.json'}: {key}",
+            found=repr(stated),
+            wanted=f"one of {', '.join(_FLOATS.values())}: that of the weights, once they are read",
+            next_step="correct it, or take the key out",
+        )
+    return key, stated
 
 
 def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> None:
@@ -172,18 +183,6 @@ def _check_quantised(index: CheckpointIndex, entry: TensorEntry, what: str) -> N
             found=entry.dtype,
             wanted=f"one of {', '.join(_FLOATS)}, or {', or '.join(form.described for form in FORMATS)}",
             next_step="dequantise the checkpoint to bf16 first",
-        )
-
-
-def _check_depth(index: CheckpointIndex, family: Family, num_layers: int, present: Mapping[int, bool]) -> None:
-    absent = sorted(set(range(num_layers)) - set(present))
-    if absent:
-        raise SourceError(
-            "Checkpoint lacks a decoder layer",
-            where=index.folder,
-            found=f"no tensor of {family.layer.format(layer=absent[0])}*",
-            wanted=f"{family.layers_keys[-1]} = {num_layers}",
-            next_step="download the checkpoint again, or correct config.json",
         )
 
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION
@@ -47,7 +48,7 @@ class Facts:
     """What config and headers say of a source checkpoint; `facts.json` is its plain form.
 
     schema_version: of `facts.json`.
-    model: name of its folder.
+    model: name of its folder, or of the repository whose download cache it lies in.
     fingerprint: digest of config, index, headers and file sizes.
     family: model_type of its row in the table of families.
     architecture: the first of the config's architectures.
@@ -107,7 +108,7 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
     slices, experts = ExpertSlices(family), range(layers.num_experts)
     parts = {place.tensor for layer in layers.moe_layers for _, _, place in slices.of_layer(layer, experts)}
     return Facts(
-        model=index.folder.name,
+        model=_name(index.folder),
         fingerprint=index.fingerprint,
         family=family.model_type,
         architecture=(index.config.get("architectures") or [family.model_type])[0],
@@ -135,6 +136,14 @@ def checkpoint_facts(index: CheckpointIndex, family: Family) -> Facts:
         shards=len(index.files),
         tensors=len(index.tensors),
     )
+
+
+def _name(folder: Path) -> str:
+    """`Qwen/Qwen3-30B-A3B` for `models--Qwen--Qwen3-30B-A3B/snapshots/<commit>`."""
+    cache = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _dtype_bytes(tensors: Mapping[str, TensorEntry]) -> dict[str, int]:

@@ -89,7 +89,8 @@ def open_index(folder: Path) -> CheckpointIndex:
     tensors, fused = apart(folder, row_of(config), config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
     plain = form.plain_config(config)
-    stored_as = {key: value for key, value in config.items() if key not in plain}
+    held = any(entry.stored for entry in tensors.values())  # otherwise the entry speaks of tensors that are not there
+    stored_as = {key: value for key, value in config.items() if held and key not in plain}
     return CheckpointIndex(folder, plain, ordered, files, digest.hexdigest(), stored_as, fused)
 
 
@@ -130,14 +131,20 @@ def read_config(folder: Path) -> dict:
             "Model folder not found",
             where=folder,
             wanted="a folder with config.json and safetensors",
-            next_step="set `model` to a checkpoint folder",
+            next_step="set `model` to a checkpoint folder"
+            + "; a name on the Hugging Face Hub is not taken: download it (`hf download NAME --local-dir FOLDER`)"
+            * (not Path(folder).parent.is_dir()),
         )
     if not path.is_file():
+        cached = sorted(Path(folder).glob("snapshots/*/config.json"))
         raise SourceError(
             "Model folder has no config.json",
             where=folder,
+            found=f"the cache of a download, {cached[-1].parent.relative_to(folder)} in it" if cached else None,
             wanted="config.json",
-            next_step="download it, or give the folder of a finished checkpoint",
+            next_step=f"set `model` to {cached[-1].parent}"
+            if cached
+            else "download it, or give the folder of a finished checkpoint",
         )
     return stock_config(_load_json(path))
 
@@ -161,18 +168,22 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _no_safetensors(folder: Path) -> SourceError:
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    gguf = sorted(path.name for path in folder.glob("*.gguf"))
-    steps = {
-        "convert pickled weights to safetensors (only safetensors is read)": pickles,
-        "GGUF is not read: give the checkpoint that it was made from, and convert the pruned one": gguf,
-    }
+    """By what lies there instead."""
+    causes = (
+        (("*.safetensors",), f"download {INDEX_NAME} too; a single file may be renamed to {SINGLE_NAME}"),
+        (("*/*.safetensors",), "set `model` to the folder that holds the files"),
+        (("*.bin", "*.pt", "*.pth"), "convert pickled weights to safetensors (only safetensors is read)"),
+        (("*.gguf",), "GGUF is not read: give the checkpoint that it was made from, and convert the pruned one"),
+    )
+    found = ((sorted(path for pattern in patterns for path in folder.glob(pattern)), step) for patterns, step in causes)
+    paths, step = next((pair for pair in found if pair[0]), ([], "download the weights"))
+    names = ", ".join(str(path.relative_to(folder)) for path in paths[:3])
     return SourceError(
         "No safetensors checkpoint in the model folder",
         where=folder,
-        found=", ".join([*pickles, *gguf][:3]) or "no weights",
+        found=f"{names}, ..." if len(paths) > 3 else names or "no weights",
         wanted=f"{INDEX_NAME} or {SINGLE_NAME}",
-        next_step=next((step for step, found in steps.items() if found), "download the weights"),
+        next_step=step,
     )
 
 

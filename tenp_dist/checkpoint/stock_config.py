@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tenp_dist.checkpoint.families.table import family_and_config, stock_config
+from tenp_dist.errors import SourceError, TenpError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -15,12 +17,33 @@ def transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     """transformers' own config of the model that a checkpoint is, or was made from.
 
     It goes by the family's own `model_type`: transformers would make a bare config of a name that it does not know
-    (`kimi_k2`), and that cannot bear every field of a real one. Raises as `family_of`.
+    (`kimi_k2`), and that cannot bear every field of a real one.
+
+    Raises:
+        SourceError: transformers refuses a value of the config. UnsupportedModelError: as `family_of`.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     family, stock = family_and_config(stock_config(config))
-    return CONFIG_MAPPING[family.model_type].from_dict(plain_floats(stock))
+    with refusing_config():
+        return CONFIG_MAPPING[family.model_type].from_dict(plain_floats(stock))
+
+
+@contextlib.contextmanager
+def refusing_config() -> Iterator[None]:
+    """Whatever transformers raises of a config, or of a model made from it, as an error with its whole message."""
+    try:
+        yield
+    except TenpError:
+        raise
+    except Exception as error:  # of any type: its checks are those of many authors
+        raise SourceError(
+            "transformers makes no model of this config.json",
+            where="config.json",
+            found=f"{type(error).__name__}: {one_line(error)}",
+            wanted="the config that was published with these weights",
+            next_step="download config.json again, or correct the value that is named",
+        ) from error
 
 
 def plain_floats(value: Any) -> Any:

@@ -35,6 +35,7 @@ class Verified:
     nbytes: of all, as written.
     errors: relative errors of those that were encoded anew, by name; none where their bytes could stay.
     encoded: tensors in a stored format.
+    digests: sha256 of the files that were read, by name.
     """
 
     tensors: int = 0
@@ -43,11 +44,12 @@ class Verified:
     nbytes: int = 0
     errors: Mapping[str, float] = field(default_factory=dict)
     encoded: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __add__(self, other: Verified) -> Verified:
         counts = ("tensors", "pruned_tensors", "untouched_tensors", "nbytes", "encoded")
         sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
-        return Verified(**sums, errors={**self.errors, **other.errors})
+        return Verified(**sums, errors={**self.errors, **other.errors}, digests={**self.digests, **other.digests})
 
     def rounding(self) -> dict[str, Any] | None:
         """What was lost by encoding, in the order of names; None where nothing is encoded."""

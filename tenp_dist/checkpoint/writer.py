@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
@@ -21,7 +21,6 @@ from tenp_dist.artifacts import atomic_write, write_json
 from tenp_dist.checkpoint.index import INDEX_NAME
 from tenp_dist.checkpoint.recipes import Inputs, OutputTensor
 
-_CARRIED = {".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", ".vocab"}
 _BEHIND_BYTES = 16 << 20
 
 
@@ -124,15 +123,16 @@ def finish_checkpoint(
     folder: Path,
     shards: Sequence[OutputShard[T]],
     config: Mapping[str, Any],
-    carried: Sequence[Path],
+    carried: Mapping[str, Path],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy the carried side files, then write the index, then the config: the checkpoint exists from here on.
 
+    carried: name in the checkpoint -> file that comes along (`side_files`).
     metadata: what the index says beside sizes and the map.
     """
-    for path in carried:
-        with atomic_write(folder / path.name) as stream, open(path, "rb") as original:
+    for name, path in carried.items():
+        with atomic_write(folder / name) as stream, open(path, "rb") as original:
             shutil.copyfileobj(original, stream)
     write_json(
         folder / INDEX_NAME,
@@ -142,12 +142,3 @@ def finish_checkpoint(
         },
     )
     write_json(folder / "config.json", config)
-
-
-def side_files(source: Path) -> Iterator[Path]:
-    """Tokenizer, generation config, modeling code, licence and the like: what a source has beside its weights."""
-    for path in sorted(source.iterdir()):
-        named = path.suffix in _CARRIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        weights = path.name in ("config.json", INDEX_NAME) or path.name.endswith(".index.json")
-        if path.is_file() and named and not weights:
-            yield path

@@ -23,6 +23,7 @@ from tenp_dist.pipeline.names import STAGES
 if TYPE_CHECKING:
     from tenp_dist.config import Job
     from tenp_dist.pool.base import Pool
+    from tenp_dist.stages.run import Run
 
 RUN_EXAMPLES = ("JOB.yaml", "JOB.yaml --set budget.retention=0.5 --run-dir runs/half", "JOB.yaml --json > result.json")
 
@@ -73,6 +74,7 @@ def _execute_stages(
     as_json: bool,
     debug: bool,
     plans: tuple[Path, ...] = (),
+    full: bool = False,
 ) -> None:
     from tenp_dist.job_file import load_job
 
@@ -93,10 +95,26 @@ def _execute_stages(
         make_pool = view.announce(_pool_maker(loaded, address, debug))
         records = run_stages(checked, names, make_pool, view, overwrite=overwrite)
     summaries = {name: dict(record.summary) for name, record in records.items()}
+    if full:
+        summaries["verify"]["full"] = _verify_full(checked, _pool_maker(loaded, address, debug))
     if as_json:
         click.echo(json.dumps({"run_dir": str(loaded.run_dir), "stages": summaries}, indent=2))
     else:
         print_summary(loaded, summaries)
+
+
+def _verify_full(run: Run, make_pool: Callable[[], Pool]) -> dict[str, Any]:
+    from tenp_dist.report.text import size
+    from tenp_dist.stages.full_digests import check_full
+
+    pool = make_pool()
+    try:
+        found = check_full(run, pool)
+    finally:
+        pool.close()
+    source = "the source's digests are noted" if found["source_noted"] else "the source is as it was noted"
+    click.echo(f"{found['files']} files, {size(found['bytes'])}, read in full: {source}", err=True)
+    return found
 
 
 def _pool_maker(job: Job, address: str | None, debug: bool) -> Callable[[], Pool]:
@@ -125,11 +143,17 @@ def _plans_option(command: Callable[..., None]) -> Callable[..., None]:
     return option(click.argument("more_plans", nargs=-1, type=path, metavar="")(joined))
 
 
+def _full_option(command: Callable[..., None]) -> Callable[..., None]:
+    text = "Then read every byte of source and checkpoints again, against the digests that were taken before."
+    return click.option("--full", is_flag=True, help=text)(command)
+
+
 def _add_command(name: str, names: list[str] | None, text: str, examples: Sequence[str]) -> None:
     def run(**options: Any) -> None:
         _execute(names, **options)
 
-    command = _plans_option(run) if name == "evaluate" else run
+    more = {"evaluate": _plans_option, "verify": _full_option}.get(name)
+    command = more(run) if more else run
     cli.command(name, help=with_examples(name, text, examples))(_options(command))
 
 

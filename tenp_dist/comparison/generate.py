@@ -13,7 +13,7 @@ import torch
 
 import tenp_dist  # noqa: F401 teaches transformers the ragged layout
 from tenp_dist.checkpoint.families.table import auto_class
-from tenp_dist.errors import DeviceError, NumericalError, SourceError, first_line
+from tenp_dist.errors import DeviceError, NumericalError, SourceError, one_line
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load(folder: Path, device: str, dtype: str) -> Loaded:
         raise SourceError(
             "The checkpoint does not load in transformers",
             where=folder,
-            found=first_line(error),
+            found=one_line(error),
             wanted="a folder with config.json, weights and tokenizer",
             next_step="correct the path",
         ) from error

@@ -21,12 +21,11 @@ from typing import Literal
 from tenp_dist.artifacts import free_bytes
 from tenp_dist.errors import first_line
 from tenp_dist.pool.machine import own_address
+from tenp_dist.pool.ray_environment import ray_folder, unfit
 
 Verdict = Literal["ok", "warning", "failed"]
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-_SOCKET_PATH = 107  # bytes that a Unix socket's path may have
-_RAY_BELOW = len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store_1")
 _BLOCK = 64 * 2**20  # bytes written to measure a disk
 
 
@@ -181,11 +180,15 @@ def _disk(run_dir: Path) -> Iterator[Finding]:
 
 
 def _temporary() -> Iterator[Finding]:
-    folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
-    if len(str(folder)) + _RAY_BELOW > _SOCKET_PATH:
-        fix = "set RAY_TMPDIR to a shorter path on the node's own disk"
-        yield Finding("Ray's folder", "failed", f"{folder} is too long for Ray's sockets", fix)
-        return
+    folder = ray_folder()
+    why = unfit(folder)
+    if why:
+        fix = "set RAY_TMPDIR to a shorter, plain path on the node's own disk"
+        stands = "RAY_TMPDIR" in os.environ  # a local run of ours takes /tmp in place of such a TMPDIR
+        yield Finding("Ray's folder", "failed" if stands else "warning", f"{folder} {why}", fix)
+        if stands:
+            return
+        folder = Path("/tmp")
     free = free_bytes(folder)
     fix = "free space there, or set RAY_TMPDIR; Ray stops working on a disk that is 95 % full"
     used = 1 - free / max(1, shutil.disk_usage(folder if folder.is_dir() else "/").total)

@@ -44,8 +44,14 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 
 def written_source(job: Job, source: Source) -> Source:
-    """The source as checkpoints are made from it: without prediction layers where the job drops them."""
-    return without_mtp(source) if job.output.mtp == "drop" else source
+    """The source as checkpoints are made from it: without prediction layers where the job drops them.
+
+    Where its config counts some that it has no tensors of, as many converted models do, the count goes: engines would
+    look for them.
+    """
+    text = source.family.text(source.index.config)
+    empty = any(text.get(key) for key in source.family.mtp_keys) and not source.facts.mtp_layers
+    return without_mtp(source) if job.output.mtp == "drop" or empty else source
 
 
 def plan_settings(job: Job) -> dict[str, bool]:

@@ -10,9 +10,10 @@ from torch import nn
 
 from tenp_dist.checkpoint.families.base import ANY, Family
 from tenp_dist.checkpoint.families.table import auto_class, family_of
-from tenp_dist.checkpoint.stock_config import transformers_config
+from tenp_dist.checkpoint.stock_config import refusing_config, transformers_config
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.attention import mark_model, register_attention
+from tenp_dist.model.router_groups import check_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,18 +32,19 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, experts_implement
 
     Raises:
         UnsupportedModelError: a form of the family that its row refuses.
+        SourceError: numbers of the config that no model can have.
     """
     import transformers
 
-    stock = transformers_config(config)
-    family = family_of(config)
+    family, stock = family_of(config), transformers_config(config)
     _check_forms(family, stock)
+    check_groups(family, stock.get_text_config(), family.groups(config))
     for part in {id(one): one for one in (stock, stock.get_text_config())}.values():
         for name in _EXTRAS:
             if getattr(part, name, False):
                 setattr(part, name, False)
     auto: Any = getattr(transformers, auto_class(family.model_type))
-    with torch.device("meta"):
+    with refusing_config(), torch.device("meta"):
         model = auto.from_config(
             stock,
             dtype=dtype,

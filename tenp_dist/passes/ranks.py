@@ -26,7 +26,7 @@ from torch import nn
 
 from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.families.table import FAMILIES
-from tenp_dist.errors import ClusterError, UnsupportedModelError, first_line
+from tenp_dist.errors import ClusterError, UnsupportedModelError, one_line
 from tenp_dist.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _meeting_at(where: str) -> Iterator[None]:
         raise ClusterError(
             "The ranks of a shard did not meet",
             where=where,
-            found=first_line(error),
+            found=one_line(error),
             next_step="check that all its workers started and reach this address",
         ) from error
 

@@ -64,7 +64,9 @@ STAGES = (
         ("JOB.yaml --set 'output.layouts=[ragged, padded]'",),
     ),
     StageName(
-        "verify", "Compare the written checkpoint with source and plan, byte by byte; check compensated weights."
+        "verify",
+        "Compare the written checkpoint with source and plan, byte by byte; check compensated weights.",
+        ("JOB.yaml", "JOB.yaml --full"),
     ),
     StageName(
         "evaluate",

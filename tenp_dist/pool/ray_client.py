@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tenp_dist.errors import ClusterError, one_line
 from tenp_dist.pool.machine import available_cores
-from tenp_dist.pool.ray_environment import set_ray_environment, use_token
+from tenp_dist.pool.ray_environment import ray_folder, set_ray_environment, unfit, use_token
 from tenp_dist.pool.ray_head import POLL_SECONDS, HeadWatch, asks_for_token, check_reachable, services_of
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def _connect(ray: Any, address: str | None) -> None:
     """To a cluster, or to a local one that this starts. Raises ClusterError."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
-        options |= {"num_cpus": available_cores(), "include_dashboard": False}
+        options |= {"num_cpus": available_cores(), "include_dashboard": False, **_local_folder()}
     if address and address.startswith("ray://"):
         raise ClusterError(
             "Ray Client cannot run this",
@@ -149,6 +149,25 @@ def _connect(ray: Any, address: str | None) -> None:
             if address
             else "check free memory, space in /tmp and /dev/shm, and that HOME can be written to",
         ) from error
+
+
+def _local_folder() -> dict[str, str]:
+    """The option that has a local Ray keep its sockets in /tmp, where TMPDIR does not fit it.
+
+    Raises:
+        ClusterError: RAY_TMPDIR asks for such a folder.
+    """
+    why = unfit(ray_folder())
+    if why is None:
+        return {}
+    if os.environ.get("RAY_TMPDIR"):
+        raise ClusterError(
+            f"RAY_TMPDIR {why}",
+            where=ray_folder(),
+            wanted="a short path in ASCII, on this machine's own disk",
+            next_step="set RAY_TMPDIR to one, or unset it",
+        )
+    return {"_temp_dir": "/tmp/ray"}
 
 
 @contextlib.contextmanager

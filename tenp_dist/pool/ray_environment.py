@@ -17,6 +17,23 @@ _DEFAULTS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, every worker would make the environment anew
 }
 
+_SOCKET_PATH = 107  # bytes that a Unix socket's path may have
+_BELOW = len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store_1")
+
+
+def ray_folder() -> Path:
+    """The folder below which a Ray of this machine keeps its sockets and logs, as Ray chooses it."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def unfit(folder: Path) -> str | None:
+    """Why Ray cannot keep its sockets below a folder, None where it can."""
+    if not str(folder).isascii():
+        return "has letters beyond ASCII, which Ray does not take"
+    if len(os.fsencode(folder)) + _BELOW > _SOCKET_PATH:
+        return "is too long for Ray's sockets"
+    return None
+
 
 def set_ray_environment() -> None:
     """Settings that the caller's environment leaves open. To be called before Ray is imported."""

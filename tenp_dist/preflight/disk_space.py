@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.plan import planning_statistics
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import AUTO, COMPENSATE, JOINT, Budget, Compensate, Evaluation, Job, Text
@@ -15,15 +16,27 @@ from tenp_dist.evaluation.selection import METHODS, candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
+from tenp_dist.scoring.statistics import ELIMINATION
 
 Compensated = tuple[Budget, Compensate]  # a plan's budget, and how it is compensated
 
+_ELIMINATED = 4 + 8  # bytes of a neuron's id and of its cost
 _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every domain
 
 
 def bytes_needed(job: Job, source: Source) -> int:
     """Bytes that a whole run takes in its directory, about."""
-    return bytes_left(job, source) + columns_held(job, source) + states_held(job, source)
+    return bytes_left(job, source) + columns_held(job, source) + states_held(job, source) + orders_held(job, source)
+
+
+def orders_held(job: Job, source: Source) -> int:
+    """Bytes of orders and costs that `eliminate` leaves, where a plan of the job asks for them."""
+    tried = [job.budget] if job.budget.method != AUTO else []
+    tried += candidates(job.budget).values() if job.budget.auto else []
+    tried += _plans(job, job.evaluation, source).values() if job.evaluation else []
+    asked = any(set(ELIMINATION) & set(planning_statistics(budget)) for budget in tried)
+    facts = source.facts
+    return asked * _ELIMINATED * facts.intermediate_size * facts.num_experts * len(facts.moe_layers)
 
 
 def states_held(job: Job, source: Source) -> int:
@@ -95,7 +108,7 @@ def bytes_left(job: Job, source: Source) -> int:
 def written_bytes(run_dir: Path) -> int:
     """Bytes of it that are there already."""
     files = RunFiles(run_dir)
-    folders = [files.checkpoints, files.scores.folder, files.compensation_folder]
+    folders = [files.checkpoints, files.scores.folder, files.elimination, files.compensation_folder]
     folders += [
         of / part for of in (files.selection_folder, files.evaluation_folder) for part in (COMPENSATION, HIDDEN)
     ]

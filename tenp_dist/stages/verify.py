@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -30,6 +30,7 @@ from tenp_dist.progress import Progress
 from tenp_dist.run_files import LAYER_FILES
 from tenp_dist.stages.base import RunStage, layouts_gist
 from tenp_dist.stages.compensate import tokens_again
+from tenp_dist.stages.full_digests import SHA256
 from tenp_dist.stages.mtp import mtp_kept
 from tenp_dist.stages.run import Run
 
@@ -57,7 +58,7 @@ class Claim:
 
 
 def verify(run: Run, context: StageContext) -> Output:
-    layouts = {}
+    layouts, digests = {}, {}
     for layout in run.layouts:
         claim = Claim(
             folder=run.files.checkpoint(layout.name),
@@ -69,6 +70,7 @@ def verify(run: Run, context: StageContext) -> Output:
             neuron_groups=1 if run.kind.experts_leave else run.job.budget.neuron_groups,
         )
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
+        digests[layout.name] = {SHA256: dict(sorted(verified.digests.items()))}
         rounding = verified.rounding()
         layouts[layout.name] = {
             "ok": True,
@@ -80,7 +82,8 @@ def verify(run: Run, context: StageContext) -> Output:
     found: dict[str, Any] = {"layouts": layouts}
     if run.job.output.compensate:
         found["compensation"] = _recheck(run, context)
-    document = {"schema_version": SCHEMA_VERSION} | found
+    told = {"layouts": {name: entry | digests[name] for name, entry in layouts.items()}}
+    document = {"schema_version": SCHEMA_VERSION} | found | told
     context.replace()
     write_json(run.files.verify, document)
     return Output([run.files.verify], digest_of(document), found)
@@ -136,7 +139,9 @@ Shared = tuple[LayoutCheck, Expected, CheckpointIndex, CheckpointIndex | None]
 def _verify_one(shared: Shared, names: Sequence[str]) -> Verified:
     check, expected, written, compensated = shared
     with TensorReader(expected.source.index) as source, TensorReader(written) as found, opened(compensated) as columns:
-        return check.tensors(names, Readers(source, found, columns), expected)
+        verified = check.tensors(names, Readers(source, found, columns), expected)
+    file = written.tensors[names[0]].file
+    return replace(verified, digests={file: file_digest(written.folder / file)})
 
 
 def _recheck(run: Run, context: StageContext) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
 from tenp_dist.checkpoint.output_form import routed_matrices
 from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.recipes import Inputs, OutputTensor
+from tenp_dist.checkpoint.side_files import left_behind, side_files
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.writer import (
     OutputShard,
     assign_shards,
     finish_checkpoint,
     shard_bytes,
-    side_files,
     write_shard,
 )
 from tenp_dist.errors import DiskFullError, OutputError
@@ -40,6 +40,8 @@ from tenp_dist.run_files import WRITING_MARK
 from tenp_dist.stages.base import RunStage, layouts_gist, reads
 from tenp_dist.stages.mtp import mtp_kept
 from tenp_dist.stages.run import Run
+
+_SHOWN = 6  # names of files that one line has room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,14 @@ def write(run: Run, context: StageContext) -> Output:
             **_mtp_summary(run, layout),
         }
     digests = {name: open_index(files.checkpoint(name)).fingerprint for name in summary}
-    return Output(made, digest_of([context.digests, digests]), {"layouts": summary})
+    return Output(made, digest_of([context.digests, digests]), {"layouts": summary, "warnings": _left_behind(run)})
+
+
+def _left_behind(run: Run) -> list[str]:
+    """What of the source's folder is not known to be true of a pruned checkpoint."""
+    names = left_behind(run.source.folder)
+    shown = ", ".join(names[:_SHOWN]) + f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+    return [f"left behind, as they may not be true of the pruned model: {shown}"] if names else []
 
 
 def _mtp_summary(run: Run, layout: Layout) -> dict[str, str]:
@@ -182,9 +191,9 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
         with atomic_write(folder / name) as stream:
             stream.write(text.encode())
     drop_leftovers(folder)  # of writers that were killed and replaced
-    carried = [path for path in side_files(source.folder) if layout.carries(path)]
+    carried = {name: path for name, path in side_files(source.folder).items() if layout.carries(path)}
     finish_checkpoint(folder, shards, config, carried, sets.metadata)
-    names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *(path.name for path in carried)]
+    names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *carried]
     nbytes = sum(shard.nbytes for shard in shards)
     files, bits = [folder / name for name in names], _effective_bits(source, tensors)
     return Written(files, nbytes, len(shards), len(shards) - len(due), bits)

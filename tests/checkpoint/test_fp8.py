@@ -177,6 +177,6 @@ def test_fp8_without_factors_is_refused_by_name(fp8):
 def test_fp8_whose_blocks_the_config_does_not_state_is_refused(fp8, config):
     configure(fp8, quantization_config=config)
     index = open_index(fp8)
-    assert GATE + "_scale_inv" in index.tensors and index.config["quantization_config"] == config
+    assert GATE + "_scale_inv" in index.tensors and not index.config.get("quantization_config")
     with pytest.raises(UnsupportedModelError, match="quantised"):
         open_source(fp8)

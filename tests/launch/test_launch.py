@@ -247,6 +247,10 @@ def test_room_needed_by_hand(loaded):
     sums = 8 * 2 * (4 * 24 + 7) * 8 * 3
     hidden = 4 * (4 * 2 * 32) * 32
     assert bytes_needed(job, source) == facts.bytes.total - int(routed * 2 / 5) + sums + hidden
+    orders = 3 * 8 * 24 * (4 + 8)
+    for budget in ({"method": "obs"}, {"neurons": "obs"}):
+        eliminated = job.model_copy(update={"budget": job.budget.model_copy(update=budget)})
+        assert bytes_needed(eliminated, source) == bytes_needed(job, source) + orders
 
 
 # submission

@@ -164,6 +164,7 @@ def other(monkeypatch, tmp_path):
     """A checkpoint of a family with a nested config and names of its own; layer 0 is dense, layer 3 for prediction."""
     monkeypatch.setitem(FAMILIES, OTHER.model_type, OTHER)
     tensors = {"language.words": torch.randn(50, 8), "sight.patch": torch.randn(4, 4)}
+    tensors["language.blocks.3.join"] = torch.randn(8, 16)
     for layer in range(4):
         tensors[f"language.blocks.{layer}.norm"] = torch.randn(8)
         for expert in range(4 if layer else 0):

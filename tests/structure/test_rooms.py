@@ -7,14 +7,22 @@ import pytest
 from helpers.source_files import PACKAGE, SOURCES, import_graph, imports_of, module_of, name_of
 
 ROOMS = [
-    "errors", "artifacts", "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
+    "errors", "artifacts", "job_values",
+    "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
     "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch", "cli",
 ]  # fmt: skip
 FILES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
 SOLVERS = {"compensation", "elimination"}
 STRANGERS = {  # room -> rooms before it that it knows nothing of
-    "runtime": {"artifacts", "config", "job_file", "run_files", "progress"},  # its text is copied into checkpoints
+    "runtime": {
+        "artifacts",
+        "job_values",
+        "config",
+        "job_file",
+        "run_files",
+        "progress",
+    },  # its text is copied into checkpoints
     "pool": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
     "pipeline": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
     "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", *SOLVERS},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.commands import COMMAND, RAY, call
+from helpers.commands import COMMAND, call
 from helpers.paths import ROOT
 
 PAGES = (
@@ -22,7 +22,20 @@ PAGES = (
     "cluster/kuberay/rayjob.yaml",
     *(f"jobs/{name}.yaml" for name in ("rebudget", "evaluate", "deepseek-v3", "qwen3-235b", "kimi-k2")),
 )
-PROGRAMS = ("tenp-dist", "ray", "sbatch", "scancel", "tail", "kubectl", "python", "pip", "cp", "export", "echo")
+PROGRAMS = (
+    "tenp-dist",
+    "ray",
+    "sbatch",
+    "scancel",
+    "tail",
+    "kubectl",
+    "docker",
+    "python",
+    "pip",
+    "cp",
+    "export",
+    "echo",
+)
 
 IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist run JOB.yaml",
@@ -51,18 +64,6 @@ IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist evaluate JOB.yaml --plans a.json b.json",
     "tenp-dist slurm jobs/deepseek-v3.yaml --nodes 4 --gpus 8 --account ACCOUNT --partition PARTITION --time 08:00:00",
 ]
-ON_A_CLUSTER = [  # with its job server, on this machine
-    "python scripts/stdlib_text.py --split calibration --split evaluation --out $TENP_RUNS/quickstart-text",
-    "tenp-dist doctor --address HEAD:6379 --job jobs/quickstart.yaml",
-    "tenp-dist run jobs/quickstart.yaml --address HEAD:6379",
-    "tenp-dist run JOB.yaml --address HOST:PORT",
-    "tenp-dist submit jobs/quickstart.yaml --address http://HEAD:8265",
-    "tenp-dist submit JOB.yaml --address http://HEAD:8265",
-    "ray job submit --address http://HEAD:8265 --working-dir . -- tenp-dist run jobs/quickstart.yaml",
-    "ray job list --address http://HEAD:8265",
-    "ray job logs --follow NUMBER --address http://HEAD:8265",
-    "ray job stop NUMBER --address http://HEAD:8265",
-]
 ELSEWHERE = {
     "tests/system/test_slurm.py runs it": [
         "sbatch deepseek-v3.sbatch",
@@ -79,12 +80,25 @@ ELSEWHERE = {
         "export SLURM_CONF=/var/tmp/slurm-in-a-box/slurm.conf",
     ],
     "what a continuous integration run begins with": ["./scripts/quickstart", "./scripts/test"],
-    "starts or ends the Ray of the whole machine": [
+    "tests/system/test_fresh_home.py runs it": [
+        "python scripts/stdlib_text.py --split calibration --split evaluation --out runs/quickstart-text",
+        "python scripts/stdlib_text.py --split calibration --split evaluation --out $TENP_RUNS/quickstart-text",
+        "tenp-dist doctor --address HEAD:6379 --job jobs/quickstart.yaml",
+        "tenp-dist run jobs/quickstart.yaml --address HEAD:6379",
+        "tenp-dist submit jobs/quickstart.yaml --address http://HEAD:8265",
+        "ray job submit --address http://HEAD:8265 --working-dir . -- tenp-dist run jobs/quickstart.yaml",
+        "ray job list --address http://HEAD:8265",
+        "ray job logs --follow NUMBER --address http://HEAD:8265",
+        "ray job stop NUMBER --address http://HEAD:8265",
         "ray get-auth-token --generate",
         "ray start --head --port 6379 --dashboard-host 0.0.0.0",
         "ray start --address HEAD:6379",
         "export TENP_RUNS=/shared/runs TENP_MODELS=/shared/models",
         "export RAY_AUTH_MODE=token",
+    ],
+    "tests/system/test_fresh_home.py runs the like": [
+        "tenp-dist run JOB.yaml --address HOST:PORT",
+        "tenp-dist submit JOB.yaml --address http://HEAD:8265",
     ],
     "needs several machines": ["ray up cluster/ray/cluster.yaml"],
     "needs Kubernetes": [
@@ -93,7 +107,11 @@ ELSEWHERE = {
         "kubectl get rayjob tenp-dist",
         "kubectl delete -f cluster/kuberay/rayjob.yaml",
     ],
-    "installs": ["pip install .", "pip install ./tenp_dist/runtime/vllm"],
+    "tests/system/test_image.py runs its steps": [
+        "docker build -f cluster/Dockerfile -t registry.example/tenp-dist:0.1.0 .",
+    ],
+    "needs a registry": ["docker push registry.example/tenp-dist:0.1.0"],
+    "installs": ["pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
@@ -124,7 +142,7 @@ def _has_arguments(text: str) -> bool:
 
 
 def test_every_command_is_run_here_or_said_why_not():
-    known = {*IN_PROCESS, *ON_A_CLUSTER, *(command for commands in ELSEWHERE.values() for command in commands)}
+    known = {*IN_PROCESS, *(command for commands in ELSEWHERE.values() for command in commands)}
     shown = {command for page in PAGES for command in commands_of(page)}
     assert shown - known == set(), "on a page, in no list"
     assert known - shown == set(), "in a list, on no page"
@@ -186,26 +204,6 @@ def test_tab_completion():
     environment = os.environ | {"PATH": f"{COMMAND.parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "tenp-dist" in done.stdout, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_commands_of_a_cluster(server, checkout):
-    """In a shell with the page's variables set; everything but the first run finds its stages done."""
-    for path in (checkout / "jobs").glob("*.yaml"):
-        path.write_text(path.read_text().replace("samples: 64", "samples: 4"))
-    shutil.copyfile(checkout / "jobs" / "quickstart.yaml", checkout / "jobs" / "JOB.yaml")
-    number = ""
-    for command in ON_A_CLUSTER:
-        command = command.replace("http://HEAD:8265", server.address).replace("HEAD:6379", server.gcs)
-        command = command.replace("HOST:PORT", server.gcs).replace(" JOB.yaml", " jobs/JOB.yaml")
-        command = command.replace("NUMBER", number)
-        environment = {"TENP_RUNS": str(server.runs), "PATH": f"{COMMAND.parent}:{os.environ['PATH']}"}
-        done = call("bash", "-c", command, cwd=checkout, **environment)
-        machine = "doctor" in command and done.returncode == 1
-        assert done.returncode == 0 or machine, f"{command}\n{done.stdout}{done.stderr}"
-        number = number or next(iter(re.findall(r"raysubmit_\w+", done.stdout + done.stderr)), "")
-    assert RAY.exists() and (server.runs / "quickstart" / "report" / "index.html").exists()
 
 
 @pytest.mark.parametrize("path", ["cluster/ray/cluster.yaml"])

@@ -23,4 +23,7 @@ class Plain:
         return dict(tensors)
 
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(config)
+        """Without an entry for FP8 that no tensor is in: other engines would look for its factors."""
+        stated = config.get("quantization_config")
+        absent = isinstance(stated, Mapping) and stated.get("quant_method") == "fp8"
+        return {key: value for key, value in config.items() if not (absent and key == "quantization_config")}
