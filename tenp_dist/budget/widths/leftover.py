@@ -61,7 +61,7 @@ def spend(layers: Sequence[Curves], places: Places, allowed: int, max_widths: in
         moves = _affordable(up, left, left_met, least)
         if not moves and left_met is None:
             moves = _exchange(up, down, left, least)
-        elif not moves:
+        elif not moves and left_met is not None:
             moves = _exchange_within_both(up, down, left, left_met, least)
         if not moves:
             return places
@@ -76,7 +76,7 @@ def _steps(layers: Sequence[Curves], places: Places, max_widths: int, way: int) 
     for layer, (curves, place_E) in enumerate(zip(layers, places, strict=True)):
         target_E = _targets(curves, place_E, max_widths, way)
         unit_S = np.flatnonzero((target_E != place_E) & ~curves.whole_E)
-        columns = unit_S, target_E[unit_S], *_change(curves, place_E, target_E)[:, unit_S]
+        columns: tuple[np.ndarray, ...] = (unit_S, target_E[unit_S], *_change(curves, place_E, target_E)[:, unit_S])
         if max_widths < len(curves.widths_C):
             bucket = _bucket_steps(curves, place_E, way)
             columns = tuple(np.append(one, other) for one, other in zip(columns, bucket, strict=True))
@@ -149,7 +149,7 @@ def _exchange_within_both(up: _Steps, down: _Steps, left: int, left_met: int, le
     """The step up, of the _TRIED that add most, and the step down that together fit both budgets and gain most."""
     if not len(up.energy_S) or not len(down.energy_S):
         return []
-    best, found = least, []
+    best, found = least, list[tuple[_Steps, int]]()
     for one in np.argsort(-up.energy_S, kind="stable")[:_TRIED].tolist():
         layer, unit = up.layer_S[one], up.unit_S[one]
         same = (down.layer_S == layer) & ((down.unit_S == unit) | (np.minimum(down.unit_S, unit) < 0))
@@ -157,7 +157,7 @@ def _exchange_within_both(up: _Steps, down: _Steps, left: int, left_met: int, le
         gain_S = np.where(bears & ~same, up.energy_S[one] - down.energy_S, -np.inf)
         other = int(gain_S.argmax())
         if gain_S[other] > best:
-            best, found = gain_S[other], [(down, other), (up, one)]
+            best, found = float(gain_S[other]), [(down, other), (up, one)]
     return found
 
 
