@@ -79,9 +79,10 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 def _names_code(model: Path) -> bool:
     """Whether tokenizer_config.json asks for code of the model's own."""
     try:
-        return "auto_map" in json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+        stated = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(stated, dict) and "auto_map" in stated
 
 
 def _tokenizer_step(code: bool, whole: bool) -> str:

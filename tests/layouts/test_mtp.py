@@ -41,7 +41,8 @@ def add_mtp(model, folder, prefix: str, key: str, more=()):
         for name, tensor in tensors.items()
         if name.startswith(f"model.layers.{last}.")
     }
-    extra |= {name: torch.randn(4, 6, generator=draw) for name in more}
+    dtype = next(iter(tensors.values())).dtype
+    extra |= {name: torch.randn(4, 6, generator=draw).to(dtype) for name in more}
     save_file(extra, folder / "mtp.safetensors", metadata={"format": "pt"})
     index = json.loads((folder / INDEX_NAME).read_text())
     index["weight_map"] |= dict.fromkeys(extra, "mtp.safetensors")
@@ -281,9 +282,8 @@ def test_a_job_says_what_becomes_of_it(tiny_model, job_file, tmp_path):
 
 def test_in_fp8_and_with_files_of_ranks(tiny_model, job_file, tmp_path):
     """Blocks of the prediction layer are read, chosen by what they stand for, cut and encoded like the others."""
-    model = add_mtp(
-        tiny_model("deepseek_v3", "bfloat16"), tmp_path / "m", "model.layers.4.", "num_nextn_predict_layers"
-    )
+    prefix, source = "model.layers.4.", tiny_model("deepseek_v3", "bfloat16")
+    model = add_mtp(source, tmp_path / "m", prefix, "num_nextn_predict_layers", (prefix + "enorm.weight",))
     fp8, plain = make_pair(tmp_path, model, powers=True)
     same = [mtp_kept(InProcessPool(), open_source(folder), narrowed(model)) for folder in (fp8, plain)]
     assert same[0].keys() == same[1].keys() == {4}
