@@ -193,6 +193,12 @@ class Budget(_Part):
         AUTO,
         description="decoder layers, or layer/expert, kept whole; auto: experts that must not be starved; none",
     )
+    drop_layers: Exact | None = Field(
+        None,
+        gt=0,
+        description="decoder layers that leave (methods that remove layers): a number, or a share of those with experts; "
+        "default what retention asks for",
+    )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",
         description="adding an expert's neuron scores over domains: each scaled to length 1, or means over its tokens",
@@ -204,6 +210,8 @@ class Budget(_Part):
     def _feasible(self) -> Budget:
         if not 0 < self.retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, found {self.retention}")
+        if self.drop_layers is not None and self.drop_layers > 1 and self.drop_layers % 1:
+            raise ValueError(f"drop_layers must be a whole number or a share below 1, found {self.drop_layers}")
         if self.method == AUTO and (self.experts or self.neurons):
             raise ValueError("method: auto chooses the rankings too: leave experts and neurons out")
         if isinstance(self.important, Decimal) and not 0 <= self.important <= self.retention:

@@ -62,7 +62,9 @@ def solvable(document: Mapping[str, Any], form: Compensate) -> bool:
     layers = document["layers"].values()
     widths = [(int(width), layer["intermediate_size"]) for layer in layers for width in layer["widths"]]
     if form == JOINT:
-        return any(width < whole for width, whole in widths) or any(layer.get("removed") for layer in layers)
+        return any(width < whole for width, whole in widths) or any(
+            0 < layer.get("removed", 0) < layer["experts"] for layer in layers
+        )
     return bool(form) and any(0 < width < whole for width, whole in widths)
 
 

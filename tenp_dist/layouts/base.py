@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tenp_dist.budget.kinds.base import PlanForm
-from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.index import CheckpointIndex
@@ -17,7 +18,7 @@ from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.output_form import OutputForm, routed_matrices
 from tenp_dist.checkpoint.recipes import Copy, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import Budget, Job
+from tenp_dist.config import AUTO, Budget, Job
 from tenp_dist.errors import JobError
 
 
@@ -31,6 +32,7 @@ class Pruned:
     compensated: where W_down of compensated experts is, None where none is.
     form: how tensors are stored.
     mtp: number of a multi-token prediction layer -> what stays of it, in layouts that prune these too.
+    whole: the checkpoint with the layers that a plan takes out, where it takes out any; `source` has none of them.
     """
 
     source: Source
@@ -39,6 +41,7 @@ class Pruned:
     compensated: CheckpointIndex | None = None
     form: OutputForm = field(default_factory=OutputForm)
     mtp: Mapping[int, KeptNeurons] = field(default_factory=dict)
+    whole: Source | None = None
 
     @property
     def kept_of_all(self) -> dict[int, KeptNeurons]:
@@ -66,7 +69,7 @@ class Layout(ABC):
     saves_space: ClassVar[bool] = True
     """Whether it is smaller than the source: reports name such layouts first, and people are told to load one."""
     holds_removal: ClassVar[bool] = False
-    """Whether experts can leave the model, or only neurons."""
+    """Whether experts and layers can leave the model, or only neurons."""
     states_width: ClassVar[bool] = False
     """Whether its config states the width of experts anew, as the one number that the source's config has for it."""
     prunes_mtp: ClassVar[bool] = False
@@ -165,7 +168,10 @@ class OutputSizes:
 
     def dropped(self, job: Job) -> int:
         """Bytes of routed experts that a plan of the job takes out, at least."""
-        return int(self.routed * (1 - job.budget.retention_exact))
+        allowed = job.budget.retention_exact
+        if job.budget.method != AUTO:
+            allowed = kind_of(job.budget).allowed(moe_layers(self.source))
+        return int(self.routed * (1 - allowed))
 
 
 def output_sizes(source: Source, form: OutputForm) -> OutputSizes:

@@ -121,6 +121,17 @@ def add_domains(statistics: LayerStatistics, name: str, weights: DomainWeights) 
     return torch.from_numpy(mixed_EF)
 
 
+def mean_over_domains(statistics: LayerStatistics, sums: str, counts: str, weights: DomainWeights) -> torch.Tensor:
+    """A layer's mean over each domain's tokens, averaged over the domains by their weights: float64 [].
+
+    sums, counts: names of statistics [N]. A domain without tokens adds nothing.
+    """
+    rows = _rows(statistics, weights)
+    means = [(weight, statistics[sums][row] / statistics[counts][row].clamp_min(1)) for row, weight in rows]
+    total = sum(weight for weight, _ in means)
+    return sum((mean * (weight / total) for weight, mean in means), torch.zeros((), dtype=torch.float64))
+
+
 def unrouted_by_weight_norm(
     statistics: LayerStatistics, scores_EF: torch.Tensor, weights: DomainWeights, layer: int
 ) -> torch.Tensor:

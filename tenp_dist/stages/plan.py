@@ -12,11 +12,13 @@ from tenp_dist.layouts.table import layout_warnings, plan_settings
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, weight_fields
 from tenp_dist.stages.eliminate import needed_by
+from tenp_dist.stages.pruned import check_layers_stay_the_same
 from tenp_dist.stages.run import Run
 
 
 def plan_fields(run: Run) -> dict[str, Any]:
-    budget = run.job.budget.model_dump(mode="json")
+    later = {"drop_layers"} if run.job.budget.drop_layers is None else set()  # plans of earlier versions stay good
+    budget = run.job.budget.model_dump(mode="json", exclude=later)
     return budget | {"weights": weight_fields(run)} | plan_settings(run.job)
 
 
@@ -24,6 +26,7 @@ def plan_model(run: Run, context: StageContext) -> Output:
     plan = run.make_plan(run.budget)
     missing = layout_warnings(run.job, plan.shape, len(run.written_source.facts.mtp_layers))
     plan = replace(plan, warnings=(*missing, *plan.warnings))
+    check_layers_stay_the_same(run, plan.leaving_layers)
     context.replace()
     files = run.store_plan(run.files.run_dir, plan, context.digests)
     document = read_plan(run.files.run_dir)

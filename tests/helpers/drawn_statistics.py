@@ -8,6 +8,7 @@ import torch
 
 from tenp_dist.scoring.statistics import (
     EXPERT_STATISTICS,
+    LAYER_STATISTICS,
     MERGE_RULES,
     NEURON_STATISTICS,
     PAIR_STATISTICS,
@@ -27,13 +28,16 @@ def drawn(seed: int, domains: int = N, unseen: tuple[int, ...] = (5,)) -> LayerS
     counts_NE[:, list(unseen)] = 0
     tensors = {"token_count": counts_NE}
     for name in MERGE_RULES:
-        if name == "token_count" or name in PAIR_STATISTICS:
+        if name == "token_count" or name in PAIR_STATISTICS or name in LAYER_STATISTICS:
             continue
         low = -64 if name == "neuron_projection_sum" else 1
         shape = (domains, E, F) if name in NEURON_STATISTICS else (domains, E)
         steps = torch.randint(low, 256, shape, generator=draw).double() / 64
         tensors[name] = steps * (counts_NE if name in EXPERT_STATISTICS else counts_NE.unsqueeze(2))
     tensors |= _drawn_pairs(counts_NE, draw)
+    count_N = counts_NE.sum(dim=1)
+    turned_N = torch.randint(1, 64, (domains,), generator=draw).double() / 64
+    tensors |= {"layer_token_count": count_N, "block_influence_sum": turned_N * count_N}
     norms = torch.randint(1, 256, (E, F), generator=torch.Generator().manual_seed(9)).double() / 64  # of the weights
     flat = {"expert_weight_flatness": norms.amax(dim=1) / 4, "neuron_weight_flatness": norms.flip(1) / 4}
     return LayerStatistics(tuple(f"d{i}" for i in range(domains)), tensors, norms, flat)

@@ -25,6 +25,7 @@ from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 from tenp_dist.scoring.statistics import (
     ELIMINATION,
+    LAYER_STATISTICS,
     MERGE_RULES,
     NEURON_STATISTICS,
     PAIR_STATISTICS,
@@ -51,6 +52,9 @@ def changed(stats: LayerStatistics, **axes) -> LayerStatistics:
     domains = [stats.domains[i] for i in axes.get("domains", range(len(stats.domains)))]
     for name, tensor in tensors.items():
         tensor = tensor[axes["domains"]] if "domains" in axes else tensor
+        if name in LAYER_STATISTICS:
+            tensors[name] = tensor
+            continue
         tensor = tensor[:, axes["experts"]] if "experts" in axes else tensor
         pairs = name in PAIR_STATISTICS
         if pairs and len(axes.get("experts", ())) == tensor.shape[2]:  # fewer are a rank's: pairs of them with all
@@ -75,7 +79,7 @@ def test_a_method_says_what_it_is(name):
     method = registry.get(name)
     module = importlib.import_module(f"tenp_dist.scoring.methods.{name.replace('-', '_')}")
     assert method.name == name and method.source and module.__doc__
-    assert method.experts or method.neurons or method.pair_losses
+    assert method.experts or method.neurons or method.pair_losses or method.layers
     assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION, *WEIGHT_STATISTICS}
     assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")

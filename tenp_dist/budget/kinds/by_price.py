@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.kinds.base import LAYER_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
 from tenp_dist.budget.protection import protected_experts
 from tenp_dist.budget.selection import top_neurons_each
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
@@ -36,7 +36,7 @@ from tenp_dist.scoring.statistics import LayerStatistics
 class ByPrice(PlanKind):
     """Plans of methods that say what a neuron is worth: every expert keeps as many as are worth their price."""
 
-    unused_keys = (*WHOLE_KEYS, "neuron_domains")
+    unused_keys = (*WHOLE_KEYS, "neuron_domains", *LAYER_KEYS)
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
