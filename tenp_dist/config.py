@@ -196,8 +196,8 @@ class Budget(_Part):
     drop_layers: Exact | None = Field(
         None,
         gt=0,
-        description="decoder layers that leave (methods that remove layers): a number, or a share of those with experts; "
-        "default what retention asks for",
+        description="decoder layers that leave (methods that remove layers): a number, or a share of those with "
+        "experts; default what retention asks for",
     )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",

@@ -5,6 +5,7 @@
       calibration/                    tokens to score on, and those set aside for an `auto` budget
       scores/                         statistics of every MoE layer; parts and hidden states while it is made
       elimination/                    in which order neurons leave, for methods that ask
+      layers/                         in which order decoder layers leave, for methods that ask
       selection/, selection.json      plans tried for an `auto` budget, and what was chosen
       plan.json, plan.safetensors     the plan, for people and for the writer
       compensation/, compensation.json   new W_down of narrow experts, and what that changed
@@ -88,6 +89,11 @@ def threads_file(folder: Path) -> Path:
     return folder / "threads.json"
 
 
+def greedy_file(folder: Path) -> Path:
+    """In which order layers leave, and the losses that were measured. folder: of the layers stage."""
+    return folder / "greedy.json"
+
+
 def worker_logs(folder: Path) -> Path:
     """Where the logs of a stage's workers go: beside its folder, for they outlive it."""
     return folder.parent / "logs" / folder.name
@@ -150,6 +156,10 @@ class RunFiles:
     @property
     def elimination(self) -> Path:
         return self.run_dir / "elimination"
+
+    @property
+    def layers_folder(self) -> Path:
+        return self.run_dir / "layers"
 
     @property
     def selection_folder(self) -> Path:

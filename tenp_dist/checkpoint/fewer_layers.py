@@ -1,8 +1,8 @@
-"""A source without some of its decoder layers, seen as if it had never had them: names, config and facts of what is left.
+"""A source seen as if it had never had some of its decoder layers: names, config and facts of what is left.
 
 Layers behind one that leaves move up, prediction layers that are numbered behind the decoder's with them. The config
-says so wherever it counts layers, lists something for each, or names one by its number. Rules by position that it has no
-list for (a window in every fourth layer) stay as they are: whether every layer is still what it was is asked of the
+says so wherever it counts layers, lists something for each, or names one by its number. Rules by position that it has
+no list for (a window in every fourth layer) stay as they are: whether every layer is still what it was is asked of the
 modeling code (`model/same_layers.py`).
 """
 
@@ -79,10 +79,8 @@ def _fewer(config: Mapping[str, Any], source: Source, leaving: Collection[int]) 
             numbers[key] = [entry for layer, entry in enumerate(value) if layer not in leaving]
         elif key in family.ids_keys and isinstance(value, Sequence):
             numbers[key] = [moved(layer, leaving) for layer in value if layer not in leaving]
-        elif key in family.first_keys and isinstance(value, int):
-            numbers[key] = moved(value, leaving)
-        elif key == family.last_key and isinstance(value, int) and value >= 0:
-            numbers[key] = moved(value, leaving)
+        elif key in (*family.first_keys, family.last_key) and isinstance(value, int):
+            numbers[key] = moved(value, leaving)  # -1, the last one, stays
     if (text.get(family.step_key) or 1) > 1 and family.dense_key in text:
         dense = [layer for layer in staying(depth, leaving) if layer not in facts.moe_layers]
         numbers |= {family.step_key: 1, family.dense_key: [moved(layer, leaving) for layer in dense]}

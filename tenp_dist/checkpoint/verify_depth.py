@@ -1,7 +1,7 @@
 """What the config of a checkpoint with fewer layers has to say of them, worked out from source and written tensors.
 
-Nothing here comes from `fewer_layers.py`, which made that config: lists are picked from the source's, entry by entry, and
-which layers have no experts is read off the written names.
+Nothing here comes from `fewer_layers.py`, which made that config: lists are picked from the source's, entry by entry,
+and which layers have no experts is read off the written names.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layouts_of(job: Job) -> tuple[Layout, ...]:
-    """What the job writes; where experts or layers are removed and the job names no layout, the one that can hold that."""
-    removes = job.budget.method != config.AUTO and kind_of(job.budget).removes
-    if removes and "layouts" not in job.output.model_fields_set:
+    """What the job writes; where experts or layers leave and the job names no layout, the one that can hold that."""
+    taken_out = job.budget.method != config.AUTO and kind_of(job.budget).takes_out
+    if taken_out and "layouts" not in job.output.model_fields_set:
         return (next(layout for layout in LAYOUTS.values() if layout.holds_removal),)
     return tuple(LAYOUTS[name] for name in job.output.layouts)
 
@@ -139,7 +139,8 @@ def _check_removal(job: Job, layouts: Sequence[Layout]) -> None:
     others = [layout.name for layout in layouts if not layout.holds_removal]
     if others:
         raise JobError(
-            f"Method {job.budget.method} removes {_removed(job.budget)}, which only the {' or '.join(able)} layout can hold",
+            f"Method {job.budget.method} removes {_removed(job.budget)}, which only the {' or '.join(able)} layout can "
+            "hold",
             where="output.layouts",
             found=", ".join(others),
             wanted=" or ".join(able),

@@ -44,6 +44,11 @@ STAGES = (
         ("JOB.yaml --set budget.method=obs",),
     ),
     StageName(
+        "layers",
+        "Find in which order decoder layers leave, by the loss without them, for methods greedy and leave-one-out.",
+        ("JOB.yaml --set budget.method=greedy",),
+    ),
+    StageName(
         "select",
         "Choose the budget's auto keys on calibration text set aside; write selection.json.",
         ("JOB.yaml --set budget.important=auto --set budget.slope=auto",),

@@ -107,7 +107,7 @@ def _check_expert_ranks(job: Job, source: Source, shapes: Sequence[Shape]) -> No
 def _check_compensation(job: Job) -> None:
     if job.output.compensate and kind_of(job.budget).layers_leave:
         raise JobError(
-            f"Method {job.budget.method} removes layers and leaves every other as it is: there is nothing to compensate",
+            f"Method {job.budget.method} removes layers and leaves others as they are: there is nothing to compensate",
             where="output.compensate",
             found=str(job.output.compensate).lower(),
             wanted="false",

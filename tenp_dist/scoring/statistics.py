@@ -74,6 +74,8 @@ FIRST_STATISTICS = (*EXPERT_STATISTICS, *NEURON_STATISTICS)
 """What every score file holds. Those that hold nothing else are of earlier versions, and good for all methods but
 those that read more: they are asked to score again."""
 ELIMINATION = ("elimination_order", "elimination_cost")
+LAYER_CHOICES = ("greedy_step", "alone_loss")
+"""Found about a layer by measuring the model without it: no sums either, float64 [1] (`tenp_dist/depth/`)."""
 WEIGHT_NORM = "neuron_weight_norm"
 WEIGHT_STATISTICS = ("expert_weight_flatness", "neuron_weight_flatness")
 METADATA = "tenp"
@@ -83,8 +85,8 @@ METADATA = "tenp"
 class LayerStatistics:
     """Statistics of one MoE layer.
 
-    tensors: name -> float64 [N, E], [N, E, F], [N, E, E] or [N]; may hold only the names that were asked for. The last E of
-        pairs counts all experts of the layer, where the others count those of a rank.
+    tensors: name -> float64 [N, E], [N, E, F], [N, E, E] or [N]; may hold only the names that were asked for. The last
+        E of pairs counts all experts of the layer, where the others count those of a rank.
     domains: the N domain names, in the order of the first axis.
     weight_norm: float64 [E, F], or None where it was not asked for.
     weights: name -> what weights alone say besides, float64 [E] or [E, F]; only what was asked for and is there.

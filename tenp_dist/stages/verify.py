@@ -9,8 +9,8 @@ from time import monotonic
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
-from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.fewer_layers import staying
+from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import leaving_layers, read_kept
 from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.source import Source

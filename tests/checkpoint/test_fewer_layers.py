@@ -1,4 +1,4 @@
-"""Checkpoints without some decoder layers: stock transformers load them, and run them as the source with these bypassed."""
+"""Checkpoints without some layers: stock transformers run them as the source with these layers bypassed."""
 
 from __future__ import annotations
 

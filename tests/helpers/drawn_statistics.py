@@ -8,6 +8,7 @@ import torch
 
 from tenp_dist.scoring.statistics import (
     EXPERT_STATISTICS,
+    LAYER_CHOICES,
     LAYER_STATISTICS,
     MERGE_RULES,
     NEURON_STATISTICS,
@@ -63,4 +64,5 @@ def eliminated(stats: LayerStatistics, seed: int = 0) -> LayerStatistics:
     cost_EF = (torch.randint(0, 256, (E, F), generator=draw).double() / 64).cumsum(dim=1)
     cost_EF[(stats["token_count"] == 0).all(dim=0)] = 0
     made = {"elimination_order": order_EF.unsqueeze(0), "elimination_cost": cost_EF.unsqueeze(0)}
+    made |= {name: torch.rand(1, generator=draw, dtype=torch.float64) for name in LAYER_CHOICES}
     return replace(stats, tensors={**stats.tensors, **made})

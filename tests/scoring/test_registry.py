@@ -25,6 +25,7 @@ from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 from tenp_dist.scoring.statistics import (
     ELIMINATION,
+    LAYER_CHOICES,
     LAYER_STATISTICS,
     MERGE_RULES,
     NEURON_STATISTICS,
@@ -80,7 +81,7 @@ def test_a_method_says_what_it_is(name):
     module = importlib.import_module(f"tenp_dist.scoring.methods.{name.replace('-', '_')}")
     assert method.name == name and method.source and module.__doc__
     assert method.experts or method.neurons or method.pair_losses or method.layers
-    assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION, *WEIGHT_STATISTICS}
+    assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION, *WEIGHT_STATISTICS, *LAYER_CHOICES}
     assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in reference.split("## Methods")[1], f"jobs/README.md does not explain method {name}"
@@ -257,6 +258,10 @@ def test_a_plan_and_its_control_are_of_one_size_and_within_the_budget(name):
 
     made, control = plan(budget), plan(kind_of(budget).control())
     assert made.retention <= Fraction(3, 5)
+    if kind_of(budget).layers_leave:
+        assert len(made.leaving_layers) == len(control.leaving_layers) == 2 and not {1} & {*made.leaving_layers}
+        assert made.leaving_layers == plan(budget).leaving_layers
+        return
     for layer in layers:
         kept, drawn_kept = made.kept[layer.layer], control.kept[layer.layer]
         assert sorted(kept.widths.tolist()) == sorted(drawn_kept.widths.tolist())

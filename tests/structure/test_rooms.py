@@ -9,7 +9,7 @@ from helpers.source_files import PACKAGE, SOURCES, import_graph, imports_of, mod
 ROOMS = [
     "errors", "artifacts", "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
-    "benchmark", "report", "comparison", "preflight", "stages", "launch", "cli",
+    "depth", "benchmark", "report", "comparison", "preflight", "stages", "launch", "cli",
 ]  # fmt: skip
 FILES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
 SOLVERS = {"compensation", "elimination"}

@@ -90,7 +90,7 @@ class PlanKind(ABC):
         return "protect" not in self.unused_keys
 
     @property
-    def removes(self) -> bool:
+    def takes_out(self) -> bool:
         """Whether what is not kept leaves the model as a whole, experts or layers."""
         return self.experts_leave or self.layers_leave
 
@@ -101,6 +101,10 @@ class PlanKind(ABC):
     def protected_by_default(self, layers: Sequence[MoeLayer]) -> tuple[str, ...] | None:
         """What `protect: auto` means for these layers, None where that is for scores to say (`settle.py`)."""
         return None
+
+    def may_leave(self, layers: Sequence[MoeLayer]) -> list[int]:
+        """Decoder numbers of the layers that a plan may remove, ascending."""
+        return []
 
     @property
     def keeps_whole(self) -> bool:

@@ -1,15 +1,15 @@
-"""Plans that remove whole decoder layers: how many leave, and which ones (TRSP, arXiv 2505.18232; ShortGPT, 2403.03853).
+"""Plans that remove whole decoder layers, as TRSP (arXiv 2505.18232) and ShortGPT (2403.03853) do: how many, and which.
 
-A layer leaves with its attention, its experts and its shared experts; the residual stream goes on past it. Candidates are
-the layers with routed experts. Layers without any always stay, and so does by default the first that has experts: what
-the early layers do is done nowhere else (`budget.protect` says otherwise; that default is ours).
+A layer leaves with its attention, its experts and its shared experts; the residual stream goes on past it. Candidates
+are the layers with routed experts. Layers without any always stay, and so does by default the first that has experts:
+what the early layers do is done nowhere else (`budget.protect` says otherwise; that default is ours).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -27,7 +27,7 @@ from tenp_dist.scoring.statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class DropLayers(PlanKind):
-    """Plans of methods that rank layers: the lowest ranked leave, ties to the higher number, the others stay as they are."""
+    """Plans of methods that rank layers: the lowest leave, of equals the higher number; others stay as they are."""
 
     layers_leave = True
     leaves_narrow = False
@@ -50,7 +50,7 @@ class DropLayers(PlanKind):
 
     def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
         """How many leave; which ones is open, so the last that may are taken."""
-        free = self._candidates(layers)
+        free = self.may_leave(layers)
         return self._without(layers, free[len(free) - self._checked_count(layers, free) :])
 
     def form(self, shape: Shape) -> PlanForm:
@@ -60,7 +60,7 @@ class DropLayers(PlanKind):
     def decided(
         self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
     ) -> Shape:
-        free = self._candidates(shape.layers)
+        free = self.may_leave(shape.layers)
         facts = {layer.layer: layer for layer in shape.layers}
         worth = {layer: self.method.layer_score(statistics(facts[layer]), contexts[layer]) for layer in free}
         first = sorted(free, key=lambda layer: (worth[layer], -layer))
@@ -69,7 +69,8 @@ class DropLayers(PlanKind):
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
         experts, neurons = sizes.facts.experts, sizes.facts.intermediate_size
         if sizes.whole:
-            return LayerChoice(tuple(range(experts)), KeptNeurons.from_mask(np.ones((experts, neurons), dtype=bool)))
+            all_EF = np.ones((experts, neurons), dtype=bool)
+            return LayerChoice(tuple(range(experts)), KeptNeurons.from_mask(all_EF))
         return LayerChoice((), KeptNeurons.without_others((), experts, neurons))
 
     def warnings(self, shape: Shape) -> list[str]:
@@ -92,8 +93,7 @@ class DropLayers(PlanKind):
             return layers - math.floor(self.budget.retention_exact * layers)
         return int(asked) if asked >= 1 else max(1, math.floor(Fraction(asked) * layers + Fraction(1, 2)))
 
-    def _candidates(self, layers: Sequence[MoeLayer]) -> list[int]:
-        """Decoder numbers of the layers that may leave, ascending."""
+    def may_leave(self, layers: Sequence[MoeLayer]) -> list[int]:
         named = self.protected_by_default(layers) if self.budget.protect == AUTO else self.budget.protect
         part = next((item for item in named if "/" in item), None)
         if part is not None:

@@ -68,9 +68,10 @@ class Family:
     mtp_changes: fields of the row that differ in those layers; their prefix at least.
     entries_keys: config keys of lists with an entry for every decoder layer.
     ids_keys: config keys of lists of ids of decoder layers.
-    first_keys, last_key: config keys of how many layers something holds for from the first on, and of the id of the last.
-    step_key, dense_key: config keys of the rule that every so many layers have experts, and of the ids of layers that have
-        none whatever that rule says.
+    first_keys, last_key: config keys of how many layers something holds for from the first on, and of the id of the
+        last that it holds for.
+    step_key, dense_key: config keys of the rule that every so many layers have experts, and of the ids of layers that
+        have none whatever that rule says.
     refused: config key -> what no layer may be by it: forms of the family that are not scored yet.
     tensor_parallel: verified with more than one rank per shard.
     """

@@ -56,7 +56,7 @@ Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to rank the experts of a layer, the neurons of an expert, or both, to weigh sets of experts, or to rank layers.
+    """One way to rank the experts of a layer, neurons of an expert, or both, to weigh sets of experts, or rank layers.
 
     name: as jobs say it.
     source: paper and equation, and what of it is ours.
