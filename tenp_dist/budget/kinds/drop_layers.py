@@ -78,8 +78,8 @@ class DropLayers(PlanKind):
         if wasted <= WASTE_LIMIT:
             return []
         return [
-            f"Only whole layers can go: {leaving} of {len(shape.layers)} leave, which leaves {float(wasted):.1%} of the "
-            "budget unspent."
+            f"Only whole layers can go: {leaving} of {len(shape.layers)} leave, which leaves {float(wasted):.1%} of "
+            "the budget unspent."
         ]
 
     def control(self) -> Budget:
