@@ -117,13 +117,15 @@ def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
         if _kind(control) not in drawn:
             drawn.add(_kind(control))
             ranking = {"neurons": control.neurons} if control.neurons else {}
-            name = grid_name(control.method, {**ranking, "retention": control.retention})
+            dropped = control.drop_layers
+            size = {"retention": control.retention} if dropped is None else {"drop_layers": dropped}
+            name = grid_name(control.method, {**ranking, **size})
             controls[CONTROL + name] = control
     return {**budgets, **controls}
 
 
-def _kind(budget: Budget) -> tuple[str, str | tuple[str, ...] | None, Decimal]:
-    return budget.method, budget.neurons, budget.retention
+def _kind(budget: Budget) -> tuple[str, str | tuple[str, ...] | None, Decimal, Decimal | None]:
+    return budget.method, budget.neurons, budget.retention, budget.drop_layers
 
 
 def store_plans(

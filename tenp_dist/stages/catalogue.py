@@ -1,6 +1,6 @@
 """The stages of a run, in their order: a file of this room for every name in `pipeline/names.py`.
 
-inspect -> calibrate -> score -> [eliminate ->] [select ->] plan -> [compensate ->] write -> verify -> [evaluate ->]
+inspect -> calibrate -> score -> [eliminate ->] [layers ->] [select ->] plan -> [compensate ->] write -> verify -> [evaluate ->]
 [benchmark ->] report; every arrow is a file.
 """
 

@@ -20,7 +20,7 @@ PAGES = (
     "README.md",
     "cluster/README.md",
     "cluster/kuberay/rayjob.yaml",
-    *(f"jobs/{name}.yaml" for name in ("rebudget", "evaluate", "deepseek-v3", "qwen3-235b", "kimi-k2")),
+    *(f"jobs/{name}.yaml" for name in ("rebudget", "evaluate", "drop-layers", "deepseek-v3", "qwen3-235b", "kimi-k2")),
 )
 PROGRAMS = ("tenp-dist", "ray", "sbatch", "scancel", "tail", "kubectl", "python", "pip", "cp", "export", "echo")
 
@@ -44,6 +44,7 @@ IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist plan jobs/rebudget.yaml --overwrite",
     "tenp-dist run jobs/rebudget.yaml --overwrite",
     "tenp-dist evaluate jobs/evaluate.yaml --overwrite",
+    "tenp-dist run jobs/drop-layers.yaml",
     "tenp-dist doctor --job jobs/quickstart.yaml",
     "tenp-dist doctor",
     "cp jobs/quickstart.yaml my-job.yaml",
@@ -95,6 +96,7 @@ ELSEWHERE = {
     ],
     "installs": ["pip install .", "pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
+    "tests/stages/test_removed_layers.py runs it": ["tenp-dist layers JOB.yaml"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
     "test_tab_completion runs it": [
