@@ -74,6 +74,11 @@ def stored_layers(folder: Path, wave: int) -> list[int]:
     return [int(match[2]) for match in found if match]
 
 
+def loss_file(folder: Path, wave: int) -> Path:
+    """The loss of a wave, and over how many tokens. folder: of the gradients that it begins."""
+    return folder / f"loss_{wave:03d}.json"
+
+
 def feature_file(folder: Path, name: str, number: int) -> Path:
     """Features of a microbatch of the layer in work, where they do not fit the memory. folder: of hidden states."""
     return folder / "features" / f"{name}.batch_{number:05d}.safetensors"
