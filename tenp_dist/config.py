@@ -233,6 +233,16 @@ class Budget(_Part):
         return self.retention_exact / 3 if self.important is None else Fraction(self.important)
 
 
+class Trsp(_Part):
+    """How methods `trsp` and `trsp-once` learn which layers leave."""
+
+    penalty: float = Field(0.05, ge=0, description="lambda1: what the sum of the layers' weights costs")
+    rate: float = Field(0.05, gt=0, description="Adam's rate at the first step of a round; it falls to zero")
+    steps: int = Field(30, ge=1, description="steps of a round, each a pass up and back")
+    sequences: int = Field(4, ge=1, description="calibration sequences of a step")
+    seed: int = Field(0, description="order in which sequences come")
+
+
 class Output(_Part):
     layouts: tuple[LayoutName, ...] = Field(
         LAYOUTS[:1], description="checkpoint layouts to write; where experts are removed uniform, and only that"
@@ -317,6 +327,7 @@ class Job(_Part):
     calibration: Calibration
     score: Score = Score()
     budget: Budget = Budget()
+    trsp: Trsp = Trsp()
     output: Output = Output()
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None

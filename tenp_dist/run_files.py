@@ -99,6 +99,21 @@ def greedy_file(folder: Path) -> Path:
     return folder / "greedy.json"
 
 
+def learning_file(folder: Path) -> Path:
+    """Weights of layers as they were learnt. folder: of the layers stage."""
+    return folder / "trsp.json"
+
+
+def step_text(folder: Path) -> Path:
+    """Tokens of the step at work. folder: of the layers stage."""
+    return folder / "step" / "text.arrow"
+
+
+def layer_gradient_file(folder: Path, layer: int) -> Path:
+    """The gradient by a layer's weight. folder: of the layers stage."""
+    return folder / "step" / f"{layer_name(layer)}.json"
+
+
 def worker_logs(folder: Path) -> Path:
     """Where the logs of a stage's workers go: beside its folder, for they outlive it."""
     return folder.parent / "logs" / folder.name

@@ -45,7 +45,7 @@ STAGES = (
     ),
     StageName(
         "layers",
-        "Find in which order decoder layers leave, by the loss without them, for methods greedy and leave-one-out.",
+        "Find in which order decoder layers leave, for methods greedy, leave-one-out, trsp and trsp-once.",
         ("JOB.yaml --set budget.method=greedy",),
     ),
     StageName(

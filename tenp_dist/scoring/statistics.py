@@ -74,7 +74,7 @@ FIRST_STATISTICS = (*EXPERT_STATISTICS, *NEURON_STATISTICS)
 """What every score file holds. Those that hold nothing else are of earlier versions, and good for all methods but
 those that read more: they are asked to score again."""
 ELIMINATION = ("elimination_order", "elimination_cost")
-LAYER_CHOICES = ("greedy_step", "alone_loss")
+LAYER_CHOICES = ("greedy_step", "alone_loss", "trsp_step", "trsp_weight")
 """Found about a layer by measuring the model without it: no sums either, float64 [1] (`tenp_dist/depth/`)."""
 WEIGHT_NORM = "neuron_weight_norm"
 WEIGHT_STATISTICS = ("expert_weight_flatness", "neuron_weight_flatness")

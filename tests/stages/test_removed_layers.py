@@ -153,3 +153,22 @@ def test_counts_of_layers(job_file):
             layer.layer for layer, whole in zip(layers, shape.whole, strict=True) if not whole
         ]
         assert kind.unspent(shape) >= 0
+
+
+def test_trsp_from_a_job_to_a_plan(job_file, tenp, tmp_path):
+    """Two rounds of two steps; the one-shot choice is read off the first."""
+    path = job_file(
+        budget={"method": "trsp", "drop_layers": 2, "protect": "none"},
+        trsp={"steps": 2, "sequences": 2},
+        score={"dtype": "float32"},
+    )
+    for stage in ("inspect", "calibrate", "score", "layers", "plan"):
+        result = tenp(stage, path)
+        assert result.exit_code == 0, result.stderr
+    rounds = read(tmp_path / "run", "layers/trsp.json")["rounds"]
+    assert [len(one["weights"]) for one in rounds] == [3, 2] and all(len(one["losses"]) == 2 for one in rounds)
+    for one in rounds:
+        assert str(one["removed"]) == min(one["weights"], key=lambda layer: abs(one["weights"][layer]))
+    assert read(tmp_path / "run", "plan.json")["leaving_layers"] == sorted(one["removed"] for one in rounds)
+    once = tenp("plan", path, "--set", "budget.method=trsp-once", "--overwrite")
+    assert once.exit_code != 0 and "layers" in once.stderr  # of other settings: asks for its own stage
