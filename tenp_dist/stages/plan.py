@@ -32,7 +32,8 @@ def plan_model(run: Run, context: StageContext) -> Output:
     document = read_plan(run.files.run_dir)
     keys = ("retention", "experts", "narrow_width", "leftover_neurons", "warnings")
     digest = digest_of({path.name: file_digest(path) for path in files})
-    return Output(files, digest, {key: document[key] for key in keys})
+    left = {"leaving_layers": list(plan.leaving_layers)} if plan.leaving_layers else {}
+    return Output(files, digest, {key: document[key] for key in keys} | left)
 
 
 def _gist(summary: Mapping[str, Any]) -> str:
