@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from helpers.checkpoints import all_tensors, change_config, corrupt, verify, with_mtp
 from helpers.families import published, save_family
+from helpers.fp8 import checked, configure, make_pair, stated
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.fewer_layers import kept_of_fewer, staying, without_layers
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, leaving_layers, read_kept, write_kept
+from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.errors import BudgetError, UnsupportedModelError, VerifyError
 from tenp_dist.layouts.base import Pruned
@@ -34,8 +36,8 @@ def kept_without(source, *leaving) -> dict[int, KeptNeurons]:
 
 def write_without(model, folder, *leaving) -> dict[int, KeptNeurons]:
     source = open_source(model)
-    kept = kept_without(source, *leaving)
-    pruned = Pruned(without_layers(source, leaving), kept_of_fewer(kept), "0.5", whole=source)
+    kept, fewer = kept_without(source, *leaving), without_layers(source, leaving)
+    pruned = Pruned(fewer, kept_of_fewer(kept), "0.5", form=output_form(fewer, "source"), whole=source)
     attempt = Attempt(folder=folder, key="key", shard_size=20_000, progress=lambda step: None)
     write_layout(InProcessPool(), LAYOUTS["uniform"], pruned, attempt)
     return kept
@@ -84,6 +86,21 @@ def test_prediction_layers_stay_behind_the_last(tiny_model, tmp_path):
     facts = checkpoint_facts(index, open_source(model).family)
     assert (facts.num_layers, facts.moe_layers, facts.mtp_layers) == (2, (1,), (2,))
     assert index.config["num_nextn_predict_layers"] == 1
+
+
+def test_fp8_goes_with_its_layers_and_the_list_of_plain_modules_too(tiny_model, tmp_path):
+    fp8, _ = make_pair(tmp_path, tiny_model("deepseek_v3", "bfloat16"))
+    gates = [f"model.layers.{layer}.mlp.gate" for layer in (1, 2, 3)]
+    configure(fp8, quantization_config=stated() | {"modules_to_not_convert": [*gates, "lm_head"]})
+    kept = write_without(fp8, tmp_path / "out", 2)
+    assert checked(fp8, kept, tmp_path / "out", "uniform").tensors
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["modules_to_not_convert"] == [*gates[:2], "lm_head"]
+    before, after = all_tensors(fp8), all_tensors(tmp_path / "out")
+    name = "model.layers.3.mlp.experts.5.down_proj.weight"
+    moved = name.replace("layers.3", "layers.2")
+    assert torch.equal(before[name].view(torch.uint8), after[moved].view(torch.uint8))
+    assert torch.equal(before[f"{name}_scale_inv"], after[f"{moved}_scale_inv"])
 
 
 def test_every_second_layer_with_experts_becomes_a_list_of_those_without(tmp_path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.scoring import COMPUTE, pass_context, random_corpus
+from helpers.gradients import plain_gradients
+from helpers.scoring import COMPUTE, batches_of, pass_context, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.depth.learn import Learning, Settings, learn
 from tenp_dist.depth.learnt import WeightSteps, sequences_of
@@ -95,14 +96,49 @@ def stock_gradients(model_folder, corpus, weights, gone, shares):
     return float(loss.detach()), dict(zip(scale, map(float, found), strict=True))
 
 
+def test_a_weight_of_one_changes_nothing_and_its_gradient_is_that_of_the_branch(tiny_model, tmp_path):
+    """With all S = 1: sum <dL/dh_out, h_out - h_in> of the stock model's own hidden states and gradients."""
+    model, corpus = tiny_model("qwen3_moe"), random_corpus(256, sequences=2)
+    write_corpus(tmp_path / "corpus.arrow", corpus)
+    _, found = steps_on(model, tmp_path, 3).gradients(pass_context(model, tmp_path / "ledger"), {1: 1.0, 2: 1.0}, (), 0)
+    batches = [(tokens, None, domain) for tokens, _, domain in batches_of(corpus)]
+    expected = {1: 0.0, 2: 0.0}
+    for (tokens, _, _), plain in zip(batches, plain_gradients(model, batches), strict=True):
+        states = hidden_states(model, tokens)
+        for layer in expected:
+            branch = states[layer][1] - states[layer][0]
+            expected[layer] += float((plain.leaving[layer].double() * branch).sum()) / (2 * 23)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def hidden_states(model_folder, tokens):
+    """Layer -> (what entered, what left), float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, experts_implementation="eager")
+    states = {}
+    for number, layer in enumerate(model.eval().model.layers):
+        layer.register_forward_hook(
+            lambda module, inputs, output, n=number: states.__setitem__(n, (inputs[0].double(), output.double()))
+        )
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    return states
+
+
+def steps_on(model, folder, layers, **changes) -> WeightSteps:
+    options = {
+        "model": model, "corpus": folder / "corpus.arrow", "folder": folder / "layers", "key": "key",
+        "compute": COMPUTE, "layers": layers, "ranks": 1, "sequences": 4, "seed": 0, "weights": {},
+    }  # fmt: skip
+    return WeightSteps(**{**options, **changes})
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_gradients_by_weights_are_those_of_the_stock_model(shards, tiny_model, tmp_path):
     model, corpus = tiny_model("deepseek_v3"), random_corpus(256, sequences=4)
     write_corpus(tmp_path / "corpus.arrow", corpus)
-    engine = WeightSteps(
-        model=model, corpus=tmp_path / "corpus.arrow", folder=tmp_path / "layers", key="key", compute=COMPUTE,
-        layers=4, ranks=1, sequences=4, seed=0, weights={"first": Fraction(3)},
-    )  # fmt: skip
+    engine = steps_on(model, tmp_path, 4, weights={"first": Fraction(3)})
     weights, gone = {2: 0.7, 3: -0.2}, (1,)
     context = pass_context(model, tmp_path / "ledger", shards=shards)
     loss, found = engine.gradients(context, weights, gone, 0)
