@@ -36,7 +36,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Round:
-    """A layer that left. removed: which. weights: layer -> its S then. losses: mean NLL at every step."""
+    """A round that is over.
+
+    removed: the layer that left.
+    weights: layer -> its S then.
+    losses: mean NLL at every step.
+    """
 
     removed: int
     weights: Mapping[int, float]
