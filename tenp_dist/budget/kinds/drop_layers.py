@@ -61,8 +61,8 @@ class DropLayers(PlanKind):
         self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
     ) -> Shape:
         free = self.may_leave(shape.layers)
-        facts = {layer.layer: layer for layer in shape.layers}
-        worth = {layer: self.method.layer_score(statistics(facts[layer]), contexts[layer]) for layer in free}
+        sizes = {layer.layer: layer for layer in shape.layers}
+        worth = {layer: self.method.layer_score(statistics(sizes[layer]), contexts[layer]) for layer in free}
         first = sorted(free, key=lambda layer: (worth[layer], -layer))
         return self._without(shape.layers, first[: self._count(len(shape.layers))])
 
