@@ -33,6 +33,7 @@ from tenp_dist.passes.loss import Loss, loaded_tail, loss_gradient
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.room_for_gradients import check_room
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
+from tenp_dist.progress import Progress
 from tenp_dist.run_files import HIDDEN, loss_file
 
 
@@ -224,9 +225,8 @@ def _losses(task: GradientTask) -> tuple[dict[str, float], dict[str, int]]:
 
 def _half(context: PassContext, number: int) -> PassContext:
     """The context, telling the progress of one of both ways as that of the whole."""
-    return replace(
-        context,
-        progress=lambda step: context.progress(
-            replace(step, done=number * step.total + step.done, total=2 * step.total)
-        ),
-    )
+
+    def tell(step: Progress) -> None:
+        context.progress(replace(step, done=number * step.total + step.done, total=2 * step.total))
+
+    return replace(context, progress=tell)

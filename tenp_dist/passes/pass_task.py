@@ -68,7 +68,7 @@ class PassTask(ABC):
     def turned(self) -> int:
         """How many layers the model has, where the pass takes them from the last down; 0 where from the first up.
 
-        Shards, units, steps and files of hidden states then count from the last layer: place 0 is what is entered first.
+        Shards, units, steps and files of hidden states then count from the last layer, which is place 0.
         """
         return 0
 

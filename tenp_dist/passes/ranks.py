@@ -221,10 +221,10 @@ class _SumOverRanks(torch.autograd.Function):
 def open_to_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
     """Have gradients go back through a layer that `parallelise_layer` split, in place; all ranks call together.
 
-    The ranks' computations are taken as one graph: what is the same on all ranks has a copy on each, and the loss is the
-    mean over the copies. So a rank begins with its share of the gradient, 1 / ranks, a sum over ranks in the forward
-    is one in the backward too, and what the copies of the layer's input got is added at the end. That is exact for
-    whatever reads a copy, split or not: the rotary part of MLA's keys, which every head shares and no linear layer
+    The ranks' computations are taken as one graph: what is the same on all ranks has a copy on each, and the loss is
+    the mean over the copies. So a rank begins with its share of the gradient, 1 / ranks, a sum over ranks in the
+    forward is one in the backward too, and what the copies of the layer's input got is added at the end. That is exact
+    for whatever reads a copy, split or not: the rotary part of MLA's keys, which every head shares and no linear layer
     stands before, gets its whole gradient too. DeepSpeed's own functions add at the input of every split layer instead,
     and miss it; they are left out.
 

@@ -1,8 +1,8 @@
 """Whether a pass that goes back has room: refused with its numbers before any work.
 
-On disk the boundaries, and the gradients on their way; in memory two layers, the graph of a microbatch and the logits of
-a chunk. What a graph takes is an estimate from sizes in the config, on the high side: per token _OF_TOKEN tensors of the
-model's width, per routed slot three of it and six of an expert's width.
+On disk the boundaries, and the gradients on their way; in memory two layers, the graph of a microbatch and the logits
+of a chunk. What a graph takes is an estimate from sizes in the config, on the high side: per token _OF_TOKEN tensors of
+the model's width, per routed slot three of it and six of an expert's width.
 """
 
 from __future__ import annotations

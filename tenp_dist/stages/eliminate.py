@@ -14,6 +14,7 @@ from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import given_plans, grid_budgets
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
 from tenp_dist.scoring.statistics import ELIMINATION
 from tenp_dist.stages.base import RunStage, bits_fields, reads, weight_fields
 from tenp_dist.stages.compensate import tokens_again
@@ -36,10 +37,11 @@ def eliminate(run: Run, context: StageContext) -> Output:
 
 
 def needed_by(*budgets: Budget) -> Sequence[str]:
-    """The stage's name where a plan of one of these budgets reads what it leaves."""
+    """Of the stages that make what some methods read besides scores, those that a plan of these budgets needs."""
     tried = [one for budget in budgets for one in (candidates(budget).values() if budget.method == AUTO else [budget])]
-    asks = any(set(ELIMINATION) & set(planning_statistics(budget)) for budget in tried)
-    return ("eliminate",) if asks else ()
+    read = {name for budget in tried for name in planning_statistics(budget)}
+    made = {"eliminate": ELIMINATION, "gradients": GRADIENT_STATISTICS}
+    return tuple(stage for stage, names in made.items() if read & set(names))
 
 
 def budgets_of(run: Run) -> Iterator[Budget]:
@@ -54,7 +56,7 @@ def budgets_of(run: Run) -> Iterator[Budget]:
 
 
 def _not_asked(run: Run) -> JobError | None:
-    if needed_by(*budgets_of(run)):
+    if "eliminate" in needed_by(*budgets_of(run)):
         return None
     return JobError(
         "No method of the job asks in which order neurons leave",

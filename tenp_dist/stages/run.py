@@ -116,7 +116,7 @@ class Run:
         """layer -> its statistics, only those that the budget's method reads."""
         names = planning_statistics(budget)
         files = self.files
-        return lambda layer: read_planning(files.scores.layer(layer), files.elimination, layer, names)
+        return lambda layer: read_planning(files.scores.layer(layer), files.elimination, layer, names, files.gradients)
 
     def store_plan(self, folder: Path, plan: Plan, digests: Mapping[str, str]) -> list[Path]:
         """Write a plan of the source; returns `write_plan`'s paths. digests: of the stages that it was made from."""

@@ -24,6 +24,8 @@ WHOLE_KEYS = ("important", "slope", "minimum_important")
 """Keys of a budget that say how many experts stay whole."""
 FLOOR_KEYS = ("minimum_width", "minimum_layer_retention")
 """Keys of a budget that say how much stays whatever the scores decide."""
+STABILITY_KEYS = ("unstable",)
+"""Keys of a budget that say which layers get more, by how much their importances fluctuate."""
 
 
 @dataclass(frozen=True)
