@@ -31,20 +31,20 @@ def read_of(unit: str) -> tuple[str, ...]:
 
 
 def expert_importance(statistics: LayerStatistics, context: Context) -> torch.Tensor:
-    """Fused importance of whole experts, float64 [E]."""
-    return _fused(statistics, "expert", context)
+    """Fused importance of whole experts without the layer's constant: 0 where no token came, float64 [E]."""
+    return _weighted(statistics, "expert", context)
 
 
 def neuron_importance(statistics: LayerStatistics, context: Context) -> torch.Tensor:
     """Fused importance of neurons, weight norms where no token came, float64 [E, F]."""
-    scores_EF = _fused(statistics, "neuron", context)
+    batches = batches_of(statistics, "neuron", context.domain_weights)
+    scores_EF = fused(batches.mean_3X, batches.variance_3)
     return unrouted_by_weight_norm(statistics, scores_EF, context.domain_weights, context.layer)
 
 
 def neuron_worth(statistics: LayerStatistics, context: Context) -> torch.Tensor:
     """The same without the layer's constant, 0 where no token came, float64 [E, F]."""
-    batches = batches_of(statistics, "neuron", context.domain_weights)
-    return weighted(batches.mean_3X, batches.variance_3)
+    return _weighted(statistics, "neuron", context)
 
 
 def layer_fluctuation(statistics: LayerStatistics, context: Context) -> torch.Tensor:
@@ -52,9 +52,9 @@ def layer_fluctuation(statistics: LayerStatistics, context: Context) -> torch.Te
     return fluctuation(batches_of(statistics, "neuron", context.domain_weights, PAIRS))
 
 
-def _fused(statistics: LayerStatistics, unit: str, context: Context) -> torch.Tensor:
+def _weighted(statistics: LayerStatistics, unit: str, context: Context) -> torch.Tensor:
     batches = batches_of(statistics, unit, context.domain_weights)
-    return fused(batches.mean_3X, batches.variance_3)
+    return weighted(batches.mean_3X, batches.variance_3)
 
 
 METHOD = Method(
