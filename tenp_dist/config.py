@@ -75,6 +75,7 @@ Compensate = bool | Literal["joint"]
 """Whether W_down is compensated, expert by expert (true) or a whole layer as one system."""
 JOINT: Literal["joint"] = "joint"
 Auto = Literal["auto"]
+Unstable = Literal["keep", "even", "prune"]
 AUTO: Auto = "auto"
 
 
@@ -202,6 +203,10 @@ class Budget(_Part):
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",
         description="adding an expert's neuron scores over domains: each scaled to length 1, or means over its tokens",
+    )
+    unstable: Unstable = Field(
+        "keep",
+        description="layers whose importances fluctuate (method saap): keep more in them, even, or prune them more",
     )
     never_routed: Literal["narrow", "whole"] = Field("narrow", description="experts that no token reached")
     seed: int = Field(0, description="seed of `random` and of the random control")

@@ -5,6 +5,7 @@
       calibration/                    tokens to score on, and those set aside for an `auto` budget
       scores/                         statistics of every MoE layer; parts and hidden states while it is made
       elimination/                    in which order neurons leave, for methods that ask
+      gradients/                      sums of gradients, for methods that ask
       layers/                         in which order decoder layers leave, for methods that ask
       selection/, selection.json      plans tried for an `auto` budget, and what was chosen
       plan.json, plan.safetensors     the plan, for people and for the writer
@@ -176,6 +177,10 @@ class RunFiles:
     @property
     def elimination(self) -> Path:
         return self.run_dir / "elimination"
+
+    @property
+    def gradients(self) -> Path:
+        return self.run_dir / "gradients"
 
     @property
     def layers_folder(self) -> Path:

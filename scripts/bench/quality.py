@@ -26,6 +26,7 @@ from scoring import ROOT
 
 TABLES = ("methods", "samples", "domains")
 BEST = ("obs", "global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
+GRADIENTS = ("fisher", "taylor", "gradient", "heapr")
 FORMS = {False: "", True: " + compensated", "joint": " + compensated jointly"}
 PATHS = click.Path(path_type=Path, exists=True)
 
@@ -121,6 +122,12 @@ def settings(method: str) -> list[tuple[str, dict]]:
             (f"{method}, align 16, 3 widths", {"align": 16, "max_widths": 3}),
             *([("obs, align 16, a width a layer", {"align": 16, "max_widths": 1})] if method == "obs" else []),
             (f"{method}, free widths", {"align": 1, "max_widths": 10**6}),
+        ]
+    if method in GRADIENTS:
+        return [(f"{method}, free widths", {"align": 1, "max_widths": 10**6})]
+    if method == "saap":
+        return [
+            (f"saap, {way}, free widths", {"unstable": way, "max_widths": 10**6}) for way in ("keep", "even", "prune")
         ]
     return [(method, {})]
 

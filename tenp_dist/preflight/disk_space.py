@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.plan import planning_statistics
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import AUTO, COMPENSATE, JOINT, Budget, Compensate, Evaluation, Job, Text
@@ -15,6 +16,7 @@ from tenp_dist.evaluation.selection import METHODS, candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
+from tenp_dist.scoring.gradient_statistics import EXPERT_GRADIENTS, GRADIENT_STATISTICS, NEURON_GRADIENTS
 
 Compensated = tuple[Budget, Compensate]  # a plan's budget, and how it is compensated
 
@@ -23,7 +25,8 @@ _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every dom
 
 def bytes_needed(job: Job, source: Source) -> int:
     """Bytes that a whole run takes in its directory, about."""
-    return bytes_left(job, source) + columns_held(job, source) + states_held(job, source)
+    held = max(states_held(job, source), boundaries_held(job, source))
+    return bytes_left(job, source) + columns_held(job, source) + held
 
 
 def states_held(job: Job, source: Source) -> int:
@@ -31,6 +34,20 @@ def states_held(job: Job, source: Source) -> int:
     tried = _tokens(job.calibration) * job.selection_share * (1 + len(candidates(job.budget))) if job.budget.auto else 0
     measured = _tokens(job.evaluation) * _streams(job, job.evaluation, source) if job.evaluation else 0
     return int(4 * source.facts.hidden_size * max(tried, measured))
+
+
+def boundaries_held(job: Job, source: Source) -> int:
+    """Bytes that the stage `gradients` takes while it works, about: hidden states between all layers, in float32."""
+    if not _reads_gradients(job, source):
+        return 0
+    return 4 * source.facts.hidden_size * _tokens(job.calibration) * (source.facts.num_layers + 2)
+
+
+def _reads_gradients(job: Job, source: Source) -> bool:
+    """Whether a plan of the job does."""
+    budgets = list(candidates(job.budget).values()) if job.budget.auto else [job.budget]
+    budgets += _plans(job, job.evaluation, source).values() if job.evaluation else ()
+    return any(set(GRADIENT_STATISTICS) & set(planning_statistics(budget)) for budget in budgets)
 
 
 def _tokens(text: Text) -> int:
@@ -86,6 +103,8 @@ def bytes_left(job: Job, source: Source) -> int:
     checkpoints = sum(layout.nbytes(sizes, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
+    if _reads_gradients(job, source):
+        neurons, experts = neurons + len(NEURON_GRADIENTS), experts + len(EXPERT_GRADIENTS)
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)
     return checkpoints + 8 * sums * domains + 4 * _tokens(text) * facts.hidden_size
 
@@ -93,7 +112,7 @@ def bytes_left(job: Job, source: Source) -> int:
 def written_bytes(run_dir: Path) -> int:
     """Bytes of it that are there already."""
     files = RunFiles(run_dir)
-    folders = [files.checkpoints, files.scores.folder, files.compensation_folder]
+    folders = [files.checkpoints, files.scores.folder, files.gradients, files.compensation_folder]
     folders += [
         of / part for of in (files.selection_folder, files.evaluation_folder) for part in (COMPENSATION, HIDDEN)
     ]

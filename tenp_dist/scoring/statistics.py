@@ -161,7 +161,7 @@ def _of_equal_domains(parts: Sequence[LayerStatistics]) -> LayerStatistics:
 def _merge_tensor(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     total = tensors[0].clone()
     for tensor in tensors[1:]:
-        if MERGE_RULES[name] == "max":
+        if MERGE_RULES.get(name) == "max":  # sums of gradients have no rule: all are sums
             torch.maximum(total, tensor, out=total)
         else:
             total += tensor

@@ -14,13 +14,14 @@ from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import given_plans, grid_budgets
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
 from tenp_dist.scoring.statistics import ELIMINATION, LAYER_CHOICES
 from tenp_dist.stages.base import RunStage, bits_fields, reads, weight_fields
 from tenp_dist.stages.compensate import tokens_again
 from tenp_dist.stages.run import Run
 
 STAGE_NAME = "eliminate"
-_MADE_BY = {STAGE_NAME: ELIMINATION, "layers": LAYER_CHOICES}
+_MADE_BY = {STAGE_NAME: ELIMINATION, "gradients": GRADIENT_STATISTICS, "layers": LAYER_CHOICES}
 """Stage -> the statistics that it makes of whole layers."""
 
 

@@ -119,7 +119,7 @@ class Run:
         files, summed = self.files, [name for name in names if name not in LAYER_CHOICES]
 
         def read(layer: int) -> LayerStatistics:
-            found = read_planning(files.scores.layer(layer), files.elimination, layer, summed)
+            found = read_planning(files.scores.layer(layer), files.elimination, layer, summed, files.gradients)
             return with_choices(found, files.layers_folder, layer, names)
 
         return read

@@ -6,6 +6,14 @@ from dataclasses import replace
 
 import torch
 
+from tenp_dist.scoring.gradient_statistics import (
+    EXPERT_GRADIENTS,
+    IMPORTANCES,
+    NEURON_GRADIENTS,
+    PAIRS,
+    importance_sum,
+    product_sum,
+)
 from tenp_dist.scoring.statistics import (
     EXPERT_STATISTICS,
     LAYER_CHOICES,
@@ -39,6 +47,7 @@ def drawn(seed: int, domains: int = N, unseen: tuple[int, ...] = (5,)) -> LayerS
     count_N = counts_NE.sum(dim=1)
     turned_N = torch.randint(1, 64, (domains,), generator=draw).double() / 64
     tensors |= {"layer_token_count": count_N, "block_influence_sum": turned_N * count_N}
+    tensors |= _drawn_gradients(counts_NE, torch.Generator().manual_seed(seed + 1000))
     norms = torch.randint(1, 256, (E, F), generator=torch.Generator().manual_seed(9)).double() / 64  # of the weights
     flat = {"expert_weight_flatness": norms.amax(dim=1) / 4, "neuron_weight_flatness": norms.flip(1) / 4}
     return LayerStatistics(tuple(f"d{i}" for i in range(domains)), tensors, norms, flat)
@@ -55,6 +64,26 @@ def _drawn_pairs(counts_NE: torch.Tensor, draw: torch.Generator) -> dict[str, to
         "coselection_count": count_NEE,
         "gated_norm_product_sum": (steps_NEE + steps_NEE.transpose(1, 2)) * count_NEE,
     }
+
+
+def _drawn_gradients(counts_NE: torch.Tensor, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """Of three batches a domain, importances in steps of 1/16, the other sums in steps of 1/64."""
+    domains, seen_NE = len(counts_NE), (counts_NE > 0).double()
+    sizes = {"expert": (domains, E), "neuron": (domains, E, F)}
+    tensors = {}
+    for name in (*EXPERT_GRADIENTS, *NEURON_GRADIENTS):
+        size = sizes["neuron" if name in NEURON_GRADIENTS else "expert"]
+        tensors[name] = torch.randint(1, 256, size, generator=draw).double() / 64
+    tensors["batch_count"] = torch.full((domains, E), 3.0, dtype=torch.float64)
+    for unit, size in sizes.items():
+        of_batches = {name: torch.randint(1, 64, (3, *size), generator=draw).double() / 16 for name in IMPORTANCES}
+        tensors |= {importance_sum(unit, name): values.sum(dim=0) for name, values in of_batches.items()}
+        for one, other in PAIRS:
+            tensors[product_sum(unit, one, other)] = (of_batches[one] * of_batches[other]).sum(dim=0)
+    for name, tensor in tensors.items():
+        if name != "batch_count":
+            tensors[name] = tensor * seen_NE.reshape(*seen_NE.shape, *[1] * (tensor.dim() - 2))
+    return tensors
 
 
 def eliminated(stats: LayerStatistics, seed: int = 0) -> LayerStatistics:

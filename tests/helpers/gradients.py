@@ -23,12 +23,14 @@ class PlainGradients:
     loss: summed over predicted tokens.
     leaving: layer -> gradient by what left it, [B, S, D].
     embedded: gradient by what entered the first layer.
+    change: layer -> what it added to what entered it.
     neurons: (layer, expert) -> what its tokens say.
     """
 
     loss: float
     leaving: dict[int, torch.Tensor]
     embedded: torch.Tensor
+    change: dict[int, torch.Tensor] = field(default_factory=dict)
     neurons: dict[tuple[int, int], RoutedNeurons] = field(default_factory=dict)
 
 
@@ -66,6 +68,7 @@ def _tap(layer) -> list:
 
 def _of_batch(model, taps, tokens, mask) -> PlainGradients:
     states: dict[int, torch.Tensor] = {}
+    entered: dict[int, torch.Tensor] = {}
     hooks = []
     for i, layer in enumerate(model.model.layers):
         taps[i].clear()
@@ -74,6 +77,10 @@ def _of_batch(model, taps, tokens, mask) -> PlainGradients:
             states[i] = output[0] if isinstance(output, tuple) else output
             states[i].retain_grad()
 
+        def enters(module, inputs, i=i):
+            entered[i] = inputs[0].detach()
+
+        hooks.append(layer.register_forward_pre_hook(enters))
         hooks.append(layer.register_forward_hook(leaves))
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
     logits = model(inputs_embeds=embedded, attention_mask=None if mask is None else mask.long()).logits
@@ -90,4 +97,6 @@ def _of_batch(model, taps, tokens, mask) -> PlainGradients:
         for i, noted in taps.items()
         for e, token, m in noted
     }
-    return PlainGradients(float(loss.detach()), {i: s.grad for i, s in states.items()}, embedded.grad, neurons)
+    change = {i: s.detach() - entered[i] for i, s in states.items()}
+    leaving = {i: s.grad for i, s in states.items()}
+    return PlainGradients(float(loss.detach()), leaving, embedded.grad, change, neurons)

@@ -30,6 +30,7 @@ IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist calibrate JOB.yaml",
     "tenp-dist score JOB.yaml",
     "tenp-dist eliminate JOB.yaml",
+    "tenp-dist gradients JOB.yaml",
     "tenp-dist select JOB.yaml",
     "tenp-dist plan JOB.yaml",
     "tenp-dist compensate JOB.yaml",
@@ -143,7 +144,7 @@ def folder(tmp_path):
     for path in (tmp_path / "jobs").glob("*.yaml"):
         path.write_text(path.read_text().replace("samples: 64", "samples: 4"))
     job = yaml.safe_load((tmp_path / "jobs" / "quickstart.yaml").read_text())
-    job["budget"] |= {"slope": "auto", "neurons": "obs"}
+    job["budget"] |= {"slope": "auto", "neurons": ["obs", "fisher"]}
     job["output"] |= {"compensate": True}
     (tmp_path / "JOB.yaml").write_text(
         yaml.safe_dump(job).replace("../runs", "runs").replace("quickstart/moe-4m", "jobs/quickstart/moe-4m")

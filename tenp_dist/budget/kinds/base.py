@@ -26,6 +26,8 @@ FLOOR_KEYS = ("minimum_width", "minimum_layer_retention")
 """Keys of a budget that say how much stays whatever the scores decide."""
 LAYER_KEYS = ("drop_layers",)
 """Keys of a budget that say how many decoder layers leave."""
+STABILITY_KEYS = ("unstable",)
+"""Keys of a budget that say which layers get more, by how much their importances fluctuate."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
+from tenp_dist.budget.kinds.base import FLOOR_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
 from tenp_dist.budget.protection import protected_experts
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
@@ -33,7 +33,15 @@ class DropLayers(PlanKind):
     leaves_narrow = False
     control_words = "removes as many layers, chosen by chance"
     never_routed_words = "layers are not chosen by them"
-    unused_keys = (*WHOLE_KEYS, "align", "max_widths", *FLOOR_KEYS, "neuron_domains", "never_routed")
+    unused_keys = (
+        *WHOLE_KEYS,
+        "align",
+        "max_widths",
+        *FLOOR_KEYS,
+        *STABILITY_KEYS,
+        "neuron_domains",
+        "never_routed",
+    )
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:

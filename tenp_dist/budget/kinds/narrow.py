@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import FLOOR_KEYS, LAYER_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.kinds.base import FLOOR_KEYS, LAYER_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
 from tenp_dist.budget.protection import protected_experts, protected_of_layer
 from tenp_dist.budget.selection import top_experts, top_neurons
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
@@ -48,8 +48,8 @@ class Narrow(PlanKind):
 
     @property
     def unused_keys(self) -> tuple[str, ...]:
-        used = () if self.keeps_whole else (*WHOLE_KEYS, "protect")
-        return (*used, *FLOOR_KEYS, *LAYER_KEYS)
+        others = (*FLOOR_KEYS, *STABILITY_KEYS, *LAYER_KEYS)
+        return others if self.keeps_whole else (*WHOLE_KEYS, *others, "protect")
 
     @property
     def keeps_whole(self) -> bool:
