@@ -126,7 +126,7 @@ def mean_over_domains(statistics: LayerStatistics, sums: str, counts: str, weigh
 
     sums, counts: names of statistics [N]. A domain without tokens adds nothing.
     """
-    rows = weighted_rows(statistics, weights)
+    rows = domain_rows(statistics, weights)
     means = [(weight, statistics[sums][row] / statistics[counts][row].clamp_min(1)) for row, weight in rows]
     total = sum(weight for weight, _ in means)
     return sum((mean * (weight / total) for weight, mean in means), torch.zeros((), dtype=torch.float64))
