@@ -39,6 +39,7 @@ Compensate = bool | Literal["joint"]
 """Whether W_down is compensated, expert by expert (true) or a whole layer as one system."""
 JOINT: Literal["joint"] = "joint"
 Auto = Literal["auto"]
+Unstable = Literal["keep", "even", "prune"]
 AUTO: Auto = "auto"
 
 
@@ -167,9 +168,19 @@ class Budget(_Part):
         "scaled",
         description="adding expert scores over domains: each scaled to length 1, or one score of all tokens together",
     )
+    drop_layers: Exact | None = Field(
+        None,
+        gt=0,
+        description="decoder layers that leave (methods that remove layers): a number, or a share of those with "
+        "experts; default what retention asks for",
+    )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",
         description="adding an expert's neuron scores over domains: each scaled to length 1, or means over its tokens",
+    )
+    unstable: Unstable = Field(
+        "keep",
+        description="layers whose importances fluctuate (method saap): keep more in them, even, or prune them more",
     )
     never_routed: Literal["narrow", "whole"] = Field("narrow", description="experts that no token reached")
     seed: int = Field(0, description="seed of `random` and of the random control")
@@ -178,6 +189,8 @@ class Budget(_Part):
     def _feasible(self) -> Budget:
         if not 0 < self.retention <= 1:
             raise ValueError(f"retention must be above 0 and at most 1, found {self.retention}")
+        if self.drop_layers is not None and self.drop_layers > 1 and self.drop_layers % 1:
+            raise ValueError(f"drop_layers must be a whole number or a share below 1, found {self.drop_layers}")
         if self.method == AUTO and (self.experts or self.neurons):
             raise ValueError("method: auto chooses the rankings too: leave experts and neurons out")
         if isinstance(self.important, Decimal) and not 0 <= self.important <= self.retention:
@@ -210,6 +223,16 @@ class Budget(_Part):
     def important_exact(self) -> Fraction:
         """alpha; the default is rho / 3. Only methods that keep experts whole use it."""
         return self.retention_exact / 3 if self.important is None else Fraction(self.important)
+
+
+class Trsp(_Part):
+    """How methods `trsp` and `trsp-once` learn which layers leave."""
+
+    penalty: float = Field(0.05, ge=0, description="lambda1: what the sum of the layers' weights costs")
+    rate: float = Field(0.05, gt=0, description="Adam's rate at the first step of a round; it falls to zero")
+    steps: int = Field(30, ge=1, description="steps of a round, each a pass up and back")
+    sequences: int = Field(4, ge=1, description="calibration sequences of a step")
+    seed: int = Field(0, description="order in which sequences come")
 
 
 class Output(_Part):
@@ -296,6 +319,7 @@ class Job(_Part):
     calibration: Calibration
     score: Score = Score()
     budget: Budget = Budget()
+    trsp: Trsp = Trsp()
     output: Output = Output()
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None

@@ -5,6 +5,8 @@
       calibration/                    tokens to score on, and those set aside for an `auto` budget
       scores/                         statistics of every MoE layer; parts and hidden states while it is made
       elimination/                    in which order neurons leave, for methods that ask
+      gradients/                      sums of gradients, for methods that ask
+      layers/                         in which order decoder layers leave, for methods that ask
       selection/, selection.json      plans tried for an `auto` budget, and what was chosen
       plan.json, plan.safetensors     the plan, for people and for the writer
       compensation/, compensation.json   new W_down of narrow experts, and what that changed
@@ -74,6 +76,11 @@ def stored_layers(folder: Path, wave: int) -> list[int]:
     return [int(match[2]) for match in found if match]
 
 
+def loss_file(folder: Path, wave: int) -> Path:
+    """The loss of a wave, and over how many tokens. folder: of the gradients that it begins."""
+    return folder / f"loss_{wave:03d}.json"
+
+
 def feature_file(folder: Path, name: str, number: int) -> Path:
     """Features of a microbatch of the layer in work, where they do not fit the memory. folder: of hidden states."""
     return folder / "features" / f"{name}.batch_{number:05d}.safetensors"
@@ -87,6 +94,26 @@ def owner_file(folder: Path, start: int, rank: int) -> Path:
 def threads_file(folder: Path) -> Path:
     """How many threads a pass was begun with. folder: of hidden states."""
     return folder / "threads.json"
+
+
+def greedy_file(folder: Path) -> Path:
+    """In which order layers leave, and the losses that were measured. folder: of the layers stage."""
+    return folder / "greedy.json"
+
+
+def learning_file(folder: Path) -> Path:
+    """Weights of layers as they were learnt. folder: of the layers stage."""
+    return folder / "trsp.json"
+
+
+def step_text(folder: Path) -> Path:
+    """Tokens of the step at work. folder: of the layers stage."""
+    return folder / "step" / "text.arrow"
+
+
+def layer_gradient_file(folder: Path, layer: int) -> Path:
+    """The gradient by a layer's weight. folder: of the layers stage."""
+    return folder / "step" / f"{layer_name(layer)}.json"
 
 
 def worker_logs(folder: Path) -> Path:
@@ -151,6 +178,14 @@ class RunFiles:
     @property
     def elimination(self) -> Path:
         return self.run_dir / "elimination"
+
+    @property
+    def gradients(self) -> Path:
+        return self.run_dir / "gradients"
+
+    @property
+    def layers_folder(self) -> Path:
+        return self.run_dir / "layers"
 
     @property
     def selection_folder(self) -> Path:

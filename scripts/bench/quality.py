@@ -26,6 +26,7 @@ from scoring import ROOT
 
 TABLES = ("methods", "samples", "domains")
 BEST = ("obs", "global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
+GRADIENTS = ("fisher", "taylor", "gradient", "heapr")
 FORMS = {False: "", True: " + compensated", "joint": " + compensated jointly"}
 PATHS = click.Path(path_type=Path, exists=True)
 
@@ -130,6 +131,12 @@ def settings(method: str, lines: str = "") -> list[tuple[str, dict]]:
             (f"{method}, free widths", {"align": 1, "max_widths": 10**6}),
         ]
         return [one for one in found if lines in one[0]]
+    if method in GRADIENTS:
+        return [(f"{method}, free widths", {"align": 1, "max_widths": 10**6})]
+    if method == "saap":
+        return [
+            (f"saap, {way}, free widths", {"unstable": way, "max_widths": 10**6}) for way in ("keep", "even", "prune")
+        ]
     return [(method, {})]
 
 

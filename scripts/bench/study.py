@@ -38,6 +38,8 @@ from tenp_dist.evaluation.selection import candidates, chosen_budget, selection_
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.run_files import layer_name
+from tenp_dist.scoring.gradient_pass import NeuronGradientTask, score_gradients
+from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
 from tenp_dist.scoring.statistics import ELIMINATION, read_statistics
 
 
@@ -102,14 +104,24 @@ class Study:
         eliminate_model(self.context, task)
         return folder
 
+    @functools.cache  # noqa: B019
+    def gradients(self, corpus: Path) -> Path:
+        """Folder of the sums of gradients of a corpus."""
+        folder = self.folder / "gradients" / corpus.stem
+        layers = self.facts.num_layers
+        task = NeuronGradientTask(self.model, corpus, folder, corpus.stem, self.compute, layers=layers)
+        score_gradients(self.context, task)
+        return folder
+
     def plan(self, budget: Budget, corpus: Path) -> NamedPlan | None:
         """The plan of a budget from a corpus's scores, None where none meets it."""
         names, scores = planning_statistics(budget), self.scores(corpus)
         eliminated = self.eliminations(corpus) if set(names) & set(ELIMINATION) else scores
+        gradients = self.gradients(corpus) if set(names) & set(GRADIENT_STATISTICS) else None
         home = self.folder / "plans" / digest_of([budget.model_dump(mode="json"), corpus.stem])[:16]
 
         def read(layer: int):
-            return read_planning(scores / f"{layer_name(layer)}.safetensors", eliminated, layer, names)
+            return read_planning(scores / f"{layer_name(layer)}.safetensors", eliminated, layer, names, gradients)
 
         def peaks(layer: int):
             path = scores / f"{layer_name(layer)}.safetensors"

@@ -16,7 +16,7 @@ import numpy as np
 from tenp_dist.budget.kinds.base import PlanKind
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
-from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.kept import KeptNeurons, leaving_layers
 from tenp_dist.config import Budget
 from tenp_dist.errors import StaleError
 from tenp_dist.scoring.domains import never_routed
@@ -111,6 +111,16 @@ class Plan:
         return Fraction(self.kept_neurons, self.shape.total_neurons)
 
     @property
+    def asked(self) -> Fraction:
+        """The share of the routed parameters that the budget lets it keep."""
+        return kind_of(self.budget).allowed(self.shape.layers)
+
+    @property
+    def leaving_layers(self) -> tuple[int, ...]:
+        """Decoder layers that leave the model, ascending."""
+        return leaving_layers(self.kept)
+
+    @property
     def activated(self) -> float | None:
         """The paper's A: mean share of routed parameters that a routed token meets."""
         met = sum(plan.activated_neurons for plan in self.layers.values())
@@ -126,7 +136,7 @@ class Plan:
     @property
     def leftover_neurons(self) -> int:
         """Neurons that the target allows and rounding leaves unspent."""
-        return int(self.budget.retention_exact * self.shape.total_neurons) - self.kept_neurons
+        return int(self.asked * self.shape.total_neurons) - self.kept_neurons
 
 
 def planning_statistics(budget: Budget) -> tuple[str, ...]:
@@ -179,7 +189,7 @@ def make_plan(
         planned[layer] = _plan_layer(kind, sizes, read(sizes.facts), contexts[layer])
     warnings = (*_unused_warnings(kind), *kind.warnings(shape), *_never_routed_warnings(kind, planned))
     plan = Plan(budget=budget, important=kind.important, shape=shape, layers=planned, warnings=warnings)
-    assert shape.kept_neurons in (None, plan.kept_neurons) and plan.retention <= budget.retention_exact
+    assert shape.kept_neurons in (None, plan.kept_neurons) and plan.retention <= plan.asked
     assert budget.activated is None or plan.met_share <= Fraction(budget.activated)
     return plan
 

@@ -47,6 +47,9 @@ def settle(budget: Budget, layers: Sequence[MoeLayer], peaks: Callable[[int], np
     """
     if budget.protect != AUTO:
         return Settled(budget)
+    fixed = kind_of(budget).protected_by_default(layers)
+    if fixed is not None:
+        return Settled(budget.model_copy(update={"protect": fixed}))
     if not kind_of(budget).protects:
         return Settled(budget.model_copy(update={"protect": ()}))
     kind_of(budget).shape(layers)

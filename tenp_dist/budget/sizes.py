@@ -89,6 +89,12 @@ class Shape:
         return kept
 
     @property
+    def layers_alone(self) -> bool:
+        """Whether every layer keeps all of its experts as they are, or none."""
+        sizes = zip(self.layers, self.whole, self.narrow, strict=True)
+        return all(m == layer.experts or (m, width) == (0, 0) for layer, m, width in sizes)
+
+    @property
     def narrow_width(self) -> int | None:
         """The narrow width of the model, None where there is none or layers differ in it."""
         return self.narrow[0] if len(set(self.narrow)) == 1 else None

@@ -51,10 +51,10 @@ def apportion(total: int, sizes: Sequence[int], slope: Fraction, minimum: int | 
     """
     minima = [minimum] * len(sizes) if isinstance(minimum, int) else list(minimum)
     _check_apportion(total, sizes, slope, minima)
-    return _largest_remainder(_bounded_shares(total, sizes, depth_weights(sizes, slope), minima), total)
+    return _largest_remainder(bounded_shares(total, sizes, depth_weights(sizes, slope), minima), total)
 
 
-def _bounded_shares(
+def bounded_shares(
     total: int, sizes: Sequence[int], weights: Sequence[Fraction], minima: Sequence[int]
 ) -> list[Fraction]:
     """clamp(c * weight, minimum, size) with the c that makes the sum `total`.

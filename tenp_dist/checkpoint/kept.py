@@ -3,7 +3,8 @@
 `plan.safetensors` holds, per MoE decoder layer, `layer_00003.kept` (int32, the kept neuron ids of
 all experts one after the other, ascending inside an expert) and `layer_00003.offsets` (int64,
 [experts + 1], where each expert's ids begin and end). Where the plan removes experts from routing there
-is `layer_00003.experts` too (int32, the ids that stay, ascending); a removed expert keeps no neuron.
+is `layer_00003.experts` too (int32, the ids that stay, ascending); a removed expert keeps no neuron. Where that list is
+empty the whole layer leaves, its attention and shared experts with it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class KeptNeurons:
         """Ids of the experts that the router knows, ascending, int64."""
         return np.arange(self.num_experts) if self.experts is None else self.experts.astype(np.int64)
 
+    @property
+    def layer_leaves(self) -> bool:
+        """Whether the whole decoder layer leaves the model."""
+        return self.experts is not None and len(self.experts) == 0
+
     def of(self, expert: int) -> np.ndarray:
         """Neuron ids kept in `expert`, ascending, [width] int32."""
         return self.indices[self.offsets[expert] : self.offsets[expert + 1]]
@@ -59,7 +65,7 @@ class KeptNeurons:
 
     @classmethod
     def without_others(cls, experts: Sequence[int], num_experts: int, intermediate_size: int) -> KeptNeurons:
-        """The experts named keep all neurons, the others leave the layer."""
+        """The experts named keep all neurons, the others leave the layer; without a name the whole layer leaves."""
         mask_EF = np.zeros((num_experts, intermediate_size), dtype=bool)
         mask_EF[list(experts)] = True
         return replace(cls.from_mask(mask_EF), experts=np.array(sorted(experts), dtype=np.int32))
@@ -87,6 +93,11 @@ def check_groups(experts: Sequence[int], num_experts: int, groups: int) -> None:
             wanted=f"ascending ids below {num_experts}, equally many in each of {groups} groups",
             next_step="plan again",
         )
+
+
+def leaving_layers(kept: Mapping[int, KeptNeurons]) -> tuple[int, ...]:
+    """Decoder layers that leave the model, ascending."""
+    return tuple(sorted(layer for layer, neurons in kept.items() if neurons.layer_leaves))
 
 
 def narrow_experts(kept: KeptNeurons, neurons: int) -> list[int]:

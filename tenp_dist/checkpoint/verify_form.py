@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.source import Source
@@ -28,10 +29,29 @@ def check_stored_as(source: Source, written: CheckpointIndex, names: Mapping[str
         if wanted != (written.entry(name).stored is not None):
             raise _unequal(f"{written.folder}: {name}", written.entry(name).dtype, f"output.dtype {dtype}")
     stated = dict(written.stored_as)
-    if not encode and stated != (dict(source.index.stored_as) if dtype != "bfloat16" else {}):
+    wanted_entry = _moved(dict(source.index.stored_as), source, names) if dtype != "bfloat16" else {}
+    if not encode and stated != wanted_entry:
         raise _unequal(f"{written.folder / 'config.json'}", stated, "the source's quantization_config, or none")
     if encode:
         _check_plain_modules(written)
+
+
+def _moved(value: Any, source: Source, names: Mapping[str, str]) -> Any:
+    """What the source says of its form, with modules under their written names, those that left left out."""
+    if isinstance(value, Mapping):
+        return {key: _moved(inner, source, names) for key, inner in value.items()}
+    if not isinstance(value, list) or all(name == origin for name, origin in names.items()):
+        return value
+    return [new for item in value if (new := _module_now(item, source, names)) is not None]
+
+
+def _module_now(item: Any, source: Source, names: Mapping[str, str]) -> Any:
+    """A module's written name, None where all its tensors left; what is no module of the source's as it is."""
+    inside = f"{item}."
+    found = next(((name, origin) for name, origin in names.items() if origin.startswith(inside)), None)
+    if found is not None:
+        return found[0].removesuffix(found[1].removeprefix(str(item)))
+    return None if any(name.startswith(inside) for name in source.index.tensors) else item
 
 
 def _check_plain_modules(written: CheckpointIndex) -> None:

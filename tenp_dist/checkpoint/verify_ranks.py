@@ -25,7 +25,7 @@ def check_ranks(source: Source, written: CheckpointIndex, ranks: int) -> None:
     stated = (read_json(written.folder / INDEX_NAME).get("metadata") or {}).get("expert_parallel") or {}
     if stated.get("ranks") != ranks or len(stated.get("files") or ()) != ranks:
         raise _differs(written, "ranks", stated.get("ranks"), ranks)
-    names = Names(source.family, source.facts.num_layers)
+    names = Names(source.family, source.family.num_layers(written.config))  # fewer where layers leave
     owner_of = {file: rank for rank, files in enumerate(stated["files"]) for file in files}
     experts: Counter[tuple[int, int]] = Counter()
     held: Counter[int] = Counter()

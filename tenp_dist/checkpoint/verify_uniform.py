@@ -7,16 +7,17 @@ config must say is counted in the written tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from tenp_dist.checkpoint.families.base import PART_AXIS, UP, Family
 from tenp_dist.checkpoint.index import CheckpointIndex
-from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.kept import KeptNeurons, leaving_layers
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, Wanted, check_tensor
+from tenp_dist.checkpoint.verify_depth import counted_layers
 from tenp_dist.errors import VerifyError
 
 
@@ -50,6 +51,14 @@ class Names:
         parts = {text: part for part, text in row.matrices.items()}
         return (int(inside[1]), parts[inside[2]]) if inside and inside[2] in parts else None
 
+    def moved(self, name: str, leaving: Collection[int]) -> str:
+        """The name once these decoder layers are gone: layers behind them move up, those of other prefixes stay."""
+        found = self._find(name)
+        if found is None or not leaving or found[1] is not self.rows[0][0]:
+            return name
+        layer, row, _, rest = found
+        return row.layer.format(layer=layer - len([gone for gone in leaving if gone < layer])) + rest
+
     def renamed(self, name: str, expert: int, matrix: str) -> str:
         """The name that this matrix of another expert of the layer has."""
         found = self._find(name)
@@ -71,13 +80,16 @@ class Names:
 def renumbered_names(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, str]:
     """Written name -> source name of every tensor that has to be there."""
     names, result = Names(source.family, source.facts.num_layers), {}
+    leaving = leaving_layers(kept)
     for name in source.index.tensors:
         layer, expert = names.layer(name), names.expert(name)
+        if layer in leaving:
+            continue
         if layer is None or expert is None or layer not in kept:
-            result[name] = name
+            result[names.moved(name, leaving)] = name
         elif expert[0] in kept[layer].routed:
             number = int((kept[layer].routed < expert[0]).sum())
-            result[names.renamed(name, number, expert[1])] = name
+            result[names.moved(names.renamed(name, number, expert[1]), leaving)] = name
     return result
 
 
@@ -87,7 +99,12 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
     Raises:
         VerifyError: names the keys that differ.
     """
-    wanted = source.family.with_numbers(source.index.config, _counted(source, written))
+    leaving = leaving_layers(kept)
+    depth = source.facts.num_layers - len(leaving)
+    counted = _counted(source, written, depth)
+    if leaving:
+        counted |= counted_layers(source, written, Names(source.family, depth).layer, leaving)
+    wanted = source.family.with_numbers(source.index.config, counted)
     keys = [key for key in {**wanted, **written.config} if wanted.get(key) != written.config.get(key)]
     if keys:
         raise VerifyError(
@@ -99,9 +116,12 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
         )
 
 
-def _counted(source: Source, written: CheckpointIndex) -> dict[str, object]:
-    """Config keys and what the written tensors show them to be; a list where they disagree with each other."""
-    family, depth = source.family, source.facts.num_layers
+def _counted(source: Source, written: CheckpointIndex, depth: int) -> dict[str, object]:
+    """Config keys and what the written tensors show them to be; a list where they disagree with each other.
+
+    depth: decoder layers that were written.
+    """
+    family = source.family
     names = Names(family, depth)
     experts: dict[int | None, set[int]] = {}
     widths, shared = set(), set()
@@ -136,7 +156,7 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
     reading = Names(family, expected.source.facts.num_layers)
     for name in names:
         origin, shape = expected.names[name], readers.written.index.entry(name).shape
-        wanted, layer, expert = Wanted(origin), reading.layer(name), reading.expert(origin)
+        wanted, layer, expert = Wanted(origin), reading.layer(origin), reading.expert(origin)
         if layer is not None and layer in expected.kept:
             neurons, same = expected.kept[layer], shape == readers.source.index.entry(origin).shape
             if expert is not None and (axis := PART_AXIS[expert[1]]) is not None:

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from rich.console import Console, Group
@@ -172,13 +173,15 @@ def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> No
     plan = stages["plan"]
     retention, experts = plan["retention"], plan["experts"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    asked = f"{float(retention['asked']):.2%}"
+    asked = f"{float(Fraction(retention['asked'])):.2%}"
     table.add_row("Retention asked", asked)
     table.add_row("Retention realised", f"{retention['realised']:.2%} of routed-expert parameters")
     if retention.get("activated_asked"):
         table.add_row("Activated asked", f"{float(retention['activated_asked']):.2%} at most")
     if retention.get("activated") is not None:
         table.add_row("Activated share", f"{retention['activated']:.2%} of what a routed token used to meet")
+    if plan.get("leaving_layers"):
+        table.add_row("Layers removed", ", ".join(map(str, plan["leaving_layers"])))
     removed = experts.get("removed")
     width = "several widths" if plan["narrow_width"] is None else f"{plan['narrow_width']} neurons"
     others = "are removed" if removed else f"keep {width}"

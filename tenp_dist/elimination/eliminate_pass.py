@@ -19,7 +19,7 @@ import torch
 
 from tenp_dist.artifacts import drop_leftovers
 from tenp_dist.compensation.moments import Moments
-from tenp_dist.elimination.files import Elimination, made_from, write_elimination
+from tenp_dist.elimination.files import Elimination, write_elimination
 from tenp_dist.elimination.order import eliminate
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.experts import FusedExperts
@@ -29,6 +29,7 @@ from tenp_dist.passes.layer_step import OpenShard
 from tenp_dist.passes.layer_sums import LayerSum, LayerSumTask, run_layer_sums
 from tenp_dist.passes.run_pass import PassContext, PassSummary
 from tenp_dist.run_files import LAYER_FILES, layer_file
+from tenp_dist.scoring.gradient_files import made_from
 
 _WORKSPACE = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of float64 matrices that are eliminated at a time
 _ROWS = 256  # of W_down that are multiplied in float32

@@ -18,6 +18,8 @@ import torch
 from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
 from tenp_dist.errors import StaleError
 from tenp_dist.run_files import layer_name
+from tenp_dist.scoring.gradient_files import read_gradients
+from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
 from tenp_dist.scoring.statistics import ELIMINATION, METADATA, LayerStatistics, read_statistics
 
 
@@ -36,19 +38,6 @@ def write_elimination(path: Path, found: Elimination, *, layer: int, key: str) -
     tensors = dict(zip(ELIMINATION, (found.order_EF, found.cost_EF), strict=True))
     with atomic_write(path) as stream:
         stream.write(save(tensors, metadata={METADATA: json.dumps(metadata)}))
-
-
-def made_from(path: Path) -> str | None:
-    """The key of a stored layer, None if it is not there or not one."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get(METADATA, "{}")).get("key")
-    except (SafetensorError, ValueError):
-        return None
 
 
 def read_elimination(folder: Path, layer: int) -> dict[str, torch.Tensor]:
@@ -71,12 +60,19 @@ def read_elimination(folder: Path, layer: int) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]).unsqueeze(0) for name in ELIMINATION}
 
 
-def read_planning(scores: Path, eliminated: Path, layer: int, names: Sequence[str]) -> LayerStatistics:
-    """What planning reads of a layer: the statistics in `names`, from the score file or from the eliminations.
+def read_planning(
+    scores: Path, eliminated: Path, layer: int, names: Sequence[str], gradients: Path | None = None
+) -> LayerStatistics:
+    """What planning reads of a layer: the statistics in `names`, from the score file or from where others lie.
 
-    scores: the layer's score file. eliminated: folder of the eliminations.
+    scores: the layer's score file. eliminated: folder of the eliminations. gradients: of the sums of gradients.
     """
-    statistics = read_statistics(scores, [name for name in names if name not in ELIMINATION])
-    if not set(names) & set(ELIMINATION):
-        return statistics
-    return replace(statistics, tensors={**statistics.tensors, **read_elimination(eliminated, layer)})
+    elsewhere = {*ELIMINATION, *GRADIENT_STATISTICS}
+    statistics = read_statistics(scores, [name for name in names if name not in elsewhere])
+    more: dict[str, torch.Tensor] = {}
+    if set(names) & set(ELIMINATION):
+        more |= read_elimination(eliminated, layer)
+    wanted = [name for name in names if name in GRADIENT_STATISTICS]
+    if wanted and gradients is not None:
+        more |= read_gradients(gradients, layer, wanted)
+    return replace(statistics, tensors={**statistics.tensors, **more})

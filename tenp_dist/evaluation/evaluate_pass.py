@@ -94,7 +94,10 @@ class EvaluateStep(LayerStep):
                 hidden[name] = states
 
     def _run_variant(self, name: str, layer: int, module: nn.Module, wave: int, states: list[torch.Tensor]) -> None:
+        """Overwrite the states by what leaves the layer under the variant's plan; one that it drops changes nothing."""
         shard, kept = self.shard, self._kept_of(name, layer)
+        if kept is not None and kept.layer_leaves:
+            return
         experts = shard.skeleton.experts_of(module)
         state = {**shard.share, "mask_EF": self._mask(kept, experts)}
         solved = self._solved_of(name, layer, kept, experts)

@@ -113,16 +113,23 @@ def evaluate_model(context: PassContext, task: EvaluateTask) -> Metrics:
     waves = task.waves_within(context.cluster.host_memory)
     passes = replace(task, ranks=context.cluster.tensor_parallel, waves=waves).pass_tasks()
     waves = passes[0].count_waves()
-    steps = len(context.nbytes) * waves
-    total = len(passes) * steps + waves
+    total, before = sum(one.layers * waves for one in passes) + waves, 0
     for one in passes:
-        run_pass(_shifted(context, one.number * steps, total), one)
-    return _tail_on(_shifted(context, len(passes) * steps, total), passes)
+        run_pass(_shifted(_of_depth(context, one.layers), before, total), one)
+        before += one.layers * waves
+    return _tail_on(_shifted(context, before, total), passes)
 
 
 def drop_hidden(task: EvaluateTask) -> None:
     """Remove what an evaluation goes on from; for when its figures are in a file."""
     shutil.rmtree(task.folder / HIDDEN, ignore_errors=True)
+
+
+def _of_depth(context: PassContext, layers: int) -> PassContext:
+    """The context for a checkpoint of so many layers, which may be fewer than the source has."""
+    shards = min(context.cluster.shards, layers)
+    cluster = context.cluster.model_copy(update={"shards": shards})
+    return replace(context, nbytes=context.nbytes[:layers], active=context.active[:layers], cluster=cluster)
 
 
 def _shifted(context: PassContext, before: int, total: int) -> PassContext:

@@ -62,7 +62,9 @@ def solvable(document: Mapping[str, Any], form: Compensate) -> bool:
     layers = document["layers"].values()
     widths = [(int(width), layer["intermediate_size"]) for layer in layers for width in layer["widths"]]
     if form == JOINT:
-        return any(width < whole for width, whole in widths) or any(layer.get("removed") for layer in layers)
+        return any(width < whole for width, whole in widths) or any(
+            0 < layer.get("removed", 0) < layer["experts"] for layer in layers
+        )
     return bool(form) and any(0 < width < whole for width, whole in widths)
 
 
@@ -115,13 +117,15 @@ def with_controls(budgets: Mapping[str, Budget]) -> dict[str, Budget]:
         if _kind(control) not in drawn:
             drawn.add(_kind(control))
             ranking = {"neurons": control.neurons} if control.neurons else {}
-            name = grid_name(control.method, {**ranking, "retention": control.retention})
+            dropped = control.drop_layers
+            size = {"retention": control.retention} if dropped is None else {"drop_layers": dropped}
+            name = grid_name(control.method, {**ranking, **size})
             controls[CONTROL + name] = control
     return {**budgets, **controls}
 
 
-def _kind(budget: Budget) -> tuple[str, str | tuple[str, ...] | None, Decimal]:
-    return budget.method, budget.neurons, budget.retention
+def _kind(budget: Budget) -> tuple[str, str | tuple[str, ...] | None, Decimal, Decimal | None]:
+    return budget.method, budget.neurons, budget.retention, budget.drop_layers
 
 
 def store_plans(

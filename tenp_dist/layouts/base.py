@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tenp_dist.budget.kinds.base import PlanForm
-from tenp_dist.budget.sizes import MoeLayer, Shape
+from tenp_dist.budget.kinds.table import kind_of
+from tenp_dist.budget.sizes import MoeLayer, Shape, moe_layers
 from tenp_dist.checkpoint.entries import TensorEntry
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.table import auto_class
@@ -18,7 +19,7 @@ from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.output_form import OutputForm, routed_matrices
 from tenp_dist.checkpoint.recipes import Copy, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import Budget, Job
+from tenp_dist.config import AUTO, Budget, Job
 from tenp_dist.errors import JobError
 
 
@@ -33,6 +34,7 @@ class Pruned:
     form: how tensors are stored.
     mtp: number of a multi-token prediction layer -> what stays of it, in layouts that prune these too.
     neuron_groups: neurons that stay or go together.
+    whole: the checkpoint with the layers that a plan takes out, where it takes out any; `source` has none of them.
     """
 
     source: Source
@@ -42,6 +44,7 @@ class Pruned:
     form: OutputForm = field(default_factory=OutputForm)
     mtp: Mapping[int, KeptNeurons] = field(default_factory=dict)
     neuron_groups: int = 1
+    whole: Source | None = None
 
     @property
     def kept_of_all(self) -> dict[int, KeptNeurons]:
@@ -71,7 +74,7 @@ class Layout(ABC):
     saves_space: ClassVar[bool] = True
     """Whether it is smaller than the source: reports name such layouts first, and people are told to load one."""
     holds_removal: ClassVar[bool] = False
-    """Whether experts can leave the model, or only neurons."""
+    """Whether experts and layers can leave the model, or only neurons."""
     states_width: ClassVar[bool] = False
     """Whether its config states the width of experts anew, as the one number that the source's config has for it."""
     prunes_mtp: ClassVar[bool] = False
@@ -178,7 +181,10 @@ class OutputSizes:
 
     def dropped(self, job: Job) -> int:
         """Bytes of routed experts that a plan of the job takes out, at least."""
-        return int(self.routed * (1 - job.budget.retention_exact))
+        allowed = job.budget.retention_exact
+        if job.budget.method != AUTO:
+            allowed = kind_of(job.budget).allowed(moe_layers(self.source))
+        return int(self.routed * (1 - allowed))
 
 
 def output_sizes(source: Source, form: OutputForm) -> OutputSizes:

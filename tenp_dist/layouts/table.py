@@ -12,7 +12,7 @@ from tenp_dist.checkpoint.families.base import Family
 from tenp_dist.checkpoint.mtp import without_mtp
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import Job
+from tenp_dist.config import Budget, Job
 from tenp_dist.errors import JobError
 from tenp_dist.layouts.base import Layout
 
@@ -23,9 +23,9 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layouts_of(job: Job) -> tuple[Layout, ...]:
-    """What the job writes; where experts are removed and the job names no layout, the one that can hold that."""
-    experts_leave = job.budget.method != config.AUTO and kind_of(job.budget).experts_leave
-    if experts_leave and "layouts" not in job.output.model_fields_set:
+    """What the job writes; where experts or layers leave and the job names no layout, the one that can hold that."""
+    taken_out = job.budget.method != config.AUTO and kind_of(job.budget).takes_out
+    if taken_out and "layouts" not in job.output.model_fields_set:
         return (next(layout for layout in LAYOUTS.values() if layout.holds_removal),)
     return tuple(LAYOUTS[name] for name in job.output.layouts)
 
@@ -73,7 +73,7 @@ def check_layouts(job: Job, layers: Sequence[MoeLayer], shapes: Sequence[Shape])
         BudgetError: the runtime of a layout could not load it.
     """
     layouts, forms = layouts_of(job), [form_of(job.budget, shape) for shape in shapes]
-    if any(form.experts_leave for form in forms):
+    if any(form.experts_leave or form.layers_leave for form in forms):
         _check_removal(job, layouts)
     for layout in layouts:
         refusal = layout.refusal(job.budget, forms)
@@ -154,9 +154,14 @@ def _check_removal(job: Job, layouts: Sequence[Layout]) -> None:
     others = [layout.name for layout in layouts if not layout.holds_removal]
     if others:
         raise JobError(
-            f"Method {job.budget.method} removes experts, which only the {' or '.join(able)} layout can hold",
+            f"Method {job.budget.method} removes {_removed(job.budget)}, which only the {' or '.join(able)} layout can "
+            "hold",
             where="output.layouts",
             found=", ".join(others),
             wanted=" or ".join(able),
             next_step=f"set output.layouts to [{able[0]}], or use a method that narrows experts",
         )
+
+
+def _removed(budget: Budget) -> str:
+    return "layers" if kind_of(budget).layers_leave else "experts"

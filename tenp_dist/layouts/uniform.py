@@ -66,7 +66,7 @@ class Uniform(Layout):
 
     def warnings(self, shape: Shape, mtp_layers: int) -> list[str]:
         warnings = []
-        if mtp_layers:
+        if mtp_layers and not shape.layers_alone:
             warnings.append(
                 f"The uniform checkpoint prunes {mtp_layers} multi-token prediction layers to the sizes of the others "
                 "by the norms of their weights: they were not scored, so drafts may be accepted less often. "

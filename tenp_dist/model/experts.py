@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ def experts_forward(
         raise ValueError(f"The layer holds {self.gate_up_proj.shape[0]} experts, its state says {held}")
     slot_S, expert_S, offsets_E = _dispatch(top_k_index, held, state)
     token_S = slot_S // top_k_index.shape[-1]
-    x_SD = hidden_states[token_S]
+    x_SD = _TokenRows.apply(hidden_states, slot_S, token_S, top_k_index.shape)
     up_SP = grouped(x_SD, self.gate_up_proj.transpose(1, 2), offsets_E)
     m_SF = self._apply_gate(up_SP + self.gate_up_proj_bias[expert_S] if self.has_bias else up_SP)
     if state.mask_EF is not None:
@@ -139,7 +139,7 @@ def experts_forward(
     weighted_SD = y_SD * g_S.unsqueeze(-1)
     if state.experts is not None:
         weighted_SD = weighted_SD.float()
-    routed_TD = _combine(weighted_SD, slot_S, top_k_index.shape)
+    routed_TD = _Combined.apply(weighted_SD, slot_S, token_S, top_k_index.shape)
     if state.reduce is not None:
         routed_TD = state.reduce(routed_TD)
     routed_TD = routed_TD.to(hidden_states.dtype)
@@ -219,6 +219,39 @@ def _padded_runs(offsets_E: torch.Tensor, slots: int) -> tuple[torch.Tensor, tor
     shift_E = (ends_E - room_E) - (offsets_E - counts_E)
     shift_S = torch.repeat_interleave(shift_E, counts_E.long(), output_size=slots)
     return torch.arange(slots) + shift_S, ends_E.to(torch.int32)
+
+
+class _TokenRows(torch.autograd.Function):
+    """The row of every slot's token. Going back, what its slots say is added in their order: torch would add in any."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input_TD: torch.Tensor, slot_S: torch.Tensor, token_S: torch.Tensor, shape_TK: torch.Size
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slot_S)
+        ctx.shape_TK = shape_TK
+        return input_TD[token_S]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slot_S,), (grad_SD,) = ctx.saved_tensors, grads
+        return _combine(grad_SD, slot_S, ctx.shape_TK), None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """`_combine`, and the way back: every slot gets what its token got."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weighted_SD: torch.Tensor, slot_S: torch.Tensor, token_S: torch.Tensor, shape_TK: torch.Size
+    ) -> torch.Tensor:
+        ctx.save_for_backward(token_S)
+        return _combine(weighted_SD, slot_S, shape_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (token_S,), (grad_TD,) = ctx.saved_tensors, grads
+        return grad_TD[token_S], None, None, None
 
 
 def _combine(weighted_SD: torch.Tensor, slot_S: torch.Tensor, shape_TK: torch.Size) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Frame:
 
     def run_layer(self, layer: int, module: nn.Module, batch: Microbatch, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """One decoder layer over one microbatch, [B, S, D] -> [B, S, D]."""
-        output = module(hidden_BSD, **self.arguments(batch, hidden_BSD, layer))
+        output = module(hidden_BSD, **self.arguments(batch, hidden_BSD.detach(), layer))
         self.passed += 1
         return output[0] if isinstance(output, tuple) else output
 

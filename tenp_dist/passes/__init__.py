@@ -12,6 +12,8 @@ Files in reading order:
 - `layer_step`: what happens in a layer, and what a step may know of the shard that it runs in.
 - `layer_worker`: one rank, which brings the waves to its layers and commits what leaves them.
 - `layer_sums`: the steps that sum something over all waves of a layer before anything is stored.
+- `layer_gradient`, `loss`, `boundaries`, `backward`, `room_for_gradients`: a pass that goes back: what is summed of a
+  layer, the loss at its end, the way up that keeps what it needs, both ways, and what is refused.
 - `compute`, `layer_loader`, `layer_ops`: the model as a worker opens it, its layers, a layer over microbatches.
 - `hidden_states`, `fence`: what is stored between layers, and who may store it.
 - `ranks`: several processes that hold the same layers; the only file that knows DeepSpeed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tenp_dist.errors import WorkerLost
@@ -45,6 +45,7 @@ class Controller:
     ledger: notes units and losses.
     retries: how often a shard may be lost in a row.
     sleep: waits between two starts.
+    turned: of its units, see `Unit`.
     """
 
     groups: Sequence[Group[Unit, Heartbeat]]
@@ -56,6 +57,7 @@ class Controller:
     ledger: Ledger
     retries: Retries = field(default_factory=Retries)
     sleep: Callable[[float], None] = time.sleep
+    turned: int = 0
 
     def run(self) -> None:
         """Raises whatever a worker raised that would come again, ClusterError after too many losses."""
@@ -67,8 +69,8 @@ class Controller:
                 last = i + 1 == len(self.shards)
                 unit = next_unit(shard, positions, self.mode, last=last) if i not in running else None
                 if unit is not None:
-                    self.groups[i].start(unit)
-                    running[i] = unit
+                    running[i] = replace(unit, turned=self.turned)
+                    self.groups[i].start(running[i])
             group = self.wait([self.groups[i] for i in running])
             if group is None:
                 units = [unit for _, unit in sorted(running.items())]

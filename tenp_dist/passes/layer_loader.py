@@ -24,6 +24,7 @@ class LayerLoader:
     keep: whether the shard is resident.
     experts: global ids of the routed experts to read, None for all.
     prepare: gets each loaded layer once and returns the one to use (tensor parallelism).
+    layer_at: the layer of the model that each of `layers` stands for (`PassTask.layer_at`).
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class LayerLoader:
         keep: bool,
         experts: range | None = None,
         prepare: Prepare = lambda module: module,
+        layer_at: Callable[[int], int] = lambda place: place,
     ):
         self.skeleton, self.layers, self.keep = skeleton, layers, keep
-        self._experts, self._prepare = experts, prepare
+        self._experts, self._prepare, self._layer_at = experts, prepare, layer_at
         self._reader = side_thread("layer-reader")
         self._pending: dict[int, Future] = {}
         self._loaded: dict[int, nn.Module] = {}
@@ -53,7 +55,7 @@ class LayerLoader:
                 self.release()
             self._read_ahead(layer)
             state = self._pending.pop(layer).result()
-            self._loaded[layer] = self._prepare(self.skeleton.load_layer(layer, state))
+            self._loaded[layer] = self._prepare(self.skeleton.load_layer(self._layer_at(layer), state))
             del state
             if layer + 1 in self.layers and layer + 1 not in self._loaded:
                 self._read_ahead(layer + 1)
@@ -62,12 +64,12 @@ class LayerLoader:
     def release(self) -> None:
         """Let go of every layer."""
         for layer in self._loaded:
-            self.skeleton.unload_layer(layer)
+            self.skeleton.unload_layer(self._layer_at(layer))
         self._loaded.clear()
 
     def _read_ahead(self, layer: int) -> None:
         if layer not in self._pending:
-            self._pending[layer] = self._reader.submit(self.skeleton.read_layer, layer, *self._share())
+            self._pending[layer] = self._reader.submit(self.skeleton.read_layer, self._layer_at(layer), *self._share())
 
     def _share(self) -> tuple[range, ...]:
         return () if self._experts is None else (self._experts,)

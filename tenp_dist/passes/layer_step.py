@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from tenp_dist.model.layers import Frame, Microbatch
@@ -64,6 +65,10 @@ class LayerStep(Protocol):
     def streams(self, layer: int) -> Sequence[str]:
         """Names of the hidden states that enter `layer` side by side; `num_layers` for what leaves the last."""
         return (SINGLE_STREAM,)
+
+    def entering(self, wave: int) -> list[torch.Tensor] | None:
+        """What a wave enters the pass with, one tensor per microbatch; None for its embedded tokens."""
+        return None
 
     def warm(self, layer: int, module: nn.Module) -> None:
         """Make ahead what `take` needs of a layer's weights alone; only called where layers are resident."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.errors import TenpError, WorkerLost, first_line
@@ -31,7 +32,7 @@ from tenp_dist.passes.layer_loader import LayerLoader
 from tenp_dist.passes.layer_ops import embed_all, microbatches
 from tenp_dist.passes.layer_step import LayerStep, OpenShard
 from tenp_dist.passes.pass_task import PassTask
-from tenp_dist.passes.ranks import Ranks, barrier, join_ranks, listen, parallelise_layer
+from tenp_dist.passes.ranks import Ranks, barrier, join_ranks, listen, open_to_gradients, parallelise_layer
 from tenp_dist.passes.schedule import Unit, split_waves
 from tenp_dist.pool.heartbeat import Heartbeat, start_heartbeat
 from tenp_dist.pool.machine import own_address, resident_memory
@@ -105,7 +106,8 @@ class LayerWorker:
             self.layers,
             keep=self.task.mode == "resident",
             experts=self.shard.share.get("experts"),
-            prepare=lambda module: parallelise_layer(self.shard.skeleton, module, self.ranks),
+            prepare=self._prepare,
+            layer_at=self.task.layer_at,
         )
         self.fence = Fence(self.hidden_state_files.folder, self.layers.start, self.rank)
         self.fence.take()
@@ -113,6 +115,10 @@ class LayerWorker:
         self.step = self.task.step(self.shard)
         self._spill = self._largest_hidden() > self.task.host_memory
         self._log(f"is ready for layers {self.layers.start} to {self.layers.stop - 1}")
+
+    def _prepare(self, module: nn.Module) -> nn.Module:
+        module = parallelise_layer(self.shard.skeleton, module, self.ranks)
+        return open_to_gradients(module, self.ranks) if self.task.differentiates else module
 
     def _open_shard(self) -> OpenShard:
         task, corpus = self.task, read_corpus(self.task.corpus)
@@ -138,15 +144,17 @@ class LayerWorker:
         streams = max(len(self.step.streams(layer)) for layer in (*self.layers, self.layers.stop))
         return tokens * width * self.task.compute.torch_dtype.itemsize * streams
 
-    @torch.inference_mode()
+    def _without_graph(self) -> contextlib.AbstractContextManager:
+        """Nothing is noted for gradients; where steps ask for some, it can be inside."""
+        return torch.no_grad() if self.task.differentiates else torch.inference_mode()
+
     def warm(self) -> None:
         """Make resident layers ready while the first wave is on its way; what is wrong with one, its unit says."""
         if self.task.mode == "resident":
-            with contextlib.suppress(TenpError):
+            with contextlib.suppress(TenpError), self._without_graph():
                 for layer in self.layers:
                     self.step.warm(layer, self.source.get(layer))
 
-    @torch.inference_mode()
     def run(self, unit: Unit) -> Heartbeat:
         """Take the unit's waves through its layers and commit what came out.
 
@@ -155,7 +163,8 @@ class LayerWorker:
             NumericalError: NaN or Inf, with the layer and what is known of its cause.
         """
         try:
-            return self._run(unit)
+            with self._without_graph():
+                return self._run(unit)
         except TenpError:
             with contextlib.suppress(TenpError):  # what is good so far is kept
                 self.wait_for_results()
@@ -231,7 +240,8 @@ class LayerWorker:
             return hidden
         if layer == 0:
             [stream] = self.step.streams(0)  # nothing has told the model's forms apart yet
-            return {stream: embed_all(self.shard.frame, self.shard.batches[wave])}
+            given = self.step.entering(wave)
+            return {stream: embed_all(self.shard.frame, self.shard.batches[wave]) if given is None else given}
         names = self.step.streams(layer)
         try:
             return read_hidden(self.hidden_state_files, wave, layer, names, self.waves[wave], self.task.compute.device)

@@ -59,6 +59,23 @@ class PassTask(ABC):
     def hidden_state_files(self) -> HiddenStateFiles:
         return HiddenStateFiles(self.folder / HIDDEN, self.file_key)
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether its steps ask for gradients: all workers of the pass then compute so that there can be some."""
+        return False
+
+    @property
+    def turned(self) -> int:
+        """How many layers the model has, where the pass takes them from the last down; 0 where from the first up.
+
+        Shards, units, steps and files of hidden states then count from the last layer, which is place 0.
+        """
+        return 0
+
+    def layer_at(self, place: int) -> int:
+        """The layer that is taken at a place of the pass."""
+        return self.turned - 1 - place if self.turned else place
+
     @abstractmethod
     def step(self, shard: OpenShard) -> LayerStep:
         """What happens in the layers of one rank of a shard."""

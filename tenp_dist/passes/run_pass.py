@@ -16,7 +16,7 @@ from tenp_dist.passes.layer_worker import LayerWorker
 from tenp_dist.passes.pass_progress import PassProgress
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.placement import choose_mode, cut_layers, fitted, group_request, rank_threads
-from tenp_dist.passes.schedule import Mode
+from tenp_dist.passes.schedule import Mode, layer_ends
 from tenp_dist.pool.base import GroupRequest, Pool
 from tenp_dist.progress import Ledger, Progress
 from tenp_dist.run_files import threads_file
@@ -91,8 +91,9 @@ def _what_fits(context: PassContext, device: str) -> tuple[Cluster, GroupRequest
 
 def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSummary:
     pool, cluster, waves, layers = context.pool, context.cluster, task.count_waves(), len(context.nbytes)
-    shards = cut_layers(cluster, context.nbytes, context.active)
-    mode = choose_mode(pool, cluster, context.nbytes, shards, task.compute.device)
+    nbytes, active = _in_order(context.nbytes, task), _in_order(context.active, task)
+    shards = cut_layers(cluster, nbytes, active)
+    mode = choose_mode(pool, cluster, nbytes, shards, task.compute.device)
     files = task.hidden_state_files
 
     def stored() -> list[int]:
@@ -103,7 +104,7 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
         return PassSummary(0, 0.0, mode, [], 1.0)
     request = group_request(pool, cluster, task.compute.device, task.logs)
     task = _placed_task(task, mode, cluster, request)
-    names = [f"layers {shard.start}-{shard.stop - 1}" for shard in shards]
+    names = ["layers {}-{}".format(*layer_ends(shard, task.turned)) for shard in shards]
     message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
     message += _memory_warning(task, waves) if cluster.host_memory else ""  # reads plans, where there are any
     context.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
@@ -111,11 +112,16 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
     groups = pool.groups(LayerWorker, [(task, shard) for shard in shards], request)
     progress = PassProgress(layers * waves, len(groups), context.progress)
     try:
-        Controller(groups, shards, mode, stored, pool.wait, progress, context.ledger).run()
+        Controller(groups, shards, mode, stored, pool.wait, progress, context.ledger, turned=task.turned).run()
     finally:
         for group in groups:
             group.close()
     return PassSummary(progress.tokens // layers, progress.slowest, mode, names, resumed)
+
+
+def _in_order(of_layers: Sequence[int], task: PassTask) -> Sequence[int]:
+    """Figures of the layers, in the order in which the pass takes them."""
+    return of_layers[::-1] if task.turned else of_layers
 
 
 def _placed_task(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> PassTask:

@@ -25,16 +25,29 @@ class Unit:
     start: the first of the layers.
     stop: the layer behind the last of them.
     waves: their numbers, in order.
+    turned: how many layers the model has, where a pass takes them from the last down: then start and stop count from
+        there. 0 where it takes them from the first up.
     """
 
     start: int
     stop: int
     waves: tuple[int, ...]
+    turned: int = 0
 
     def __str__(self) -> str:
-        layers = f"layer {self.start}" if self.stop == self.start + 1 else f"layers {self.start}-{self.stop - 1}"
         waves = f"wave {self.waves[0]}" if len(self.waves) == 1 else f"waves {self.waves[0]}-{self.waves[-1]}"
-        return f"{layers}, {waves}"
+        return f"{layer_words(range(self.start, self.stop), self.turned)}, {waves}"
+
+
+def layer_words(places: range, turned: int = 0) -> str:
+    """`layer 3`, or `layers 2-5`; `layers 5-2` where a pass takes them from the last down. turned: see `Unit`."""
+    first, last = layer_ends(places, turned)
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
+
+
+def layer_ends(places: range, turned: int = 0) -> tuple[int, int]:
+    """The first and the last layer of a range of places."""
+    return (turned - 1 - places.start, turned - places.stop) if turned else (places.start, places.stop - 1)
 
 
 def next_unit(shard: range, positions: list[int], mode: Mode, *, last: bool = True) -> Unit | None:

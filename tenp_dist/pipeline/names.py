@@ -44,6 +44,16 @@ STAGES = (
         ("JOB.yaml --set budget.method=obs",),
     ),
     StageName(
+        "gradients",
+        "Sum the gradients of the loss, from the last layer down, for methods saap, fisher, taylor and heapr.",
+        ("JOB.yaml --set budget.method=saap",),
+    ),
+    StageName(
+        "layers",
+        "Find in which order decoder layers leave, for methods greedy, leave-one-out, trsp and trsp-once.",
+        ("JOB.yaml --set budget.method=greedy",),
+    ),
+    StageName(
         "select",
         "Choose the budget's auto keys on calibration text set aside; write selection.json.",
         ("JOB.yaml --set budget.important=auto --set budget.slope=auto",),

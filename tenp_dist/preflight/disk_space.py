@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from tenp_dist.evaluation.selection import METHODS, candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.run_files import COMPENSATION, HIDDEN, RunFiles
+from tenp_dist.scoring.gradient_statistics import EXPERT_GRADIENTS, GRADIENT_STATISTICS, NEURON_GRADIENTS
 from tenp_dist.scoring.statistics import ELIMINATION
 
 Compensated = tuple[Budget, Compensate]  # a plan's budget, and how it is compensated
@@ -26,17 +27,15 @@ _STATISTICS = (4, 7)  # float64 sums kept per neuron and per expert of every dom
 
 def bytes_needed(job: Job, source: Source) -> int:
     """Bytes that a whole run takes in its directory, about."""
-    return bytes_left(job, source) + columns_held(job, source) + states_held(job, source) + orders_held(job, source)
+    held = max(states_held(job, source), boundaries_held(job, source))
+    return bytes_left(job, source) + columns_held(job, source) + held + orders_held(job, source)
 
 
 def orders_held(job: Job, source: Source) -> int:
     """Bytes of orders and costs that `eliminate` leaves, where a plan of the job asks for them."""
-    tried = [job.budget] if job.budget.method != AUTO else []
-    tried += candidates(job.budget).values() if job.budget.auto else []
-    tried += _plans(job, job.evaluation, source).values() if job.evaluation else []
-    asked = any(set(ELIMINATION) & set(planning_statistics(budget)) for budget in tried)
     facts = source.facts
-    return asked * _ELIMINATED * facts.intermediate_size * facts.num_experts * len(facts.moe_layers)
+    each = _ELIMINATED * facts.intermediate_size * facts.num_experts * len(facts.moe_layers)
+    return _planned_from(ELIMINATION, job, source) * each
 
 
 def states_held(job: Job, source: Source) -> int:
@@ -46,6 +45,21 @@ def states_held(job: Job, source: Source) -> int:
     )
     measured = tokens_of(job.evaluation) * streams(job, job.evaluation, source) if job.evaluation else 0
     return int(4 * source.facts.hidden_size * max(tried, measured))
+
+
+def boundaries_held(job: Job, source: Source) -> int:
+    """Bytes that the stage `gradients` takes while it works, about: hidden states between all layers, in float32."""
+    if not _planned_from(GRADIENT_STATISTICS, job, source):
+        return 0
+    return 4 * source.facts.hidden_size * tokens_of(job.calibration) * (source.facts.num_layers + 2)
+
+
+def _planned_from(statistics: Iterable[str], job: Job, source: Source) -> bool:
+    """Whether a plan of the job reads one of these."""
+    tried = [job.budget] if job.budget.method != AUTO else []
+    tried += candidates(job.budget).values() if job.budget.auto else []
+    tried += _plans(job, job.evaluation, source).values() if job.evaluation else []
+    return any(set(statistics) & set(planning_statistics(budget)) for budget in tried)
 
 
 def tokens_of(text: Text) -> int:
@@ -101,6 +115,8 @@ def bytes_left(job: Job, source: Source) -> int:
     checkpoints = sum(layout.nbytes(sizes, job) for layout in layouts_of(job))
     neurons, experts = _STATISTICS
     domains = len({text_source.domain for text_source in text.sources})
+    if _planned_from(GRADIENT_STATISTICS, job, source):
+        neurons, experts = neurons + len(NEURON_GRADIENTS), experts + len(EXPERT_GRADIENTS)
     sums = (neurons * facts.intermediate_size + experts) * facts.num_experts * len(facts.moe_layers)
     return checkpoints + 8 * sums * domains + 4 * tokens_of(text) * facts.hidden_size
 
@@ -108,7 +124,7 @@ def bytes_left(job: Job, source: Source) -> int:
 def written_bytes(run_dir: Path) -> int:
     """Bytes of it that are there already."""
     files = RunFiles(run_dir)
-    folders = [files.checkpoints, files.scores.folder, files.elimination, files.compensation_folder]
+    folders = [files.checkpoints, files.scores.folder, files.elimination, files.gradients, files.compensation_folder]
     folders += [
         of / part for of in (files.selection_folder, files.evaluation_folder) for part in (COMPENSATION, HIDDEN)
     ]

@@ -138,6 +138,14 @@ def _check_groups(job: Job, source: Source, stated: Sequence[Collection[int] | N
 
 
 def _check_compensation(job: Job) -> None:
+    if job.output.compensate and kind_of(job.budget).layers_leave:
+        raise JobError(
+            f"Method {job.budget.method} removes layers and leaves others as they are: there is nothing to compensate",
+            where="output.compensate",
+            found=str(job.output.compensate).lower(),
+            wanted="false",
+            next_step="set output.compensate to false, or use a method that removes or narrows experts",
+        )
     if job.output.compensate is True and not kind_of(job.budget).leaves_narrow:
         raise JobError(
             f"Method {job.budget.method} leaves no narrow expert to compensate",

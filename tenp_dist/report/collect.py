@@ -25,6 +25,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
@@ -123,7 +124,7 @@ def _headline(
         return means[variant][key] if variant in means else None
 
     return {
-        "retention_asked": float(plan["retention"]["asked"]),
+        "retention_asked": float(Fraction(plan["retention"]["asked"])),
         "retention_realised": plan["retention"]["realised"],
         "activated": plan["retention"]["activated"],
         "activated_asked": asked and float(asked),

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tenp_dist.elimination.files import read_planning
 from tenp_dist.report.method import importance_of, map_ranking
 from tenp_dist.run_files import RunFiles
 from tenp_dist.scoring.methods.registry import Method
-from tenp_dist.scoring.statistics import read_statistics
 
 STARVED_SHARE = 0.1
 """An expert with fewer tokens than this share of an even split is called starved."""
@@ -49,7 +49,7 @@ def _layer(
     path = files.scores.layer(layer)
     if path.exists():
         names = dict.fromkeys((*ranking.expert_statistics, "token_count"))
-        scores = read_statistics(path, list(names), weight_norm=False)
+        scores = read_planning(path, files.elimination, layer, list(names), files.gradients)
         tokens = scores["token_count"].sum(dim=0).tolist()
         found = {
             "domains": list(scores.domains),

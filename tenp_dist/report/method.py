@@ -18,15 +18,17 @@ _SHOWN_INSTEAD = "tenp"  # of methods that rank no experts, or by chance
 def method_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The `method` part of the report, from plan.json.
 
-    removes: whether experts leave the model. drawn: whether everything is chosen by chance. experts, neurons: methods
-    whose rankings the budget takes instead, or None. map: the method whose expert scores the importance map shows.
+    removes: whether experts leave the model, alone or with their layers. layers: those that leave. drawn: whether
+    everything is chosen by chance. experts, neurons: methods whose rankings the budget takes instead, or None. map: the
+    method whose expert scores the importance map shows.
     """
     kind, exchanged = _kind(plan), {unit: _name(plan["budget"].get(unit)) for unit in ("experts", "neurons")}
     method = kind.method
     return {
         "name": method.name,
         "source": method.source,
-        "removes": kind.experts_leave,
+        "removes": kind.takes_out,
+        "layers": plan.get("leaving_layers", []),
         "drawn": not method.statistics,
         **exchanged,
         "control": f"The random control {kind.control_words}, at the same size.",

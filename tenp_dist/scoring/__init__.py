@@ -11,6 +11,9 @@ Files in reading order:
 - `flatness`: what weights alone say.
 - `partial_sums`: what a rank has summed so far; how the ranks' sums become a layer's score file.
 - `score_pass`: the pass.
+- `gradient_statistics`: sums of what gradients say of neurons and experts, `gradient_files` how they are stored.
+- `gradient_pass`: the pass up and back that makes them.
+- `uncertainty`: several importances as one, and how much it fluctuates over text.
 - `domains`: scores of several domains made comparable and added.
 - `fusion`: several rankings as one.
 - `methods/`: a file for each method, and `registry`, which finds them.

@@ -40,7 +40,7 @@ def mix_experts(
     """
     scores_NE = statistics[scores] if isinstance(scores, str) else scores
     mixed_E = torch.zeros(scores_NE.shape[1], dtype=torch.float64)
-    for row, weight in _rows(statistics, weights):
+    for row, weight in domain_rows(statistics, weights):
         norm = _LENGTHS[length](scores_NE[row].tolist())
         if norm > 0:
             mixed_E += scores_NE[row] * (weight / norm)
@@ -53,7 +53,7 @@ def mix_pairs(statistics: LayerStatistics, losses_NEE: torch.Tensor, weights: Do
     A diagonal matrix mixes as its diagonal does in `mix_experts`. A domain whose diagonal is zero adds nothing.
     """
     mixed_EE = torch.zeros(losses_NEE.shape[1:], dtype=torch.float64)
-    for row, weight in _rows(statistics, weights):
+    for row, weight in domain_rows(statistics, weights):
         norm = _l2(losses_NEE[row].diagonal().tolist())
         if norm > 0:
             mixed_EE += losses_NEE[row] * (weight / norm)
@@ -110,7 +110,7 @@ def mix_neurons(
     count_NE = statistics["token_count"].numpy()
     mixed_EF = np.zeros(sums_NEF.shape[1:])
     seen_E = np.zeros(sums_NEF.shape[1], dtype=bool)
-    for row, weight in _rows(statistics, weights):
+    for row, weight in domain_rows(statistics, weights):
         routed_E = count_NE[row] > 0
         if rule == "scaled":
             norm_E = np.sqrt(np.einsum("ef,ef->e", sums_NEF[row], sums_NEF[row]))
@@ -131,10 +131,21 @@ def add_domains(statistics: LayerStatistics, name: str, weights: DomainWeights) 
     """
     sums_NEF, tokens_N = statistics[name].numpy(), statistics["token_count"].sum(dim=1).tolist()
     mixed_EF = np.zeros(sums_NEF.shape[1:])
-    for row, weight in _rows(statistics, weights):
+    for row, weight in domain_rows(statistics, weights):
         if tokens_N[row] > 0:
             mixed_EF += sums_NEF[row] * (weight / tokens_N[row])
     return torch.from_numpy(mixed_EF)
+
+
+def mean_over_domains(statistics: LayerStatistics, sums: str, counts: str, weights: DomainWeights) -> torch.Tensor:
+    """A layer's mean over each domain's tokens, averaged over the domains by their weights: float64 [].
+
+    sums, counts: names of statistics [N]. A domain without tokens adds nothing.
+    """
+    rows = domain_rows(statistics, weights)
+    means = [(weight, statistics[sums][row] / statistics[counts][row].clamp_min(1)) for row, weight in rows]
+    total = sum(weight for weight, _ in means)
+    return sum((mean * (weight / total) for weight, mean in means), torch.zeros((), dtype=torch.float64))
 
 
 def unrouted_by_weight_norm(
@@ -144,7 +155,7 @@ def unrouted_by_weight_norm(
 
     Raises StaleError and NumericalError as `mix_neurons` does.
     """
-    rows = [row for row, _ in _rows(statistics, weights)]
+    rows = [row for row, _ in domain_rows(statistics, weights)]
     unseen_E = (statistics["token_count"][rows] == 0).all(dim=0).numpy()
     if not unseen_E.any():
         return scores_EF
@@ -158,7 +169,7 @@ def never_routed(statistics: LayerStatistics) -> torch.Tensor:
     return (statistics["token_count"] == 0).all(dim=0)
 
 
-def _rows(statistics: LayerStatistics, weights: DomainWeights) -> list[tuple[int, float]]:
+def domain_rows(statistics: LayerStatistics, weights: DomainWeights) -> list[tuple[int, float]]:
     """(row, weight) of every domain that counts, in the order of the domain names."""
     unknown = sorted(set(weights) - set(statistics.domains))
     if unknown:

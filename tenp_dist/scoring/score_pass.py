@@ -25,9 +25,10 @@ from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.passes.run_pass import PassContext, PassSummary, run_pass
 from tenp_dist.run_files import ScoreFiles
 from tenp_dist.scoring.accumulate import LayerAccumulator, column_norms, weight_norms
+from tenp_dist.scoring.block_influence import BlockInfluence
 from tenp_dist.scoring.flatness import weight_flatness
 from tenp_dist.scoring.partial_sums import PartialSums, check_ranks
-from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.statistics import LAYER_STATISTICS, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,16 @@ def score_layer(
     """`run_layer` that adds to the statistics of this rank's experts on the way, microbatch by microbatch."""
     accumulator = LayerAccumulator(statistics, norms.columns_EF)
     norm = module.get_submodule(frame.skeleton.family.block_norm)
-    hook = norm.register_forward_pre_hook(accumulator.see_residual)
+    influence = BlockInfluence(accumulator, frame.skeleton.experts_of(module))
+    hooks = [
+        norm.register_forward_pre_hook(accumulator.see_residual),
+        module.register_forward_hook(influence.see_layer),
+    ]
     try:
         run_layer(frame, layer, module, batches, hidden, share, accumulator)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int = 0) -> None:
@@ -170,10 +176,11 @@ def check_statistics(statistics: LayerStatistics, layer: int, first_expert: int 
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
             position = bad.nonzero()[0].tolist()
-            expert = first_expert + (position[0] if name == "expert weights" else position[1])
+            of_layer = name in LAYER_STATISTICS
+            expert = 0 if of_layer else first_expert + (position[0] if name == "expert weights" else position[1])
             raise NumericalError(
                 "NaN or Inf in the scores",
-                where=f"layer {layer}, expert {expert}: {name}",
+                where=f"layer {layer}: {name}" if of_layer else f"layer {layer}, expert {expert}: {name}",
                 next_step="check the checkpoint's download of this expert; score in float32 if its weights are fine",
             )
 

@@ -1,7 +1,7 @@
 """The statistics of one scoring pass: what each is, how parts merge, how a layer is stored.
 
-Shapes: N domains, E routed experts, F neurons of an expert. All tensors are float64 [N, E], [N, E, F]
-or, of pairs of experts, [N, E, E]. Notation: for a token routed to an expert, x the tensor the expert
+Shapes: N domains, E routed experts, F neurons of an expert. All tensors are float64 [N, E], [N, E, F],
+of pairs of experts [N, E, E], or of the layer [N]. Notation: for a token routed to an expert, x the tensor the expert
 receives, m = act(W_gate x) * W_up x, y = W_down m, g the dispatch weight that multiplies y, w_j
 column j of W_down, h the residual stream before the MoE block, r the block's routed output.
 
@@ -20,6 +20,9 @@ column j of W_down, h the residual stream before the MoE block, r the block's ro
 | neuron_contribution_max   | E, F  | max of g |m_j| |w_j|                              | CAMERA              |
 | coselection_count         | E, E  | 1, over the tokens routed to both                 | HOPE, 2609.18916    |
 | gated_norm_product_sum    | E, E  | a_i a_j over these tokens, a = g |y|              | HOPE                |
+| layer_token_count         |       | 1, over all tokens that the layer sees            | ShortGPT, 2403.03853 |
+| block_influence_sum       |       | 1 - cos(h_in, h_out) over these tokens, h_in and  | ShortGPT            |
+|                           |       | h_out what enters and leaves the decoder layer    |                     |
 
 A score file also holds what weights alone say: `neuron_weight_norm` [E, F] = |gate_j| |up_j| |down_j|, which ranks the
 neurons of experts that no token reached, and `expert_weight_flatness` [E] and `neuron_weight_flatness` [E, F], the mean
@@ -62,11 +65,18 @@ PAIR_STATISTICS = {
     "coselection_count": "sum",
     "gated_norm_product_sum": "sum",
 }
-MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS, **PAIR_STATISTICS}
+LAYER_STATISTICS = {
+    "layer_token_count": "sum",
+    "block_influence_sum": "sum",
+}
+"""Of the layer as a whole: every rank has all of them."""
+MERGE_RULES: Mapping[str, str] = {**EXPERT_STATISTICS, **NEURON_STATISTICS, **PAIR_STATISTICS, **LAYER_STATISTICS}
 FIRST_STATISTICS = (*EXPERT_STATISTICS, *NEURON_STATISTICS)
 """What every score file holds. Those that hold nothing else are of earlier versions, and good for all methods but
 those that read more: they are asked to score again."""
 ELIMINATION = ("elimination_order", "elimination_cost")
+LAYER_CHOICES = ("greedy_step", "alone_loss", "trsp_step", "trsp_weight")
+"""Found about a layer by measuring the model without it: no sums either, float64 [1] (`tenp_dist/depth/`)."""
 WEIGHT_NORM = "neuron_weight_norm"
 WEIGHT_STATISTICS = ("expert_weight_flatness", "neuron_weight_flatness")
 METADATA = "tenp"
@@ -76,8 +86,8 @@ METADATA = "tenp"
 class LayerStatistics:
     """Statistics of one MoE layer.
 
-    tensors: name -> float64 [N, E], [N, E, F] or [N, E, E]; may hold only the names that were asked for. The last E of
-        pairs counts all experts of the layer, where the others count those of a rank.
+    tensors: name -> float64 [N, E], [N, E, F], [N, E, E] or [N]; may hold only the names that were asked for. The last
+        E of pairs counts all experts of the layer, where the others count those of a rank.
     domains: the N domain names, in the order of the first axis.
     weight_norm: float64 [E, F], or None where it was not asked for.
     weights: name -> what weights alone say besides, float64 [E] or [E, F]; only what was asked for and is there.
@@ -106,6 +116,7 @@ class LayerStatistics:
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(EXPERT_STATISTICS, shape_NE)
         shapes |= dict.fromkeys(NEURON_STATISTICS, (*shape_NE, intermediate_size))
         shapes |= dict.fromkeys(PAIR_STATISTICS, (*shape_NE, layer_experts or num_experts))
+        shapes |= dict.fromkeys(LAYER_STATISTICS, (len(domains),))
         tensors = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         return cls(domains=tuple(domains), tensors=tensors)
 
@@ -129,7 +140,10 @@ def merge(parts: Sequence[LayerStatistics]) -> LayerStatistics:
 def join_experts(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     """Put parts of consecutive ranges of one layer's experts together, in the order of the ranges."""
     first = _of_equal_domains(parts)
-    tensors = {name: torch.cat([part[name] for part in parts], dim=1) for name in first.tensors}
+    tensors = {
+        name: tensor if name in LAYER_STATISTICS else torch.cat([part[name] for part in parts], dim=1)
+        for name, tensor in first.tensors.items()
+    }
     norms = [part.weight_norm for part in parts if part.weight_norm is not None]
     weight_norm = torch.cat(norms) if len(norms) == len(parts) else None
     common = [name for name in WEIGHT_STATISTICS if all(name in part.weights for part in parts)]
@@ -153,7 +167,7 @@ def _of_equal_domains(parts: Sequence[LayerStatistics]) -> LayerStatistics:
 def _merge_tensor(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     total = tensors[0].clone()
     for tensor in tensors[1:]:
-        if MERGE_RULES[name] == "max":
+        if MERGE_RULES.get(name) == "max":  # sums of gradients have no rule: all are sums
             torch.maximum(total, tensor, out=total)
         else:
             total += tensor

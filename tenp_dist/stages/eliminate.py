@@ -14,10 +14,15 @@ from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import given_plans, grid_budgets
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.pipeline.stage import Output, StageContext
-from tenp_dist.scoring.statistics import ELIMINATION
+from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
+from tenp_dist.scoring.statistics import ELIMINATION, LAYER_CHOICES
 from tenp_dist.stages.base import RunStage, bits_fields, reads, weight_fields
 from tenp_dist.stages.compensate import tokens_again
 from tenp_dist.stages.run import Run
+
+STAGE_NAME = "eliminate"
+_MADE_BY = {STAGE_NAME: ELIMINATION, "gradients": GRADIENT_STATISTICS, "layers": LAYER_CHOICES}
+"""Stage -> the statistics that it makes of whole layers."""
 
 
 def eliminate_fields(run: Run) -> dict[str, Any]:
@@ -36,10 +41,10 @@ def eliminate(run: Run, context: StageContext) -> Output:
 
 
 def needed_by(*budgets: Budget) -> Sequence[str]:
-    """The stage's name where a plan of one of these budgets reads what it leaves."""
+    """The stages beside scoring whose results a plan of one of these budgets reads."""
     tried = [one for budget in budgets for one in (candidates(budget).values() if budget.method == AUTO else [budget])]
-    asks = any(set(ELIMINATION) & set(planning_statistics(budget)) for budget in tried)
-    return ("eliminate",) if asks else ()
+    read = {name for budget in tried for name in planning_statistics(budget)}
+    return tuple(stage for stage, names in _MADE_BY.items() if read & set(names))
 
 
 def budgets_of(run: Run) -> Iterator[Budget]:
@@ -54,7 +59,7 @@ def budgets_of(run: Run) -> Iterator[Budget]:
 
 
 def _not_asked(run: Run) -> JobError | None:
-    if needed_by(*budgets_of(run)):
+    if STAGE_NAME in needed_by(*budgets_of(run)):
         return None
     return JobError(
         "No method of the job asks in which order neurons leave",

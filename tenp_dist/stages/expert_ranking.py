@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION
+from tenp_dist.elimination.files import read_planning
 from tenp_dist.errors import StaleError
 from tenp_dist.pipeline.records import StageRecord, read_record
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
-from tenp_dist.scoring.statistics import read_statistics
 from tenp_dist.stages.run import Run
 
 
@@ -39,8 +39,8 @@ def expert_ranking(run: Run) -> dict[str, Any]:
         )
     layers = {}
     for layer in facts.moe_layers:
-        statistics = read_statistics(run.files.scores.layer(layer), method.expert_statistics, weight_norm=False)
-        budget = run.job.budget
+        names, files, budget = method.expert_statistics, run.files, run.job.budget
+        statistics = read_planning(files.scores.layer(layer), files.elimination, layer, names, files.gradients)
         context = Context(
             layer=layer,
             seed=budget.seed,

@@ -56,7 +56,7 @@ def measure(
     variants = _variants_of(run, context, where, plans, measured.folder)
     passes = [VariantsPass(job.model, {SOURCE: Variant(), **variants}), *written]
     task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
-    return evaluate_model(_part(where, parts - 1, parts), task).summary()
+    return evaluate_model(part_of(where, parts - 1, parts), task).summary()
 
 
 def _variants_of(
@@ -77,7 +77,7 @@ def _variants_of(
         hidden = f"{HIDDEN}/{name}"  # beside those of the evaluation, which come after it
         again = tokens_again(run, context)
         task = task_of(form, **again, folder=folder, hidden=hidden, targets=tuple(targets.values()))
-        compensate_model(_part(where, number, len(forms) + 1), task)
+        compensate_model(part_of(where, number, len(forms) + 1), task)
     return {plan.name: Variant(plan.tensors, home.get(plan.name)) for plan in plans}
 
 
@@ -92,7 +92,7 @@ def _folder_name(plan: NamedPlan) -> str:
     return digest if plan.compensated is True else f"{digest}.{plan.compensated}"
 
 
-def _part(where: PassContext, number: int, parts: int) -> PassContext:
+def part_of(where: PassContext, number: int, parts: int) -> PassContext:
     """The same, telling the progress of one of `parts` equal parts as that of the whole."""
     if parts == 1:
         return where

@@ -32,9 +32,10 @@ def mtp_kept(
         NumericalError: NaN or Inf in a weight.
     """
     layers, count = mtp_expert_layers(source), source.facts.num_experts
-    if not layers or not kept:
+    kept_layers = [neurons for neurons in kept.values() if not neurons.layer_leaves]
+    if not layers or not kept_layers:
         return {}
-    like, groups = next(iter(kept.values())), source.family.groups(source.index.config)
+    like, groups = kept_layers[0], source.family.groups(source.index.config)
     starts = range(0, count, _EXPERTS)
     shared = pool.share(source)
     tasks = [(shared, layer, range(start, min(start + _EXPERTS, count))) for layer in layers for start in starts]

@@ -14,9 +14,10 @@ from tenp_dist.layouts.table import layout_warnings, plan_settings
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, weight_fields
 from tenp_dist.stages.eliminate import needed_by
+from tenp_dist.stages.pruned import check_layers_stay_the_same
 from tenp_dist.stages.run import Run
 
-LATER = ("neuron_groups",)
+LATER = ("neuron_groups", "drop_layers")
 """Keys that came later enter only where they change a plan: runs that are older stay as they are."""
 
 
@@ -35,12 +36,14 @@ def plan_model(run: Run, context: StageContext) -> Output:
     missing = layout_warnings(run.job, plan.shape, len(run.written_source.facts.mtp_layers))
     missing += block_warnings(run.job, run.source, plan.shape)
     plan = replace(plan, warnings=(*missing, *plan.warnings))
+    check_layers_stay_the_same(run, plan.leaving_layers)
     context.replace()
     files = run.store_plan(run.files.run_dir, plan, context.digests)
     document = read_plan(run.files.run_dir)
     keys = ("retention", "experts", "narrow_width", "leftover_neurons", "warnings")
     digest = digest_of({path.name: file_digest(path) for path in files})
-    return Output(files, digest, {key: document[key] for key in keys})
+    left = {"leaving_layers": list(plan.leaving_layers)} if plan.leaving_layers else {}
+    return Output(files, digest, {key: document[key] for key in keys} | left)
 
 
 def _gist(summary: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
+from tenp_dist.depth.files import with_choices
 from tenp_dist.elimination.files import read_planning
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.layouts.base import Layout
@@ -35,7 +36,7 @@ from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import StageContext
 from tenp_dist.progress import Ledger
 from tenp_dist.run_files import RunFiles
-from tenp_dist.scoring.statistics import LayerStatistics, read_statistics
+from tenp_dist.scoring.statistics import LAYER_CHOICES, LayerStatistics, read_statistics
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,13 @@ class Run:
     def _statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
         """layer -> its statistics, only those that the budget's method reads."""
         names = planning_statistics(budget)
-        files = self.files
-        return lambda layer: read_planning(files.scores.layer(layer), files.elimination, layer, names)
+        files, summed = self.files, [name for name in names if name not in LAYER_CHOICES]
+
+        def read(layer: int) -> LayerStatistics:
+            found = read_planning(files.scores.layer(layer), files.elimination, layer, summed, files.gradients)
+            return with_choices(found, files.layers_folder, layer, names)
+
+        return read
 
     def store_plan(self, folder: Path, plan: Plan, digests: Mapping[str, str]) -> list[Path]:
         """Write a plan of the source; returns `write_plan`'s paths. digests: of the stages that it was made from."""

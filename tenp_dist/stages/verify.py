@@ -9,8 +9,9 @@ from time import monotonic
 from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
+from tenp_dist.checkpoint.fewer_layers import staying
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
-from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.checkpoint.kept import leaving_layers, read_kept
 from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, check_names
@@ -23,6 +24,7 @@ from tenp_dist.compensation.joint_recheck import JointRecheckTask
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
 from tenp_dist.config import JOINT
 from tenp_dist.errors import TenpError, VerifyError
+from tenp_dist.model.same_layers import check_same_layers
 from tenp_dist.model.tensor_names import check_tensors
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.pool.base import Pool
@@ -105,6 +107,8 @@ def verify_layout(pool: Pool, check: LayoutCheck, claim: Claim, progress: Callab
     check.config(claim.source, written, kept)
     if check.stock:
         _check_stock(written)
+    if leaving := leaving_layers(kept):
+        check_same_layers(claim.source.index.config, written.config, staying(claim.source.facts.num_layers, leaving))
     if claim.ranks is not None:
         check_ranks(claim.source, written, claim.ranks)
     by_file: dict[str, list[str]] = {}

@@ -39,6 +39,7 @@ from tenp_dist.progress import Progress
 from tenp_dist.run_files import WRITING_MARK
 from tenp_dist.stages.base import RunStage, layouts_gist, reads
 from tenp_dist.stages.mtp import mtp_kept
+from tenp_dist.stages.pruned import pruned_by
 from tenp_dist.stages.run import Run
 
 _SHOWN = 6  # names of files that one line has room for
@@ -110,9 +111,7 @@ def _prunes_mtp(run: Run) -> bool:
 def write(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
-    kept, retention = read_kept(files.plan_tensors), str(run.job.budget.retention)
-    groups = run.job.budget.neuron_groups
-    pruned = Pruned(run.written_source, kept, retention, run.compensated, run.form, neuron_groups=groups)
+    pruned = pruned_by(run, read_kept(files.plan_tensors))
     made: list[Path] = []
     summary: dict[str, dict[str, Any]] = {}
     for layout in run.layouts:
@@ -143,7 +142,7 @@ def _mtp_summary(run: Run, layout: Layout) -> dict[str, str]:
     """What became of the source's prediction layers, where it has some."""
     if not run.source.facts.mtp_layers:
         return {}
-    kept = "pruned" if layout.prunes_mtp else "whole"
+    kept = "pruned" if layout.prunes_mtp and not run.kind.layers_leave else "whole"
     return {"mtp": kept if run.written_source.facts.mtp_layers else "left out"}
 
 
@@ -176,6 +175,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
     if layout.keeps_fused:
         tensors = rejoined(source.index.fused, tensors)
+    routed = (pruned.whole or source).facts.parameters.routed
     sets = _file_sets(tensors, source, attempt)
     shards = sets.shards
     config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
@@ -195,15 +195,15 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     finish_checkpoint(folder, shards, config, carried, sets.metadata)
     names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *carried]
     nbytes = sum(shard.nbytes for shard in shards)
-    files, bits = [folder / name for name in names], _effective_bits(source, tensors)
+    files, bits = [folder / name for name in names], _effective_bits(source, tensors, routed)
     return Written(files, nbytes, len(shards), len(shards) - len(due), bits)
 
 
-def _effective_bits(source: Source, tensors: Sequence[OutputTensor]) -> float:
-    """Bits that the checkpoint spends on a parameter of the source's routed experts, those that went included."""
+def _effective_bits(source: Source, tensors: Sequence[OutputTensor], parameters: int) -> float:
+    """Bits that the checkpoint spends on a parameter of routed experts. parameters: all, those that went included."""
     routed = set(routed_matrices(source))
     nbytes = sum(tensor.nbytes for tensor in tensors if tensor.recipe.source in routed)
-    return 8 * nbytes / source.facts.parameters.routed
+    return 8 * nbytes / parameters
 
 
 def _file_sets(tensors: Sequence[OutputTensor], source: Source, attempt: Attempt) -> FileSets:

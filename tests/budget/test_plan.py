@@ -208,7 +208,9 @@ def test_permuting_experts_permutes_the_plan(method):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1)).tolist()
     moved = {
         layer: LayerStatistics(
-            stats.domains, {name: value[:, order] for name, value in stats.tensors.items()}, stats.weight_norm[order]
+            stats.domains,
+            {name: value[:, order] if value.dim() > 1 else value for name, value in stats.tensors.items()},
+            stats.weight_norm[order],
         )
         for layer, stats in scores.items()
     }

@@ -81,6 +81,7 @@ class Tap:
         self._handles = [
             layer.get_submodule(residual).register_forward_pre_hook(self._before_norm),
             self.experts.register_forward_hook(self._after_experts),
+            layer.register_forward_hook(self._after_layer, with_kwargs=True),
         ]
 
     def _before_norm(self, module, inputs):
@@ -91,6 +92,11 @@ class Tap:
         self.calls.append(
             {"x": x.double(), "index": index, "g": weights.double(), "h": self._residual, "r": output.double()}
         )
+
+    def _after_layer(self, module, inputs, named, output):
+        entered = inputs[0] if inputs else named["hidden_states"]
+        left = output[0] if isinstance(output, tuple) else output
+        self.calls[-1] |= {"entered": entered.double().flatten(0, 1), "left": left.double().flatten(0, 1)}
 
     def close(self) -> None:
         for handle in self._handles:
@@ -186,9 +192,14 @@ def _layer_statistics(tap: Tap, batches, domains: int, activation: str) -> dict[
     out |= {name: torch.zeros(domains, num_experts, width, dtype=torch.float64) for name in names_EF}
     pairs = ("coselection_count", "gated_norm_product_sum")
     out |= {name: torch.zeros(domains, num_experts, num_experts, dtype=torch.float64) for name in pairs}
+    out |= {name: torch.zeros(domains, dtype=torch.float64) for name in ("layer_token_count", "block_influence_sum")}
     for (_, mask, domain), call in zip(batches, tap.calls, strict=True):
         valid = None if mask is None else mask.reshape(-1).bool()
         _add_pairs(out, domain, call, valid, experts)
+        turned_T = 1 - torch.cosine_similarity(call["entered"], call["left"], dim=1)
+        turned_T = turned_T if valid is None else turned_T[valid]
+        out["layer_token_count"][domain] += len(turned_T)
+        out["block_influence_sum"][domain] += turned_T.sum()
         for expert in range(num_experts):
             routed = (call["index"] == expert).any(dim=1)
             if valid is not None:

@@ -47,7 +47,8 @@ def drawn(seed: int, domains: int = 3, experts: int = 7, neurons: int = 9) -> La
 def reordered(stats: LayerStatistics, *, domains=None, experts=None) -> LayerStatistics:
     domains = range(len(stats.domains)) if domains is None else domains
     experts = range(stats["token_count"].shape[1]) if experts is None else experts
-    tensors = {name: tensor[list(domains)][:, list(experts)] for name, tensor in stats.tensors.items()}
+    moved = {name: tensor[list(domains)] for name, tensor in stats.tensors.items()}
+    tensors = {name: tensor[:, list(experts)] if tensor.dim() > 1 else tensor for name, tensor in moved.items()}
     return LayerStatistics(tuple(stats.domains[row] for row in domains), tensors, stats.weight_norm[list(experts)])
 
 

@@ -21,10 +21,13 @@ from tenp_dist.budget.plan import MoeLayer, make_plan, planning_statistics
 from tenp_dist.config import Budget
 from tenp_dist.errors import NumericalError
 from tenp_dist.scoring.domains import never_routed
+from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS, NEURON_GRADIENTS, no_gradients
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.methods.registry import Context
 from tenp_dist.scoring.statistics import (
     ELIMINATION,
+    LAYER_CHOICES,
+    LAYER_STATISTICS,
     MERGE_RULES,
     NEURON_STATISTICS,
     PAIR_STATISTICS,
@@ -40,7 +43,11 @@ RANKINGS = [(name, unit) for name in SUMMED for unit in ("experts", "neurons") i
 READING = [
     (name, unit)
     for name, unit in RANKINGS
-    if set(getattr(registry.get(name), f"{unit[:-1]}_statistics")) & set(MERGE_RULES)  # not those by weights alone
+    if set(getattr(registry.get(name), f"{unit[:-1]}_statistics"))
+    & {*MERGE_RULES, *GRADIENT_STATISTICS}  # not those by weights alone
+]
+FORWARD = [  # others: test_gradient_methods.py
+    (name, unit) for name, unit in READING if not set(registry.get(name).statistics) & set(GRADIENT_STATISTICS)
 ]
 LAYER = Context(layer=3, seed=11)
 
@@ -51,11 +58,15 @@ def changed(stats: LayerStatistics, **axes) -> LayerStatistics:
     domains = [stats.domains[i] for i in axes.get("domains", range(len(stats.domains)))]
     for name, tensor in tensors.items():
         tensor = tensor[axes["domains"]] if "domains" in axes else tensor
+        if name in LAYER_STATISTICS:
+            tensors[name] = tensor
+            continue
         tensor = tensor[:, axes["experts"]] if "experts" in axes else tensor
         pairs = name in PAIR_STATISTICS
         if pairs and len(axes.get("experts", ())) == tensor.shape[2]:  # fewer are a rank's: pairs of them with all
             tensor = tensor[:, :, axes["experts"]]
-        tensors[name] = tensor[:, :, axes["neurons"]] if "neurons" in axes and name in NEURON_STATISTICS else tensor
+        of_neurons = name in NEURON_STATISTICS or name in NEURON_GRADIENTS
+        tensors[name] = tensor[:, :, axes["neurons"]] if "neurons" in axes and of_neurons else tensor
     norm = norm[axes["experts"]] if "experts" in axes else norm
     norm = norm[:, axes["neurons"]] if "neurons" in axes else norm
     weights = {name: tensor[axes["experts"]] if "experts" in axes else tensor for name, tensor in stats.weights.items()}
@@ -75,8 +86,9 @@ def test_a_method_says_what_it_is(name):
     method = registry.get(name)
     module = importlib.import_module(f"tenp_dist.scoring.methods.{name.replace('-', '_')}")
     assert method.name == name and method.source and module.__doc__
-    assert method.experts or method.neurons or method.pair_losses
-    assert set(method.statistics) <= {*MERGE_RULES, *ELIMINATION, *WEIGHT_STATISTICS}
+    assert method.experts or method.neurons or method.pair_losses or method.layers
+    known = {*MERGE_RULES, *ELIMINATION, *GRADIENT_STATISTICS, *WEIGHT_STATISTICS, *LAYER_CHOICES}
+    assert set(method.statistics) <= known
     assert sum(kind.plans_for(method) for kind in KINDS) == 1
     reference = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in reference.split("## Methods")[1], f"jobs/README.md does not explain method {name}"
@@ -215,7 +227,8 @@ def test_experts_that_no_token_reached(name, unit):
 @pytest.mark.parametrize("name, unit", RANKINGS)
 def test_a_layer_that_no_token_reached(name, unit):
     nothing = LayerStatistics.zeros(("a", "b"), E, F)
-    stats = LayerStatistics(nothing.domains, nothing.tensors, torch.ones(E, F, dtype=torch.float64), drawn(0).weights)
+    tensors = {**nothing.tensors, **no_gradients(nothing.domains, E, F).tensors}
+    stats = LayerStatistics(nothing.domains, tensors, torch.ones(E, F, dtype=torch.float64), drawn(0).weights)
     assert torch.isfinite(scores(name, unit, stats)).all()
 
 
@@ -253,6 +266,10 @@ def test_a_plan_and_its_control_are_of_one_size_and_within_the_budget(name):
 
     made, control = plan(budget), plan(kind_of(budget).control())
     assert made.retention <= Fraction(3, 5)
+    if kind_of(budget).layers_leave:
+        assert len(made.leaving_layers) == len(control.leaving_layers) == 2 and not {1} & {*made.leaving_layers}
+        assert made.leaving_layers == plan(budget).leaving_layers
+        return
     for layer in layers:
         kept, drawn_kept = made.kept[layer.layer], control.kept[layer.layer]
         assert sorted(kept.widths.tolist()) == sorted(drawn_kept.widths.tolist())
@@ -299,8 +316,8 @@ NEURONS["global"] = lambda ts: sum((t.g * t.m * t.column) ** 2 for t in ts)
 
 
 def test_every_method_has_a_definition_here():
-    defined = {name for name, unit in READING if name in {"experts": EXPERTS, "neurons": NEURONS}[unit]}
-    assert defined == {name for name, _ in READING}
+    defined = {name for name, unit in FORWARD if name in {"experts": EXPERTS, "neurons": NEURONS}[unit]}
+    assert defined == {name for name, _ in FORWARD}
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])

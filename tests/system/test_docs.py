@@ -20,7 +20,7 @@ PAGES = (
     "README.md",
     "cluster/README.md",
     "cluster/kuberay/rayjob.yaml",
-    *(f"jobs/{name}.yaml" for name in ("rebudget", "evaluate", "deepseek-v3", "qwen3-235b", "kimi-k2")),
+    *(f"jobs/{name}.yaml" for name in ("rebudget", "evaluate", "drop-layers", "deepseek-v3", "qwen3-235b", "kimi-k2")),
 )
 PROGRAMS = (
     "tenp-dist",
@@ -43,6 +43,7 @@ IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist calibrate JOB.yaml",
     "tenp-dist score JOB.yaml",
     "tenp-dist eliminate JOB.yaml",
+    "tenp-dist gradients JOB.yaml",
     "tenp-dist select JOB.yaml",
     "tenp-dist plan JOB.yaml",
     "tenp-dist compensate JOB.yaml",
@@ -57,6 +58,7 @@ IN_PROCESS = [  # in this order, JOB.yaml a job that asks for every stage
     "tenp-dist plan jobs/rebudget.yaml --overwrite",
     "tenp-dist run jobs/rebudget.yaml --overwrite",
     "tenp-dist evaluate jobs/evaluate.yaml --overwrite",
+    "tenp-dist run jobs/drop-layers.yaml",
     "tenp-dist doctor --job jobs/quickstart.yaml",
     "tenp-dist doctor",
     "cp jobs/quickstart.yaml my-job.yaml",
@@ -113,6 +115,7 @@ ELSEWHERE = {
     "needs a registry": ["docker push registry.example/tenp-dist:0.1.0"],
     "installs": ["pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
+    "tests/stages/test_removed_layers.py runs it": ["tenp-dist layers JOB.yaml"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
     "test_tab_completion runs it": [
@@ -159,7 +162,7 @@ def folder(tmp_path):
     for path in (tmp_path / "jobs").glob("*.yaml"):
         path.write_text(path.read_text().replace("samples: 64", "samples: 4"))
     job = yaml.safe_load((tmp_path / "jobs" / "quickstart.yaml").read_text())
-    job["budget"] |= {"slope": "auto", "neurons": "obs"}
+    job["budget"] |= {"slope": "auto", "neurons": ["obs", "fisher"]}
     job["output"] |= {"compensate": True}
     (tmp_path / "JOB.yaml").write_text(
         yaml.safe_dump(job).replace("../runs", "runs").replace("quickstart/moe-4m", "jobs/quickstart/moe-4m")

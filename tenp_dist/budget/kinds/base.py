@@ -25,6 +25,10 @@ WHOLE_KEYS = ("important", "slope", "minimum_important")
 """Keys of a budget that say how many experts stay whole."""
 FLOOR_KEYS = ("minimum_width", "minimum_layer_retention")
 """Keys of a budget that say how much stays whatever the scores decide."""
+LAYER_KEYS = ("drop_layers",)
+"""Keys of a budget that say how many decoder layers leave."""
+STABILITY_KEYS = ("unstable",)
+"""Keys of a budget that say which layers get more, by how much their importances fluctuate."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class PlanForm:
 
     experts_leave: whether experts that are not kept leave the model, their router rows with them.
     widths: neurons of the experts that stay; None where the scores give every expert its own.
+    layers_leave: whether whole decoder layers leave the model.
     """
 
     experts_leave: bool
     widths: frozenset[int] | None
+    layers_leave: bool = False
 
 
 class LayerChoice(NamedTuple):
@@ -62,6 +68,8 @@ class PlanKind(ABC):
 
     experts_leave: ClassVar[bool] = False
     """Whether experts that are not kept leave the model, their router rows with them."""
+    layers_leave: ClassVar[bool] = False
+    """Whether whole decoder layers leave the model."""
     leaves_narrow: ClassVar[bool] = True
     """Whether experts that stay may lose neurons, so that there is something to compensate."""
     meets_activated: ClassVar[bool] = False
@@ -85,6 +93,23 @@ class PlanKind(ABC):
     def protects(self) -> bool:
         """Whether experts can be kept whole whatever their scores (`budget.protect`)."""
         return "protect" not in self.unused_keys
+
+    @property
+    def takes_out(self) -> bool:
+        """Whether what is not kept leaves the model as a whole, experts or layers."""
+        return self.experts_leave or self.layers_leave
+
+    def allowed(self, layers: Sequence[MoeLayer]) -> Fraction:
+        """The share of the routed neurons of these layers, all of the model, that a plan may keep."""
+        return self.budget.retention_exact
+
+    def protected_by_default(self, layers: Sequence[MoeLayer]) -> tuple[str, ...] | None:
+        """What `protect: auto` means for these layers, None where that is for scores to say (`settle.py`)."""
+        return None
+
+    def may_leave(self, layers: Sequence[MoeLayer]) -> list[int]:
+        """Decoder numbers of the layers that a plan may remove, ascending."""
+        return []
 
     @property
     def keeps_whole(self) -> bool:
@@ -182,4 +207,4 @@ class PlanKind(ABC):
         """The share of the allowed neurons that rounding to these sizes leaves over."""
         kept = shape.kept_neurons
         assert kept is not None, "sizes that the scores have to decide first"
-        return 1 - kept / (self.budget.retention_exact * shape.total_neurons)
+        return 1 - kept / (self.allowed(shape.layers) * shape.total_neurons)

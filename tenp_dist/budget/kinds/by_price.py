@@ -1,4 +1,5 @@
-"""Widths that the scores decide: the neurons of the whole model compete at one price (methods `global` and `obs`).
+"""Widths that the scores decide: the neurons of the whole model compete at one price (methods `global` and `obs`), or
+those of a layer, whose share of the budget follows from how much its importances fluctuate (method `saap`).
 
 Two passes over the layers' statistics, one layer in memory at a time: the first turns what neurons are worth into
 curves (`budget/widths/prices.py`), the second chooses the neurons. Minima and experts to keep whole are checked
@@ -14,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.kinds.base import LAYER_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
 from tenp_dist.budget.neuron_groups import best_groups, group_sums
 from tenp_dist.budget.protection import protected_experts
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
@@ -23,7 +24,8 @@ from tenp_dist.budget.widths.envelope import concave
 from tenp_dist.budget.widths.floors import Floor, check_floors, floor_places
 from tenp_dist.budget.widths.layer_optimum import kept_energy, legal_widths
 from tenp_dist.budget.widths.leftover import spend
-from tenp_dist.budget.widths.prices import Curves, allocate
+from tenp_dist.budget.widths.prices import Curves, Places, allocate
+from tenp_dist.budget.widths.shares import neurons_by_stability
 from tenp_dist.budget.widths.two_prices import within_both
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.config import Budget
@@ -38,7 +40,11 @@ class ByPrice(PlanKind):
     """Plans of methods that say what a neuron is worth: every expert keeps as many as are worth their price."""
 
     meets_activated = True
-    unused_keys = (*WHOLE_KEYS, "expert_domains", "neuron_domains")
+
+    @property
+    def unused_keys(self) -> tuple[str, ...]:
+        unstable = () if self.method.fluctuation else STABILITY_KEYS
+        return (*WHOLE_KEYS, "expert_domains", "neuron_domains", *LAYER_KEYS, *unstable)
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:
@@ -64,22 +70,39 @@ class ByPrice(PlanKind):
         self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
     ) -> Shape:
         protected = protected_experts(self.budget, shape.layers)
-        curves = []
+        curves, fluctuations = [], []
         for facts in shape.layers:
-            context, whole_E = contexts[facts.layer], protected[facts.layer]
-            curves.append(self._curves(facts, whole_E, statistics(facts), context))
-        allowed, most = _allowed(self.budget, shape.layers), self.budget.max_widths
+            context, whole_E, found = contexts[facts.layer], protected[facts.layer], statistics(facts)
+            curves.append(self._curves(facts, whole_E, found, context))
+            if self.method.fluctuation:
+                fluctuations.append(self.method.layer_fluctuation(found, context))
+            del found
+        allowed = _allowed(self.budget, shape.layers)
+        places = self._by_stability(curves, fluctuations, allowed) if fluctuations else self._priced(curves, allowed)
+        widths = tuple(one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True))
+        full = [facts.intermediate_size for facts in shape.layers]
+        whole = tuple(int((width_E == size).sum()) for width_E, size in zip(widths, full, strict=True))
+        return replace(shape, whole=whole, widths=widths)
+
+    def _priced(self, curves: Sequence[Curves], allowed: int) -> Places:
+        """Widths of all experts at one price, of these layers."""
+        most = self.budget.max_widths
         hulls = curves if self.method.curve is None else [concave(one) for one in curves]
         met = self._met(curves)
         if met is None:
             places, _ = allocate(hulls, allowed, most, floor_places(hulls, allowed, most))
         else:
             places = within_both(hulls, allowed, met, most)
-        places = spend(curves, places, allowed, most, met)
-        widths = tuple(one.widths_C[place_E] for one, place_E in zip(curves, places, strict=True))
-        full = [facts.intermediate_size for facts in shape.layers]
-        whole = tuple(int((width_E == size).sum()) for width_E, size in zip(widths, full, strict=True))
-        return replace(shape, whole=whole, widths=widths)
+        return spend(curves, places, allowed, most, met)
+
+    def _by_stability(self, curves: Sequence[Curves], fluctuations: Sequence[float], allowed: int) -> Places:
+        """The same, with a price for every layer, which meets its share of the budget."""
+        most = self.budget.max_widths
+        floors = floor_places(curves, allowed, most)
+        minima = [one.neurons(place_E) for one, place_E in zip(curves, floors, strict=True)]
+        sizes = [one.neurons(one.full_E) for one in curves]
+        shares = neurons_by_stability(fluctuations, sizes, minima, allowed, self.budget.unstable)
+        return [self._priced([one], share)[0] for one, share in zip(curves, shares, strict=True)]
 
     def _curves(
         self, facts: MoeLayer, protected_E: np.ndarray, statistics: LayerStatistics, context: Context

@@ -14,7 +14,15 @@ from fractions import Fraction
 import numpy as np
 
 from tenp_dist.budget.expert_sets import least_loss_set
-from tenp_dist.budget.kinds.base import FLOOR_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
+from tenp_dist.budget.kinds.base import (
+    FLOOR_KEYS,
+    LAYER_KEYS,
+    STABILITY_KEYS,
+    WHOLE_KEYS,
+    LayerChoice,
+    PlanForm,
+    PlanKind,
+)
 from tenp_dist.budget.protection import protected_experts, protected_of_layer
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
@@ -36,7 +44,17 @@ class Remove(PlanKind):
     leaves_narrow = False
     control_words = "removes as many experts, chosen by chance"
     never_routed_words = "they are the first to go"
-    unused_keys = (*WHOLE_KEYS, "align", "neuron_groups", "max_widths", *FLOOR_KEYS, "neuron_domains", "never_routed")
+    unused_keys = (
+        *WHOLE_KEYS,
+        "align",
+        "neuron_groups",
+        "max_widths",
+        *FLOOR_KEYS,
+        *STABILITY_KEYS,
+        *LAYER_KEYS,
+        "neuron_domains",
+        "never_routed",
+    )
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:

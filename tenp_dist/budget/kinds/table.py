@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tenp_dist.budget.kinds.base import PlanForm, PlanKind
 from tenp_dist.budget.kinds.by_price import ByPrice
+from tenp_dist.budget.kinds.drop_layers import DropLayers
 from tenp_dist.budget.kinds.narrow import Narrow
 from tenp_dist.budget.kinds.remove import Remove
 from tenp_dist.budget.sizes import Shape
@@ -14,6 +15,7 @@ KINDS: tuple[type[PlanKind], ...] = (
     ByPrice,
     Remove,
     Narrow,
+    DropLayers,
 )
 """The first that plans for a method is that of its plans."""
 

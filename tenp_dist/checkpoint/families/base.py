@@ -125,6 +125,12 @@ class Family:
     mtp_keys: config keys that may hold the number of multi-token prediction layers.
     mtp_tensors: prefixes of the tensors of prediction layers that are not numbered behind the decoder's.
     mtp_changes: fields of the row that differ in those layers; their prefix at least.
+    entries_keys: config keys of lists with an entry for every decoder layer.
+    ids_keys: config keys of lists of ids of decoder layers.
+    first_keys, last_key: config keys of how many layers something holds for from the first on, and of the id of the
+        last that it holds for.
+    step_key, dense_key: config keys of the rule that every so many layers have experts, and of the ids of layers that
+        have none whatever that rule says.
     refused: config key -> what no layer may be by it, ANY for a key that may not be set: forms of the family that are
         not scored yet.
     tensor_parallel: verified with more than one rank per shard.
@@ -164,6 +170,12 @@ class Family:
     mtp_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     mtp_tensors: tuple[str, ...] = ("mtp.",)
     mtp_changes: Mapping[str, Any] = field(default_factory=lambda: {"layer": "mtp.layers.{layer}."})
+    entries_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "indexer_types", "attn_type_list")
+    ids_keys: tuple[str, ...] = ("mlp_only_layers",)
+    first_keys: tuple[str, ...] = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
+    last_key: str = "moe_layer_end_index"
+    step_key: str = "decoder_sparse_step"
+    dense_key: str = "mlp_only_layers"
     refused: Mapping[str, str] = field(default_factory=dict)
     tensor_parallel: bool = False
 

@@ -15,9 +15,9 @@ from tenp_dist.scoring.statistics import NEURON_STATISTICS, WEIGHT_NORM, LayerSt
 
 
 def _streams(context: Context) -> list[np.random.Generator]:
-    """Two independent streams of the layer: experts, neurons."""
+    """Independent streams of the layer: experts, neurons, the layer itself."""
     seed = np.random.SeedSequence([context.seed % 2**64, context.layer])  # takes no negative numbers
-    return [np.random.Generator(np.random.Philox(child)) for child in seed.spawn(2)]
+    return [np.random.Generator(np.random.Philox(child)) for child in seed.spawn(3)]
 
 
 def random_experts(statistics: LayerStatistics, context: Context) -> torch.Tensor:
@@ -28,6 +28,11 @@ def random_experts(statistics: LayerStatistics, context: Context) -> torch.Tenso
 def random_neurons(statistics: LayerStatistics, context: Context) -> torch.Tensor:
     """Uniform in [0, 1), float64 [E, F]."""
     return torch.from_numpy(_streams(context)[1].random(_shape(statistics)))
+
+
+def random_layer(statistics: LayerStatistics, context: Context) -> torch.Tensor:
+    """Uniform in [0, 1), float64 []."""
+    return torch.tensor(_streams(context)[2].random(), dtype=torch.float64)
 
 
 def _shape(statistics: LayerStatistics) -> tuple[int, int]:

@@ -9,8 +9,10 @@ to be told of it; tests/scoring/test_registry.py takes every method that is ther
 | neurons only       | every expert keeps its best neurons, all of one width                       |
 | experts and neurons| it keeps its best neurons, the best experts stay whole                      |
 | neurons, by worth  | every expert keeps as many neurons as are worth their price in the model    |
+| ... by fluctuation | the same inside a layer, whose share follows how much importances fluctuate  |
 | ... or by curve    | the same, where what neurons are worth together is not the sum of their worths |
 | sets of experts    | it is removed; what is lost with two of them together counts too            |
+| layers             | experts stay as they are: whole decoder layers leave                        |
 """
 
 from __future__ import annotations
@@ -57,21 +59,25 @@ Ranking = Callable[[LayerStatistics, Context], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to rank the experts of a layer, the neurons of an expert, or both, or to weigh sets of experts.
+    """One way to rank the experts of a layer, neurons of an expert, or both, to weigh sets of experts, or rank layers.
 
     name: as jobs say it.
     source: paper and equation, and what of it is ours.
     experts: statistics of one layer -> float64 [E], a higher score is kept.
     neurons: statistics of one layer -> float64 [E, F], a higher score is kept.
-    expert_statistics, neuron_statistics, worth_statistics, curve_statistics, pair_statistics: the statistics that
-        each of them reads.
+    expert_statistics, neuron_statistics, worth_statistics, curve_statistics, pair_statistics, fluctuation_statistics,
+        layer_statistics: the statistics that each of them reads.
     worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
         has it lets the scores decide every expert's width (`budget/kinds/by_price.py`); the widths of others are
         known before any score is read (`budget/kinds/narrow.py`). It stays when a budget exchanges the neuron ranking.
     curve: instead of `worth`, where neurons are not worth the same in any company: what an expert keeps with its c
         best, comparable across the model, float64 [E, F + 1], 0 at c = 0 and never falling.
+    fluctuation: how much a layer's importances fluctuate over calibration text, float64 []. Where a method has it and
+        `worth`, layers get shares of the budget by it, and neurons compete inside a layer (`budget.unstable`).
     pair_losses: what removing experts loses, float64 [E, E], symmetric: on the diagonal one alone, elsewhere half of
         what two add to each other. A method that has it removes experts as a set (`budget/kinds/remove.py`).
+    layers: what keeping the layer is worth, comparable across the model, float64 []. A method that has it removes whole
+        layers (`budget/kinds/drop_layers.py`).
     """
 
     name: str
@@ -86,12 +92,17 @@ class Method:
     curve_statistics: tuple[str, ...] = ()
     pair_losses: Ranking | None = None
     pair_statistics: tuple[str, ...] = ()
+    layers: Ranking | None = None
+    layer_statistics: tuple[str, ...] = ()
+    fluctuation: Ranking | None = None
+    fluctuation_statistics: tuple[str, ...] = ()
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of all statistics that the method reads, each once."""
         ranked = self.expert_statistics, self.neuron_statistics, self.worth_statistics
-        parts = (*ranked, self.curve_statistics, self.pair_statistics)
+        parts = (*ranked, self.curve_statistics, self.pair_statistics, self.fluctuation_statistics)
+        parts = (*parts, self.layer_statistics)
         return tuple(dict.fromkeys(itertools.chain(*parts)))
 
     def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
@@ -110,6 +121,12 @@ class Method:
         ranking = self._has(self.curve, "curve", "budget.method")
         require_finite(statistics, self.curve_statistics, context.layer)
         return ranking(statistics, context)
+
+    def layer_fluctuation(self, statistics: LayerStatistics, context: Context) -> float:
+        """How much the layer's importances fluctuate. Raises as `neuron_worth` does."""
+        ranking = self._has(self.fluctuation, "fluctuation", "budget.method")
+        require_finite(statistics, self.fluctuation_statistics, context.layer)
+        return float(ranking(statistics, context))
 
     def expert_scores(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """Importance of each expert, float64 [E].
@@ -143,6 +160,17 @@ class Method:
         ranking = self._has(self.pair_losses, "pair_losses", "budget.method")
         require_finite(statistics, self.pair_statistics, context.layer)
         return ranking(*_of_experts(statistics, self.pair_statistics, context))
+
+    def layer_score(self, statistics: LayerStatistics, context: Context) -> float:
+        """What keeping the layer is worth.
+
+        Raises:
+            NumericalError: NaN or Inf in a statistic that is read.
+            JobError: the method ranks no layers.
+        """
+        ranking = self._has(self.layers, "layers", "budget.method")
+        require_finite(statistics, self.layer_statistics, context.layer)
+        return float(ranking(statistics, context))
 
     def with_experts_of(self, other: Method) -> Method:
         """The same with the expert ranking of another method (an ablation).
@@ -218,10 +246,13 @@ def require_finite(statistics: LayerStatistics, names: Sequence[str], layer: int
         if len(bad):
             of_weights, domains = name in WEIGHT_STATISTICS, statistics.domains
             of_all = not of_weights and len(statistics[name]) == 1  # what is made of all domains together
+            of_layer = statistics[name].dim() == 1 and not of_weights
             domain = "" if of_weights else f"domain {', '.join(domains) if of_all else domains[bad[0][0]]}, "
             raise NumericalError(
                 "NaN or Inf in a statistic",
-                where=f"layer {layer}, {name}, {domain}expert {int(bad[0][0 if of_weights else 1])}",
+                where=f"layer {layer}, {name}, {domain}".removesuffix(", ")
+                if of_layer
+                else f"layer {layer}, {name}, {domain}expert {int(bad[0][0 if of_weights else 1])}",
                 found=f"{len(bad)} values that are not finite",
                 wanted="finite numbers",
                 next_step="score again in float32, and check the source checkpoint for NaN",
