@@ -16,6 +16,7 @@ Files in reading order:
   layer, the loss at its end, the way up that keeps what it needs, both ways, and what is refused.
 - `compute`, `layer_loader`, `layer_ops`: the model as a worker opens it, its layers, a layer over microbatches.
 - `hidden_states`, `fence`: what is stored between layers, and who may store it.
-- `ranks`: several processes that hold the same layers; the only file that knows DeepSpeed.
+- `ranks`: several processes that hold the same layers; the only file that imports DeepSpeed.
+- `split_gradients`: how gradients go back through what they share.
 - `controller`, `pass_progress`, `run_pass`: the loop over all shards, what is told of it, and a whole pass.
 """

@@ -179,7 +179,7 @@ class BackwardStep(LayerStep):
 class GradientSummary:
     """What a pass that went back did.
 
-    back: the way back; `up`, the way before it.
+    up, back: both ways.
     loss: domain -> sum over its predicted tokens, in nats; empty where everything was stored already.
     tokens: domain -> how many these are.
     """

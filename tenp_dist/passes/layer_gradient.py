@@ -78,7 +78,7 @@ def differentiate(
         hidden_BSD: what entered the layer.
         leaving_BSD: gradient of the loss by what left it, the same on all ranks.
         reduce: adds over the ranks that share the layer; None for one rank. All ranks call together.
-        ranks: how many these are: each begins with its share, see `ranks.open_to_gradients`.
+        ranks: how many these are: each begins with its share, see `split_gradients.py`.
     """
     with torch.enable_grad():
         entered_BSD = hidden_BSD.detach().requires_grad_(True)

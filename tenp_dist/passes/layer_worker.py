@@ -32,8 +32,9 @@ from tenp_dist.passes.layer_loader import LayerLoader
 from tenp_dist.passes.layer_ops import embed_all, microbatches
 from tenp_dist.passes.layer_step import LayerStep, OpenShard
 from tenp_dist.passes.pass_task import PassTask
-from tenp_dist.passes.ranks import Ranks, barrier, join_ranks, listen, open_to_gradients, parallelise_layer
+from tenp_dist.passes.ranks import Ranks, barrier, join_ranks, listen, parallelise_layer
 from tenp_dist.passes.schedule import Unit, split_waves
+from tenp_dist.passes.split_gradients import open_to_gradients
 from tenp_dist.pool.heartbeat import Heartbeat, start_heartbeat
 from tenp_dist.pool.machine import own_address, resident_memory
 from tenp_dist.pool.worker_log import log_line, log_to

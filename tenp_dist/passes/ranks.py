@@ -169,7 +169,7 @@ def barrier() -> None:
 def all_reduce_float32(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sum over the ranks in float32, the same bits on each; a float32 tensor without a graph is overwritten.
 
-    Gradients go back through it: see `open_to_gradients`.
+    Gradients go back through it: see `split_gradients.py`.
     """
     if tensor.requires_grad and torch.is_grad_enabled() and ranks.parallel:
         return _SumOverRanks.apply(tensor, ranks)
@@ -216,46 +216,6 @@ class _SumOverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = all_reduce_float32(grads[0].to(torch.float32, copy=True), ctx.ranks)
         return total.to(ctx.dtype), None
-
-
-def open_to_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """Have gradients go back through a layer that `parallelise_layer` split, in place; all ranks call together.
-
-    The ranks' computations are taken as one graph: what is the same on all ranks has a copy on each, and the loss is
-    the mean over the copies. So a rank begins with its share of the gradient, 1 / ranks, a sum over ranks in the
-    forward is one in the backward too, and what the copies of the layer's input got is added at the end. That is exact
-    for whatever reads a copy, split or not: the rotary part of MLA's keys, which every head shares and no linear layer
-    stands before, gets its whole gradient too. DeepSpeed's own functions add at the input of every split layer instead,
-    and miss it; they are left out.
-
-    Raises:
-        UnsupportedModelError: DeepSpeed split a part in a way that is not known here.
-    """
-    if not ranks.parallel:
-        return module
-    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer
-
-    for name, part in module.named_modules():
-        if type(part) is LinearAllreduce:
-            part.forward = partial(_split_inputs, part, ranks)
-        elif type(part) is LinearLayer and not part.gather_output:
-            part.mp_group = None  # which asks for nothing but the sum at its input
-        elif isinstance(part, TensorParallel_Layer):
-            raise UnsupportedModelError(
-                "No gradient goes through a part of the model that is split over ranks",
-                where=f"cluster.tensor_parallel: {ranks.size}, {name}",
-                found=type(part).__name__,
-                wanted="linear layers split by rows or by columns",
-                next_step="set cluster.tensor_parallel to 1 and use more shards",
-            )
-    return module
-
-
-def _split_inputs(part: Any, ranks: Ranks, input_BSI: torch.Tensor) -> torch.Tensor:
-    """A linear layer whose inputs are split over the ranks."""
-    partial_BSO = torch.matmul(input_BSI, part.weight.mT)
-    output_BSO = all_reduce_float32(partial_BSO, ranks).to(partial_BSO.dtype)
-    return output_BSO if part.bias is None else output_BSO + part.bias
 
 
 class _OneLayerModel(nn.Module):

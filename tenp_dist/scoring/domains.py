@@ -65,7 +65,7 @@ def pooled(statistics: LayerStatistics, names: Collection[str], weights: DomainW
 
     What a method makes of it is what it would make of one text.
     """
-    rows = _rows(statistics, weights)
+    rows = domain_rows(statistics, weights)
     tensors = {
         name: sum((statistics[name][row : row + 1] * weight for row, weight in rows), torch.zeros(()))
         for name in names

@@ -11,7 +11,7 @@ from tenp_dist.config import Unstable
 from tenp_dist.scoring.uncertainty import standardised
 
 STEEPNESS = 0.3
-"""The logarithm of how much more a layer gets that fluctuates by one standard deviation more: ours, by measurement."""
+"""The logarithm of how much more a layer gets that fluctuates by one standard deviation more: ours, not tuned."""
 _SIGNS: dict[Unstable, int] = {"keep": 1, "even": 0, "prune": -1}
 
 

@@ -65,8 +65,9 @@ class Method:
     source: paper and equation, and what of it is ours.
     experts: statistics of one layer -> float64 [E], a higher score is kept.
     neurons: statistics of one layer -> float64 [E, F], a higher score is kept.
-    expert_statistics, neuron_statistics, worth_statistics, curve_statistics, pair_statistics, fluctuation_statistics,
-        layer_statistics: the statistics that each of them reads.
+    expert_statistics, neuron_statistics, worth_statistics, curve_statistics, pair_statistics, layer_statistics: the
+        statistics that each of them reads.
+    fluctuation_statistics: and those that it reads.
     worth: what keeping a neuron is worth, comparable across the model, float64 [E, F], none negative. A method that
         has it lets the scores decide every expert's width (`budget/kinds/by_price.py`); the widths of others are
         known before any score is read (`budget/kinds/narrow.py`). It stays when a budget exchanges the neuron ranking.

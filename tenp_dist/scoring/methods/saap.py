@@ -7,8 +7,8 @@ recovery by low-rank tuning. Ours: `scoring/uncertainty.py`, which says what no 
 expert's neuron (gate row, up row, W_down column), whose first-order terms are m dL/dm token by token, so "element-wise"
 adds magnitudes over tokens and not over weights; a layer's share of the budget is `budget/widths/shares.py`, and inside
 a layer the neurons of all experts compete by the fused importance. As published, layers that fluctuate most lose most
-(`budget.unstable: prune`); on a trained MoE the opposite was better, and is the default. Shared experts stay: no layout
-holds narrower ones. Whole experts are ranked too, for `budget.experts`; `saap-experts` removes them.
+(`budget.unstable: prune`); explored on one trained MoE the opposite was better, and is the default. Shared experts
+stay: no layout holds narrower ones. Whole experts are ranked too, for `budget.experts`; `saap-experts` removes them.
 """
 
 from __future__ import annotations
