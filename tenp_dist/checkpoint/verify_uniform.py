@@ -17,6 +17,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, Wanted, check_tensor
+from tenp_dist.checkpoint.verify_merged import check_merged
 from tenp_dist.errors import VerifyError
 
 
@@ -86,7 +87,7 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
     Raises:
         VerifyError: names the keys that differ.
     """
-    wanted = dict(source.index.config) | _counted(source, written)
+    wanted = dict(source.index.config) | _counted(source, written) | _fewer_active(source, kept)
     wanted = {key: wanted[key] for key in source.index.config}
     keys = [key for key in {**wanted, **written.config} if wanted.get(key) != written.config.get(key)]
     if keys:
@@ -121,6 +122,13 @@ def _counted(source: Source, written: CheckpointIndex) -> dict[str, object]:
     return counted
 
 
+def _fewer_active(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, object]:
+    """The number of experts that a token goes to, where the plan has another."""
+    found = {neurons.merging.top_k for neurons in kept.values() if neurons.merging is not None}
+    stated = found - {None}
+    return {source.family.top_k_key: _only(stated)} if stated else {}
+
+
 def _only(values: set) -> object:
     return next(iter(values)) if len(values) == 1 else sorted(values)
 
@@ -138,6 +146,12 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
         wanted, layer, expert = Wanted(origin), reading.layer(name), reading.expert(origin)
         if layer is not None and layer in expected.kept:
             neurons, same = expected.kept[layer], shape == readers.source.index.entry(origin).shape
+            if expert is not None and expert[0] in neurons.merged and readers.solved(origin) is None:
+                terms = neurons.merged[expert[0]]
+                found += check_merged(
+                    name, readers, origin, [(reading.renamed(origin, e, expert[1]), factor) for e, factor in terms]
+                )
+                continue
             if expert is not None:
                 ids = torch.from_numpy(neurons.of(expert[0]).copy()).long()
                 cut = partial(torch.index_select, dim=NEURON_AXIS[expert[1]], index=ids)

@@ -9,7 +9,7 @@ from helpers.source_files import PACKAGE, SOURCES, import_graph, imports_of, mod
 ROOMS = [
     "errors", "artifacts", "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
-    "benchmark", "report", "comparison", "preflight", "stages", "launch", "cli",
+    "search", "benchmark", "report", "comparison", "preflight", "stages", "launch", "cli",
 ]  # fmt: skip
 FILES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
 SOLVERS = {"compensation", "elimination"}
@@ -17,8 +17,8 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
     "runtime": {"artifacts", "config", "job_file", "run_files", "progress"},  # its text is copied into checkpoints
     "pool": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
     "pipeline": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
-    "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", *SOLVERS},
-    "cli": {"checkpoint", "model", "passes", "scoring", "budget", "evaluation", *SOLVERS},
+    "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", "search", *SOLVERS},
+    "cli": {"checkpoint", "model", "passes", "scoring", "budget", "evaluation", "search", *SOLVERS},
 }
 RAY = {f"pool/ray_{name}.py" for name in ("client", "environment", "metrics", "nodes", "placement", "results")} | {
     "launch/submit.py"

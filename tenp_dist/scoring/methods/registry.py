@@ -70,6 +70,7 @@ class Method:
         best, comparable across the model, float64 [E, F + 1], 0 at c = 0 and never falling.
     pair_losses: what removing experts loses, float64 [E, E], symmetric: on the diagonal one alone, elsewhere half of
         what two add to each other. A method that has it removes experts as a set (`budget/kinds/remove.py`).
+    searched: whether stage `search` finds the experts, from the ranking on.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Method:
     curve_statistics: tuple[str, ...] = ()
     pair_losses: Ranking | None = None
     pair_statistics: tuple[str, ...] = ()
+    searched: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
