@@ -4,8 +4,8 @@ EEP (arXiv 2407.00945) states: the router's probabilities are multiplied by W_RM
 three matrices are `sum_i W_EM[k, i] theta_i`. Where W_RM selects rows, the layer routes as if the other experts were
 not there (`routing.py`), which is what a checkpoint without them does: a router that does not normalise its weights
 then spreads all of its mass over the experts that stay. Where W_RM is no selection the rule is this, ours for all
-routers but those of a softmax alone: with p what the router's softmax or sigmoid gives and b its bias, experts are chosen by
-`max(W_RM p, 0) + W_RM b`, groups and all, and weighted by `max(W_RM p, 0)`, normalised where the router does.
+routers but those of a softmax alone: with p what the router's softmax or sigmoid gives and b its bias, experts are
+chosen by `max(W_RM p, 0) + W_RM b`, groups and all, and weighted by `max(W_RM p, 0)`, normalised where the router does.
 
 Merged matrices are summed in float64 and rounded to the checkpoint's dtype once, as the writer does.
 

@@ -64,7 +64,7 @@ class Evolution:
     fitness: str
 
     def run(self, passes: int, store: Store, measure: Measure) -> Iterator[Generation]:
-        """The passes one after another, fewer where nothing new can be drawn; those that are stored are not repeated."""
+        """The passes one after another, fewer where nothing new can be drawn; what is stored is not repeated."""
         scored: list[Scored] = []
         policy = self.policy
         for number in range(passes):

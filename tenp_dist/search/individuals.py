@@ -5,13 +5,13 @@ Shape letters: E experts of a layer, K that stay.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from tenp_dist.artifacts import digest_of
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.merging import Merging
 from tenp_dist.search.space import Space
@@ -54,8 +54,11 @@ class Individual:
     @cached_property
     def digest(self) -> str:
         """Equal for individuals that are the same model."""
-        parts = [[_plain(one.places_K), _plain(one.experts_KE), _plain(one.router_KE)] for one in self.genes]
-        return digest_of([parts, self.active])
+        digest = hashlib.sha256(str(self.active).encode())
+        for genes in self.genes:
+            for part in (genes.places_K, genes.experts_KE, genes.router_KE):
+                digest.update(b"none" if part is None else np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
     @property
     def merges(self) -> bool:
@@ -77,7 +80,3 @@ def kept_of(space: Space, individual: Individual) -> Mapping[int, KeptNeurons]:
             kept = replace(kept, merging=Merging(merging, genes.router_KE, individual.active))
         found |= dict.fromkeys(layers, kept)
     return dict(sorted(found.items()))
-
-
-def _plain(array: np.ndarray | None) -> list | None:
-    return None if array is None else array.tolist()

@@ -11,8 +11,8 @@
 
 Ours: experts are exchanged inside their router group, and protected ones stay; an element of W_EM moves where the row's
 own expert or one of its nearest removed ones is (`search.neighbours`), for with a hundred experts a Gaussian over all
-elements of a few hundred individuals finds nothing; rows of a crossover whose place is taken stay with parent 1;
-`swap`, a single exchange near the border of the ranking; the number of experts that a token goes to as a gene.
+elements of a few hundred individuals finds nothing; rows of a crossover whose place is taken, or protected, stay with
+parent 1; `swap`, a single exchange near the border of the ranking; the number of experts that a token goes to as a gene.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def crossover(space: Space, first: Individual, second: Individual, rng: np.rando
     for group, pair in enumerate(zip(first.genes, second.genes, strict=True)):
         one, other = (each.decoupled(space.experts, mapped=space.mapped) for each in pair)
         if group in changing:
-            genes.append(_rows_of_both(one, other, rng.random(space.kept) < FIRST_PARENT))
+            first_K = rng.random(space.kept) < FIRST_PARENT
+            genes.append(_rows_of_both(one, other, first_K | space.places[group].locked_E[one.places_K]))
         else:
             genes.append(one if rng.random() < FIRST_PARENT else other)
     return Individual(tuple(genes), first.active if rng.random() < FIRST_PARENT else second.active)
