@@ -12,7 +12,7 @@
 Ours: experts are exchanged inside their router group, and protected ones stay; an element of W_EM moves where the row's
 own expert or one of its nearest removed ones is (`search.neighbours`), for with a hundred experts a Gaussian over all
 elements of a few hundred individuals finds nothing; rows of a crossover whose place is taken, or protected, stay with
-parent 1; `swap`, a single exchange near the border of the ranking; the number of experts that a token goes to as a gene.
+parent 1; `swap`, a single exchange near the border of the ranking; how many experts a token goes to as a gene.
 """
 
 from __future__ import annotations

@@ -170,9 +170,10 @@ def test_nothing_stays_behind(mapped, tiny_model):
     counts = router.num_experts, router.top_k
     kept = plan_of([1], mapped=mapped, top_k=1)[1]
     experts = skeleton.experts_of(module)
-    with pytest.raises(ZeroDivisionError), planned_router(skeleton, 1, module, kept):
-        with replaced_experts(experts, merged_experts(skeleton, 1, experts, kept, range(E))):
-            raise ZeroDivisionError
+    merged = merged_experts(skeleton, 1, experts, kept, range(E))
+    routed, replaced = planned_router(skeleton, 1, module, kept), replaced_experts(experts, merged)
+    with pytest.raises(ZeroDivisionError), routed, replaced:
+        raise ZeroDivisionError
     assert (router.num_experts, router.top_k) == counts and "forward" not in vars(router)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
