@@ -114,7 +114,7 @@ class Run:
         return replace(plan, warnings=(*settled.warnings, *plan.warnings))
 
     def _check_searched(self, budget: Budget) -> None:
-        if budget != self.budget or not self.files.search.chosen.exists():
+        if budget.model_dump() != self.budget.model_dump() or not self.files.search.chosen.exists():
             raise BudgetError(
                 "No search was made for this budget",
                 where=f"method {budget.method}, retention {budget.retention}",
