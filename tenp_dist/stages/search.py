@@ -57,9 +57,7 @@ def search(run: Run, context: StageContext) -> Output:
     store.claim(context.key)
     text, development = _texts(run)
     meter = _Meter(run, context, space)
-    evolution = Evolution(
-        space, _policy(run), seeds, lambda own: own[asked.fitness], lambda source: source["nll"] / 100
-    )
+    evolution = Evolution(space, _policy(run), seeds, fitness=asked.fitness)
     generations, scored = [], list[Scored]()
     for one in evolution.run(asked.passes - 1, store, partial(meter.measure, text)):
         generations.append(one)
