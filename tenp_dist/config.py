@@ -41,6 +41,7 @@ JOINT: Literal["joint"] = "joint"
 Auto = Literal["auto"]
 Unstable = Literal["keep", "even", "prune"]
 AUTO: Auto = "auto"
+SEARCHED = "eep"  # the method whose experts are found by a search
 
 
 class _Part(BaseModel):
@@ -216,6 +217,11 @@ class Budget(_Part):
         return tuple(key for key in ("method", "important", "slope") if getattr(self, key) == AUTO)
 
     @property
+    def measured(self) -> bool:
+        """Whether the plan is chosen by measuring, on text that is set aside for it."""
+        return bool(self.auto) or self.method == SEARCHED
+
+    @property
     def retention_exact(self) -> Fraction:
         return Fraction(self.retention)
 
@@ -233,6 +239,56 @@ class Trsp(_Part):
     steps: int = Field(30, ge=1, description="steps of a round, each a pass up and back")
     sequences: int = Field(4, ge=1, description="calibration sequences of a step")
     seed: int = Field(0, description="order in which sequences come")
+
+
+class Search(_Part):
+    """How method eep looks for the experts to keep and to merge."""
+
+    passes: int = Field(20, ge=2, description="passes over the model at most, the last one on the development split")
+    individuals: int = Field(16, ge=2, description="individuals that go through the model in one pass")
+    prune_share: Exact = Field(
+        Decimal("0.25"),
+        ge=0,
+        le=1,
+        description="share of the passes in which experts are exchanged, before any is merged",
+    )
+    start: Literal["rankings", "random"] = Field(
+        "rankings", description="the first individuals: the best sets of several rankings, or drawn by chance alone"
+    )
+    local_share: Exact = Field(
+        Decimal("0.5"),
+        ge=0,
+        le=1,
+        description="share of a prune pass that tries single exchanges on the best individual; the authors: 0",
+    )
+    depth_groups: int | None = Field(
+        None,
+        ge=1,
+        description="groups of layers that keep and merge alike; default every layer by itself, the paper: 4",
+    )
+    router: Literal["selection", "mapped"] = Field(
+        "selection",
+        description="what becomes of the router in the merge phase: rows of the source, or a matrix of its own",
+    )
+    neighbours: int | None = Field(
+        3, ge=0, description="removed experts that may be merged into a kept one, the nearest; null: all (the authors')"
+    )
+    active: tuple[int, ...] | None = Field(
+        None, min_length=1, description="numbers of experts that a token may go to; default as in the source"
+    )
+    fitness: Literal["nll", "kl"] = Field(
+        "nll", description="what is least in the best individual: NLL of the text, or divergence from the source"
+    )
+    sequences: int | None = Field(
+        None, ge=1, description="calibration sequences a domain that fitness is measured on; default all not set aside"
+    )
+    development: int = Field(20, ge=1, description="best individuals that are measured again on the text set aside")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Search:
+        if self.active is not None and min(self.active) < 1:
+            raise ValueError(f"active must be numbers above 0, found {min(self.active)}")
+        return self
 
 
 class Output(_Part):
@@ -320,6 +376,7 @@ class Job(_Part):
     score: Score = Score()
     budget: Budget = Budget()
     trsp: Trsp = Trsp()
+    search: Search = Search()
     output: Output = Output()
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
@@ -327,14 +384,15 @@ class Job(_Part):
 
     @model_validator(mode="after")
     def _something_to_choose_on(self) -> Job:
-        if self.budget.auto and not self.selection_share:
-            raise ValueError("an auto budget is chosen on text set aside: selection_share must be above 0")
+        if self.budget.measured and not self.selection_share:
+            what = "an auto budget" if self.budget.auto else f"what method {self.budget.method} keeps"
+            raise ValueError(f"{what} is chosen on text set aside: selection_share must be above 0")
         if self.selection_share and min(source.samples for source in self.calibration.sources) < 2:
             raise ValueError("selection_share sets aside a part of every source: each needs at least 2 samples")
         return self
 
     @property
     def selection_share(self) -> Fraction:
-        """Share of every calibration source that nothing is scored on; 1/4 for an `auto` budget if not given."""
+        """Share of every calibration source that nothing is scored on; 1/4 if not given and a plan is chosen by it."""
         given = self.calibration.selection_share
-        return Fraction(1, 4) * bool(self.budget.auto) if given is None else Fraction(given)
+        return Fraction(1, 4) * self.budget.measured if given is None else Fraction(given)

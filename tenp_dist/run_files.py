@@ -8,6 +8,7 @@
       gradients/                      sums of gradients, for methods that ask
       layers/                         in which order decoder layers leave, for methods that ask
       selection/, selection.json      plans tried for an `auto` budget, and what was chosen
+      search/, search.json            individuals of method eep's search, and which one was chosen
       plan.json, plan.safetensors     the plan, for people and for the writer
       compensation/, compensation.json   new W_down of narrow experts, and what that changed
       checkpoint/<layout>/            the pruned model
@@ -144,6 +145,49 @@ class ScoreFiles:
 
 
 @dataclass(frozen=True)
+class SearchFiles:
+    """The files below `search/`."""
+
+    folder: Path
+
+    @property
+    def owner(self) -> Path:
+        """The key of the search that the folder belongs to."""
+        return self.folder / "owner.json"
+
+    @property
+    def fitness_text(self) -> Path:
+        """Tokens that fitness is measured on."""
+        return self.folder / "fitness.arrow"
+
+    @property
+    def chosen(self) -> Path:
+        """What the chosen individual keeps and merges, as a plan's tensors."""
+        return self.folder / "chosen.safetensors"
+
+    @property
+    def population(self) -> Path:
+        return self.folder / "population"
+
+    def individuals(self, number: int) -> Path:
+        """The individuals of a pass."""
+        return self.population / f"pass_{number:04d}.safetensors"
+
+    def figures(self, number: int) -> Path:
+        """What the individuals of a pass measured."""
+        return self.population / f"pass_{number:04d}.json"
+
+    @property
+    def work(self) -> Path:
+        """The individuals of the pass at work, as plans."""
+        return self.folder / "work"
+
+    def plan_of(self, individual: str) -> Path:
+        """An individual's tensors."""
+        return self.work / f"{individual}.safetensors"
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """The paths below one run directory."""
 
@@ -195,6 +239,15 @@ class RunFiles:
     def selection(self) -> Path:
         """What was chosen for an `auto` budget, and the curve that it was chosen on."""
         return self.run_dir / "selection.json"
+
+    @property
+    def search(self) -> SearchFiles:
+        return SearchFiles(self.run_dir / "search")
+
+    @property
+    def search_outcome(self) -> Path:
+        """What a search chose, and all that it measured."""
+        return self.run_dir / "search.json"
 
     @property
     def plan(self) -> Path:

@@ -194,6 +194,20 @@ def make_plan(
     return plan
 
 
+def with_kept(plan: Plan, kept: Mapping[int, KeptNeurons]) -> Plan:
+    """A plan that removes experts, with others kept: as many, of full width.
+
+    kept: MoE layer -> what it keeps.
+    """
+    layers = {
+        number: replace(layer, kept=kept[number], whole=tuple(kept[number].routed.tolist()))
+        for number, layer in plan.layers.items()
+    }
+    changed = replace(plan, layers=layers)
+    assert changed.kept_neurons == plan.kept_neurons, "as many experts of full width"
+    return changed
+
+
 def _plan_layer(kind: PlanKind, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerPlan:
     whole, kept = kind.choose(sizes, statistics, context)
     tokens_E = tokens_of(statistics)

@@ -76,6 +76,7 @@ def _describe_layer(plan: LayerPlan) -> dict[str, Any]:
         "activated": plan.activated,
         "whole": list(plan.whole),
         "removed": plan.removed,
+        **({} if plan.kept.merging is None else {"merged": len(plan.kept.merged)}),
         "never_routed": list(plan.never_routed),
     }
 

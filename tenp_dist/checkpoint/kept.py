@@ -4,19 +4,23 @@
 all experts one after the other, ascending inside an expert) and `layer_00003.offsets` (int64,
 [experts + 1], where each expert's ids begin and end). Where the plan removes experts from routing there
 is `layer_00003.experts` too (int32, the ids that stay, ascending); a removed expert keeps no neuron. Where that list is
-empty the whole layer leaves, its attention and shared experts with it.
+empty the whole layer leaves, its attention and shared experts with it. Where experts are made of several of the
+source's there are `layer_00003.merging` (float64 [K, E]), and `layer_00003.mapping` and `layer_00003.top_k` if the
+router changes with them (`merging.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tenp_dist.artifacts import atomic_write
+from tenp_dist.checkpoint.merging import PARTS, Merging
 from tenp_dist.errors import BudgetError
 from tenp_dist.run_files import layer_name, layer_of_name
 
@@ -28,11 +32,13 @@ class KeptNeurons:
     offsets: where each expert's begin among `indices`, and where the last one's end, [E + 1] int64.
     indices: of the kept neurons, expert after expert, ascending in each, [offsets[-1]] int32.
     experts: ids that the router still knows, ascending, int32 [K]; None where no expert is removed.
+    merging: how those are made of several of the source's; None where they are the source's own.
     """
 
     offsets: np.ndarray
     indices: np.ndarray
     experts: np.ndarray | None = None
+    merging: Merging | None = None
 
     @property
     def num_experts(self) -> int:
@@ -52,6 +58,11 @@ class KeptNeurons:
     def layer_leaves(self) -> bool:
         """Whether the whole decoder layer leaves the model."""
         return self.experts is not None and len(self.experts) == 0
+
+    @cached_property
+    def merged(self) -> dict[int, tuple[tuple[int, float], ...]]:
+        """Id of an expert that is made of several, or of another -> what it is the sum of: ids and factors."""
+        return {} if self.merging is None else self.merging.merged(self.routed.tolist())
 
     def of(self, expert: int) -> np.ndarray:
         """Neuron ids kept in `expert`, ascending, [width] int32."""
@@ -115,6 +126,8 @@ def write_kept(path: Path, layers: Mapping[int, KeptNeurons], metadata: Mapping[
         tensors[f"{layer_name(layer)}.offsets"] = kept.offsets
         if kept.experts is not None:
             tensors[f"{layer_name(layer)}.experts"] = kept.experts
+        parts = {} if kept.merging is None else kept.merging.tensors()
+        tensors |= {f"{layer_name(layer)}.{part}": tensor for part, tensor in parts.items()}
     with atomic_write(path) as stream:
         stream.write(save(tensors, metadata=dict(metadata)))
 
@@ -130,8 +143,12 @@ def read_kept(path: Path) -> dict[int, KeptNeurons]:
 
 def _layer_of(tensors: Mapping[str, np.ndarray], layer: int) -> KeptNeurons:
     name = layer_name(layer)
+    parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
     return KeptNeurons(
-        offsets=tensors[f"{name}.offsets"], indices=tensors[f"{name}.kept"], experts=tensors.get(f"{name}.experts")
+        offsets=tensors[f"{name}.offsets"],
+        indices=tensors[f"{name}.kept"],
+        experts=tensors.get(f"{name}.experts"),
+        merging=Merging.of_tensors(parts),
     )
 
 

@@ -16,7 +16,8 @@ import torch
 
 from tenp_dist.checkpoint.entries import ITEM_SIZE
 from tenp_dist.checkpoint.kept import KeptNeurons
-from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.merging import weighted_sum
+from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,27 @@ class Fill(Moved):
     def change(self, array: np.ndarray, inputs: Inputs) -> np.ndarray:
         more = [(0, self.shape[axis] - size if axis == self.axis else 0) for axis, size in enumerate(array.shape)]
         return np.pad(array, more)
+
+
+@dataclass(frozen=True)
+class Merge(Recipe):
+    """A matrix of an expert that is the sum of several experts' matrices, times factors; rounded once.
+
+    source: the tensor whose place it takes, under whose name it is compensated.
+    names: of the tensors that it is the sum of.
+    factors: theirs.
+    """
+
+    names: tuple[str, ...]
+    factors: tuple[float, ...]
+
+    def read(self, inputs: Inputs) -> memoryview:
+        solved = inputs.solved(self.source)
+        if solved is not None:
+            return _flat(solved)
+        terms = list(enumerate(self.factors))
+        summed = weighted_sum(terms, lambda number: inputs.source.tensor(self.names[number]))
+        return summed.to(TORCH_DTYPES[self.dtype]).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

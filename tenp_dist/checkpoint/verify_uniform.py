@@ -18,6 +18,7 @@ from tenp_dist.checkpoint.kept import KeptNeurons, leaving_layers
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.checkpoint.verify import Expected, Readers, Verified, Wanted, check_tensor
 from tenp_dist.checkpoint.verify_depth import counted_layers
+from tenp_dist.checkpoint.verify_merged import check_merged
 from tenp_dist.errors import VerifyError
 
 
@@ -101,7 +102,7 @@ def check_counts(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
     """
     leaving = leaving_layers(kept)
     depth = source.facts.num_layers - len(leaving)
-    counted = _counted(source, written, depth)
+    counted = _counted(source, written, depth) | _fewer_active(source, kept)
     if leaving:
         counted |= counted_layers(source, written, Names(source.family, depth).layer, leaving)
     wanted = source.family.with_numbers(source.index.config, counted)
@@ -142,6 +143,13 @@ def _counted(source: Source, written: CheckpointIndex, depth: int) -> dict[str, 
     return counted
 
 
+def _fewer_active(source: Source, kept: Mapping[int, KeptNeurons]) -> dict[str, object]:
+    """The number of experts that a token goes to, where the plan has another."""
+    found = {neurons.merging.top_k for neurons in kept.values() if neurons.merging is not None}
+    stated = found - {None}
+    return {source.family.top_k_key: _only(stated)} if stated else {}
+
+
 def _only(values: set) -> object:
     return next(iter(values)) if len(values) == 1 else sorted(values)
 
@@ -159,6 +167,12 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
         wanted, layer, expert = Wanted(origin), reading.layer(origin), reading.expert(origin)
         if layer is not None and layer in expected.kept:
             neurons, same = expected.kept[layer], shape == readers.source.index.entry(origin).shape
+            if expert is not None and expert[0] in neurons.merged and readers.solved(origin) is None:
+                terms = neurons.merged[expert[0]]
+                found += check_merged(
+                    name, readers, origin, [(reading.renamed(origin, e, expert[1]), factor) for e, factor in terms]
+                )
+                continue
             if expert is not None and (axis := PART_AXIS[expert[1]]) is not None:
                 ids = torch.from_numpy(neurons.of(expert[0]).copy()).long()
                 cut = partial(torch.index_select, dim=axis, index=ids)

@@ -5,17 +5,17 @@ Shape letters: T tokens of the microbatch, padding included, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.compensation.joint_features import SharedExpert
 from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.experts import Dispatch, ExpertsState, Observer
 from tenp_dist.model.layers import Microbatch
-from tenp_dist.model.routing import restricted_router
+from tenp_dist.model.merged_experts import MergedExperts, planned_router, replaced_experts
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
 
@@ -70,12 +70,15 @@ class BlockRun:
         self._input, self.x_TD = inputs[0], inputs[0].reshape(-1, inputs[0].shape[-1])
         self.y_TD = given.reshape(self.x_TD.shape)
 
-    def restricted(self, experts: Sequence[int]) -> Dispatch:
-        """What the experts compute of the same microbatch where the router knows these alone."""
+    def restricted(self, kept: KeptNeurons, merged: MergedExperts | None = None) -> Dispatch:
+        """What the experts compute of the same microbatch where a plan removes or merges some. merged: them, if so."""
         tee, skeleton = _Tee(), self._shard.skeleton
         fused = skeleton.experts_of(self._module)
         assert fused is not None, "a layer with a block has experts"
-        with restricted_router(skeleton, self._layer, self._module, experts):
+        with (
+            planned_router(skeleton, self._layer, self._module, kept),
+            replaced_experts(fused, merged),
+        ):
             fused.tenp_state = ExpertsState(valid_T=self._batch.valid_T, observer=tee, **self._shard.share)
             self._block(self._input)
         fused.tenp_state = None

@@ -32,6 +32,7 @@ from tenp_dist.compensation.joint_systems import JointSolution, JointSystem, Sta
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.layers import Microbatch
+from tenp_dist.model.merged_experts import MergedExperts, merged_experts
 from tenp_dist.passes.layer_step import OpenShard
 from tenp_dist.passes.layer_sums import LayerSum
 
@@ -41,8 +42,19 @@ RIDGE_SHARE = 0.1
 Measured on text that was not calibrated on, 25 M model, NLL added with 0.01 and 0.001: `global` at 0.3 0.0337 and
 0.0327, at 0.6 0.0033 and 0.0030, 12 of 24 experts by REAP 0.0846 and 0.0855."""
 
-Routing = tuple[int, ...] | None
-"""The experts that a plan's router knows, None for all: plans of one routing have their features in common."""
+
+@dataclass(frozen=True)
+class Routing:
+    """What a plan makes of a layer's router and of the experts behind it: plans of one have their features in common.
+
+    experts: that the router knows.
+    merging: digest of what they are made of.
+    kept: of a plan that does so.
+    """
+
+    experts: tuple[int, ...]
+    merging: str | None
+    kept: KeptNeurons = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,14 @@ class LayerSystems:
     moments: of narrow experts, to solve them one by one.
     shared: the shared expert, None where there is none.
     systems: routing -> its sums.
+    merged: routing -> the experts of this rank where some are merged.
     plans: `key_of` a plan -> where it starts, and what gives its solution.
     """
 
     moments: Moments
     shared: SharedExpert | None
-    systems: dict[Routing, JointSystem]
+    systems: dict[Routing | None, JointSystem]
+    merged: dict[Routing | None, MergedExperts | None]
     plans: dict[bytes, tuple[Start, Callable[[], JointSolution]]] = field(default_factory=dict)
 
 
@@ -99,7 +113,7 @@ class JointSum(LayerSum[LayerSystems]):
         held, hidden, neurons = experts.down_proj.shape
         device = experts.down_proj.device
         shared = load_shared_expert(self.shard.skeleton, layer)
-        plans: dict[Routing, list[KeptNeurons]] = {}
+        plans: dict[Routing | None, list[KeptNeurons]] = {}
         for target in self.task.targets:
             kept = kept_of(target, layer)
             if prunes(kept, neurons):
@@ -113,7 +127,12 @@ class JointSum(LayerSum[LayerSystems]):
             )
             for number, (routing, some) in enumerate(plans.items())
         }  # fmt: skip
-        return LayerSystems(Moments(union_of(narrow), self._weights, held, neurons, device), shared, systems)
+        merged = {
+            routing: merged_experts(self.shard.skeleton, layer, experts, routing.kept, self.shard.held)
+            for routing in plans
+            if routing is not None
+        }
+        return LayerSystems(Moments(union_of(narrow), self._weights, held, neurons, device), shared, systems, merged)
 
     def add(
         self,
@@ -130,7 +149,7 @@ class JointSum(LayerSum[LayerSystems]):
             shared_TF = None if sums.shared is None else sums.shared.features(run.x_TD)
             run.check_sum(dispatch, shared_TF, sums.shared)
             for routing, system in sums.systems.items() if weight else ():
-                own = dispatch if routing is None else run.restricted(routing)
+                own = dispatch if routing is None else run.restricted(routing.kept, sums.merged[routing])
                 system.add(run, own, shared_TF, weight**0.5)
 
     def settle(self, layer: int, sums: LayerSystems, down_EDF: torch.Tensor) -> None:
@@ -148,9 +167,14 @@ class JointSum(LayerSum[LayerSystems]):
         system = sums.systems[routing_of(kept)]
         reached = {b: ids for b, ids in blocks_of(kept, sums.shared).items() if system.tokens[b]}
         columns = columns_of([reached])  # there is nothing to learn for others
-        plain = {b: self._source(layer, b, ids, down_EDF) for b, ids in columns.neurons.items() if system.owns(b)}
+        merged = sums.merged.get(routing_of(kept))
+        if merged is not None:
+            down_EDF = merged.down_EDF
+        plain = {
+            b: self._source(layer, b, ids, down_EDF, merged) for b, ids in columns.neurons.items() if system.owns(b)
+        }
         prior = dict(plain)
-        if kept.experts is None:
+        if routing_of(kept) is None:
             narrow = self._apart.narrow_of(kept, down_EDF.shape[2])
             for expert in self._apart.solved(layer, narrow, sums.moments, down_EDF):
                 prior[int(expert.row[0])] = expert.down_DW.T
@@ -163,12 +187,16 @@ class JointSum(LayerSum[LayerSystems]):
         features = sum(map(len, blocks_of(kept, sums.shared).values()))
         return layer_damping(features, sums.systems[routing_of(kept)].all_tokens)
 
-    def _source(self, layer: int, block: int, ids: np.ndarray, down_EDF: torch.Tensor) -> torch.Tensor:
-        """The source's columns of a block, [W, D] float64."""
+    def _source(
+        self, layer: int, block: int, ids: np.ndarray, down_EDF: torch.Tensor, merged: MergedExperts | None
+    ) -> torch.Tensor:
+        """The columns of a block that it would have unsolved, [W, D] float64: the source's, or merged ones."""
         if block == SHARED:
             skeleton = self.shard.skeleton
             with TensorReader(skeleton.index) as reader:
                 source_DF = reader.tensor(skeleton.family.shared_down(layer))
+        elif merged is not None:
+            source_DF = merged.down_EDF[block - self.shard.held.start]
         else:
             source_DF = self._apart.source_down(layer, down_EDF, [block - self.shard.held.start])[0]
         return source_DF[:, torch.from_numpy(ids.astype(np.int64)).to(source_DF.device)].T.to(down_EDF.device).double()
@@ -217,12 +245,16 @@ class JointSum(LayerSum[LayerSystems]):
 
 
 def prunes(kept: KeptNeurons, neurons: int) -> bool:
-    """Whether a plan takes anything out of a layer whose experts have so many neurons."""
-    return bool((kept.widths < neurons).any())
+    """Whether a plan takes anything out of a layer whose experts have so many neurons, or merges some of them."""
+    return bool((kept.widths < neurons).any()) or kept.merging is not None
 
 
-def routing_of(kept: KeptNeurons) -> Routing:
-    return None if kept.experts is None else tuple(kept.experts.tolist())
+def routing_of(kept: KeptNeurons) -> Routing | None:
+    """None where the layer routes as in the source, to the source's experts."""
+    if kept.experts is None and kept.merging is None:
+        return None
+    parts = None if kept.merging is None else {name: part.tolist() for name, part in kept.merging.tensors().items()}
+    return Routing(tuple(kept.routed.tolist()), parts and digest_of(parts), kept)
 
 
 def key_of(kept: KeptNeurons) -> bytes:

@@ -24,7 +24,7 @@ from torch import nn
 
 from tenp_dist.artifacts import write_json
 from tenp_dist.checkpoint.compensated import open_compensated, read_table
-from tenp_dist.checkpoint.families.base import DOWN
+from tenp_dist.checkpoint.families.base import DOWN, GATE, UP
 from tenp_dist.checkpoint.kept import narrow_experts, read_kept
 from tenp_dist.checkpoint.reader import TensorReader
 from tenp_dist.compensation.joint_block import BlockRun
@@ -65,6 +65,7 @@ class BlockCheck:
     diagonal_W: of X'X.
     tokens: that reached it.
     moments_FF: of a narrow expert, to solve it again.
+    merged: gate and up [2F, D] and W_down [D, F] of an expert that is made of several; None of the source's.
     """
 
     ids: torch.Tensor
@@ -73,6 +74,7 @@ class BlockCheck:
     diagonal_W: torch.Tensor
     tokens: int = 0
     moments_FF: torch.Tensor | None = None
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -122,6 +124,8 @@ class JointRecheckSum(LayerSum[JointCheck]):
         blocks = {block: _block_check(layer, block, own, experts.down_proj.device) for block, own in ids.items()}
         for expert in set(narrow_experts(kept, neurons)) & set(blocks) if kept.experts is None else ():
             blocks[expert].moments_FF = experts.down_proj.new_zeros(neurons, neurons, dtype=torch.float64)
+        for expert in set(kept.merged) & set(blocks):
+            blocks[expert].merged = self._merged(layer, expert, kept.merged[expert], experts.down_proj.device)
         c_KD = experts.down_proj.new_zeros(VECTORS, experts.down_proj.shape[1], dtype=torch.float64)
         return JointCheck(experts, shared, blocks, c_KD)
 
@@ -133,8 +137,8 @@ class JointRecheckSum(LayerSum[JointCheck]):
             for i, batch in enumerate(batches):
                 run, kept = BlockRun(self.shard, layer, module, batch), self._kept[layer]
                 run.whole_layer(states[i], _Nobody())
-                if kept.experts is not None:
-                    run.restricted(kept.experts.tolist())
+                if kept.experts is not None or kept.merging is not None:
+                    run.restricted(kept)  # for what the router hands over: nothing that the experts give is read
                 self._add_batch(sums, run, self._weights[batch.domain])
                 sums.inputs.clear()
         finally:
@@ -169,7 +173,10 @@ class JointRecheckSum(LayerSum[JointCheck]):
                 continue
             hit_TK = index_TK == block
             rows = (hit_TK.any(dim=1) & valid_T).nonzero().squeeze(1)
-            m_SF = activations(sums.experts, block - self.shard.held.start, x_TD[rows]).double()
+            if own.merged is None:
+                m_SF = activations(sums.experts, block - self.shard.held.start, x_TD[rows]).double()
+            else:
+                m_SF = sums.experts._apply_gate(x_TD[rows].float() @ own.merged[0].float().T).double()
             a_SF = scale * m_SF * (g_TK * hit_TK).sum(dim=1)[rows].double().unsqueeze(1)
             if own.moments_FF is not None:
                 own.moments_FF += a_SF.T @ a_SF
@@ -188,13 +195,28 @@ class JointRecheckSum(LayerSum[JointCheck]):
         ):
             for block, value in damping.items():
                 name = self._name(layer, block)
-                plain_DF = source.tensor(name).double()
+                merged = sums.blocks[block].merged
+                plain_DF = (source.tensor(name) if merged is None else merged[1]).cpu().double()
                 left_3KD += _left_over(sums.blocks[block], value, plain_DF, stored.tensor(name), self.task.ridge)
                 self.shard.count_work()
         reduce = self.shard.share.get("reduce")
         if reduce is not None:
             left_3KD = reduce(left_3KD.flatten(1).float()).double().view(left_3KD.shape)
         self._judge(path, left_3KD, sums.c_KD.cpu(), len(damping), sums)
+
+    def _merged(
+        self, layer: int, place: int, terms: Sequence[tuple[int, float]], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """An expert as the plan makes it of the source's tensors, rounded to their dtype; gate above up, and W_down."""
+        skeleton = self.shard.skeleton
+
+        def made(matrix: str) -> torch.Tensor:
+            with TensorReader(skeleton.index) as reader:
+                parts = [reader.tensor(skeleton.slices.of(layer, expert, matrix).tensor) for expert, _ in terms]
+            factors = torch.tensor([factor for _, factor in terms], dtype=torch.float64)
+            return torch.einsum("n,nij->ij", factors, torch.stack(parts).double()).to(parts[0].dtype).to(device)
+
+        return torch.cat([made(GATE), made(UP)]), made(DOWN)
 
     def _name(self, layer: int, block: int) -> str:
         skeleton = self.shard.skeleton
@@ -204,7 +226,8 @@ class JointRecheckSum(LayerSum[JointCheck]):
         self, path: Path, damping: Mapping[int, float], sums: JointCheck, neurons: int, layer: int
     ) -> None:
         """Every block that a token reached is stored, no other, and pulled to its start as the rule says."""
-        untouched = bool((self._kept[layer].widths == neurons).all())
+        kept = self._kept[layer]
+        untouched = bool((kept.widths == neurons).all()) and kept.merging is None
         wanted = {} if untouched else {block: own for block, own in sums.blocks.items() if own.tokens}
         for block in sorted(set(wanted) ^ set(damping)):
             raise _refused(path, f"block {block} is {'not ' * (block in wanted)}stored", "those that a token reached")

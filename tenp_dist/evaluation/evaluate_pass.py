@@ -21,7 +21,7 @@ from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.memory import own_copy
-from tenp_dist.model.routing import restricted_router
+from tenp_dist.model.merged_experts import MergedExperts, merged_experts, planned_router, replaced_experts
 from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.passes.hidden_states import Hidden, HiddenStateFiles
 from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
@@ -79,6 +79,10 @@ class EvaluateStep(LayerStep):
         self.task, self.shard = task, shard
         self._streams = task.streams()
         self._kept: tuple[int, dict[str, KeptNeurons | None]] = (-1, {})  # layer in hand, stream -> what it keeps
+        self._merged: tuple[tuple[str, int] | None, MergedExperts | None] = (
+            None,
+            None,
+        )  # stream and layer, its experts
         self._solved: tuple[tuple[str, int] | None, Solved | None] = (None, None)  # stream and layer, what is solved
 
     def streams(self, layer: int) -> Sequence[str]:
@@ -100,13 +104,13 @@ class EvaluateStep(LayerStep):
             return
         experts = shard.skeleton.experts_of(module)
         state = {**shard.share, "mask_EF": self._mask(kept, experts)}
-        solved = self._solved_of(name, layer, kept, experts)
-        chosen = None if kept is None or kept.experts is None else kept.experts.tolist()
         with (
-            restricted_router(shard.skeleton, layer, module, chosen),
-            _replaced(shard.skeleton, module, experts, solved),
+            planned_router(shard.skeleton, layer, module, kept),
+            replaced_experts(experts, self._merged_of(name, layer, kept, experts)),
         ):
-            run_layer(shard.frame, layer, module, shard.batches[wave], states, state)
+            solved = self._solved_of(name, layer, kept, experts)  # over the merged experts' columns
+            with _replaced(shard.skeleton, module, experts, solved):
+                run_layer(shard.frame, layer, module, shard.batches[wave], states, state)
         variants = self._streams.within(name, layer + 1)
         if solved is not None and not all_finite(states):
             self._check_compensated(solved.down_EDF, layer, variants)
@@ -132,6 +136,18 @@ class EvaluateStep(LayerStep):
             path = self.task.variants[variant].plan
             kept[variant] = None if path is None else read_kept_layer(path, layer)
         return kept[variant]
+
+    def _merged_of(
+        self, variant: str, layer: int, kept: KeptNeurons | None, experts: FusedExperts | None
+    ) -> MergedExperts | None:
+        """A layer's experts where a variant merges some, None for the source's; the last are kept, and no more."""
+        if experts is None or kept is None or not kept.merged:
+            return None
+        if self._merged[0] != (variant, layer):
+            self._merged = (None, None)
+            merged = merged_experts(self.shard.skeleton, layer, experts, kept, self.shard.held)
+            self._merged = ((variant, layer), merged)
+        return self._merged[1]
 
     def _solved_of(
         self, variant: str, layer: int, kept: KeptNeurons | None, experts: FusedExperts | None

@@ -57,13 +57,14 @@ class NamedPlan:
 def solvable(document: Mapping[str, Any], form: Compensate) -> bool:
     """Whether a plan.json leaves something to compensate in this form.
 
-    Expert by expert, experts that keep a part of their neurons; as one system, whatever loses neurons or experts.
+    Expert by expert, experts that keep a part of their neurons; as one system, whatever loses neurons or
+    experts, or merges some.
     """
     layers = document["layers"].values()
     widths = [(int(width), layer["intermediate_size"]) for layer in layers for width in layer["widths"]]
     if form == JOINT:
         return any(width < whole for width, whole in widths) or any(
-            0 < layer.get("removed", 0) < layer["experts"] for layer in layers
+            0 < layer.get("removed", 0) < layer["experts"] or "merged" in layer for layer in layers
         )
     return bool(form) and any(0 < width < whole for width, whole in widths)
 

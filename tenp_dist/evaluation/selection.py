@@ -104,7 +104,7 @@ def selection_document(
         "chosen": {key: best[key] for key in keys},
         **({"next_method": min(others, key=lambda point: point[CRITERION])} if others else {}),
         "tokens": {domain: row["tokens"] for domain, row in source["domains"].items()},
-        "source_nll": _mean(source, "nll", weights),
+        "source_nll": weighted_mean(source, "nll", weights),
         "curve": curve,
     }
 
@@ -112,19 +112,19 @@ def selection_document(
 def _point(
     plan: NamedPlan, figures: Mapping[str, Any], source: Mapping[str, Any], weights: Mapping[str, Fraction]
 ) -> dict[str, Any]:
-    measured = {key: _mean(figures, key, weights) for key in ("nll", "kl", "top1_agreement")}
+    measured = {key: weighted_mean(figures, key, weights) for key in ("nll", "kl", "top1_agreement")}
     return {
         **{key: plan.document[key] for key in ("method",) if key in plan.document},
         "important": plan.document["budget"]["important"],
         "slope": plan.document["budget"]["slope"],
         "retention": plan.document["retention"]["realised"],
-        "nll_increase": measured["nll"] - _mean(source, "nll", weights),
+        "nll_increase": measured["nll"] - weighted_mean(source, "nll", weights),
         **measured,
     }
 
 
-def _mean(figures: Mapping[str, Any], key: str, weights: Mapping[str, Fraction]) -> float:
-    """Over domains, by their weights."""
+def weighted_mean(figures: Mapping[str, Any], key: str, weights: Mapping[str, Fraction]) -> float:
+    """A figure over domains, by their weights."""
     rows = figures["domains"]
     shares = {domain: float(weights.get(domain, 1)) for domain in rows}
     return sum(shares[domain] * row[key] for domain, row in rows.items()) / sum(shares.values())

@@ -22,7 +22,7 @@ from tenp_dist.checkpoint.families.base import NEURON_AXIS, experts_axis
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.layer_names import LayerNames, layer_names
 from tenp_dist.checkpoint.mtp import mtp_expert_layers
-from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, OutputTensor, Recipe, Rows
+from tenp_dist.checkpoint.recipes import Copy, Cut, Fill, Merge, OutputTensor, Recipe, Rows
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Budget, Job
 from tenp_dist.errors import BudgetError, JobError, SourceError
@@ -91,6 +91,8 @@ class Uniform(Layout):
         numbers[family.width_key] = size.width
         if family.shared_key and size.shared:
             numbers[family.shared_key] = size.shared
+        if size.top_k:
+            numbers[family.top_k_key] = size.top_k
         return family.with_numbers(config, numbers)
 
     def nbytes(self, sizes: OutputSizes, job: Job) -> int:
@@ -109,11 +111,13 @@ class UniformSize:
     experts: routed experts of every layer.
     width: neurons of each.
     shared: the shared expert's neurons, in widths of a routed one; None where the config does not say it so.
+    top_k: experts that a token goes to, None for as many as in the source.
     """
 
     experts: int
     width: int
     shared: int | None = None
+    top_k: int | None = None
 
 
 def uniform_size(source: Source, kept: Mapping[int, KeptNeurons]) -> UniformSize:
@@ -135,7 +139,35 @@ def uniform_size(source: Source, kept: Mapping[int, KeptNeurons]) -> UniformSize
     width, family, config = widths.pop(), source.family, source.index.config
     shared = family.shared_widths(config)
     wider = math.ceil(shared * family.expert_width(config) / width) if shared else None
-    return UniformSize(counts.pop(), width, wider)
+    return UniformSize(counts.pop(), width, wider, _top_k(kept))
+
+
+def _top_k(kept: Mapping[int, KeptNeurons]) -> int | None:
+    """Experts that a token goes to, None for as many as in the source.
+
+    Raises:
+        BudgetError: layers differ in it, or a router is more than a selection of the source's rows.
+    """
+    merging = {number: neurons.merging for number, neurons in kept.items() if neurons.merging is not None}
+    mapped = next((number for number, one in merging.items() if one.router_KE is not None), None)
+    if mapped is not None:
+        raise BudgetError(
+            "A router that mixes the scores of the source's experts has no uniform checkpoint",
+            where=f"output.layouts, layer {mapped}",
+            found="a router mapping (W_RM) with other entries than one 1 in each row",
+            wanted="a mapping that selects experts; stock routers have one row per expert and no matrix behind them",
+            next_step="search again with search.router: selection",
+        )
+    active = {one.top_k for one in merging.values()}
+    if len(active) > 1:
+        raise BudgetError(
+            "The plan has no uniform checkpoint",
+            where="output.layouts",
+            found=f"tokens go to {' or '.join(map(str, sorted(active, key=str)))} experts",
+            wanted="one number for all layers",
+            next_step="plan again",
+        )
+    return next(iter(active), None)
 
 
 def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[OutputTensor]:
@@ -151,11 +183,17 @@ def uniform_tensors(source: Source, kept: Mapping[int, KeptNeurons]) -> list[Out
     changed: dict[str, OutputTensor] = {}
     for number, neurons in kept.items():
         layer = layers[number]
+        merged = neurons.merged
         absent.update(place.tensor for place in layer.slices(range(neurons.num_experts)))
         for new, expert in enumerate(neurons.routed.tolist()):
             for matrix in layer.row.matrices:
                 place, name = layer.slice(expert, matrix), layer.slice(new, matrix).tensor
-                changed[place.tensor] = OutputTensor(name, _expert_matrix(source, place, number, expert, size.width))
+                if expert in merged:
+                    parts = [(layer.slice(e, matrix).tensor, factor) for e, factor in merged[expert]]
+                    recipe = _merged_matrix(source, place, parts)
+                else:
+                    recipe = _expert_matrix(source, place, number, expert, size.width)
+                changed[place.tensor] = OutputTensor(name, recipe)
         for recipe in _router(source, layer, neurons):
             changed[recipe.source] = OutputTensor(recipe.source, recipe)
         if size.shared:
@@ -173,6 +211,11 @@ def _expert_matrix(source: Source, place: ExpertSlice, layer: int, expert: int, 
     if axis is None or entry.shape[axis] == width:
         return Copy(entry.name, entry.dtype, entry.shape)
     return Cut(entry.name, entry.dtype, with_length(entry.shape, axis, width), axis, layer, expert)
+
+
+def _merged_matrix(source: Source, place: ExpertSlice, parts: Sequence[tuple[str, float]]) -> Recipe:
+    entry, (names, factors) = source.index.entry(place.tensor), zip(*parts, strict=True)
+    return Merge(entry.name, entry.dtype, entry.shape, names, factors)
 
 
 def _router(source: Source, layer: LayerNames, neurons: KeptNeurons) -> Iterator[Recipe]:

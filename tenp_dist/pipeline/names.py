@@ -59,6 +59,11 @@ STAGES = (
         ("JOB.yaml --set budget.important=auto --set budget.slope=auto",),
     ),
     StageName(
+        "search",
+        "Search the experts to keep and to merge, for method eep; write search.json.",
+        ("JOB.yaml --set budget.method=eep", "JOB.yaml --set budget.method=eep --set search.passes=40"),
+    ),
+    StageName(
         "plan",
         "Choose whole experts and kept neurons; write plan.json and plan.safetensors.",
         ("JOB.yaml --set budget.retention=0.45 --overwrite",),

@@ -28,6 +28,7 @@ from tenp_dist.layouts.table import (
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
+from tenp_dist.preflight.search_checks import check_search
 from tenp_dist.run_files import RunFiles
 
 
@@ -86,6 +87,7 @@ def _check_plan(job: Job, source: Source, layers: Sequence[MoeLayer]) -> None:
     check_expected_of(job, source)
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
+    check_search(job, source, shapes)
 
 
 def _check_tensors(files: RunFiles, source: Source) -> None:

@@ -153,7 +153,7 @@ def _needs(run: Run) -> Sequence[str]:
     """Only a written checkpoint has to be planned and written; other plans are made from the scores."""
     asked, needs = _asked(run), ["inspect", "calibrate"]
     if asked.many:
-        needs += ["score", *needed_by(*budgets_of(run)), *(["select"] if asked.grid else [])]
+        needs += ["score", *needed_by(*budgets_of(run)), *(["select", "search"] if asked.grid else [])]
     if asked.checkpoint:
         needs += ["plan", "write"]
     return needs

@@ -51,7 +51,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 
 
 def _needs(run: Run) -> Sequence[str]:
-    return ("inspect", "score", *needed_by(run.job.budget), "select")
+    return ("inspect", "score", *needed_by(run.job.budget), "select", "search")
 
 
 STAGE = RunStage(

@@ -20,7 +20,7 @@ def report(run: Run, context: StageContext) -> Output:
 STAGE = RunStage(
     title="Write the report",
     run=report,
-    needs=reads("score", "select", "plan", "compensate", "write", "verify", "evaluate", "benchmark"),
+    needs=reads("score", "select", "search", "plan", "compensate", "write", "verify", "evaluate", "benchmark"),
     owns=("report",),
     gist=lambda summary: summary["page"],
 )

@@ -14,18 +14,20 @@ import numpy as np
 from tenp_dist.artifacts import read_json
 from tenp_dist.budget.kinds.base import PlanKind
 from tenp_dist.budget.kinds.table import kind_of
-from tenp_dist.budget.plan import Plan, make_plan, planning_statistics
+from tenp_dist.budget.plan import Plan, make_plan, planning_statistics, with_kept
 from tenp_dist.budget.plan_files import write_plan
 from tenp_dist.budget.protection import PEAK_STATISTIC, contribution_peaks
 from tenp_dist.budget.settle import settle
 from tenp_dist.budget.sizes import MoeLayer, moe_layers
 from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.index import CheckpointIndex
+from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.config import Budget, Job
 from tenp_dist.depth.files import with_choices
 from tenp_dist.elimination.files import read_planning
+from tenp_dist.errors import BudgetError
 from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.engine_widths import with_engine_widths
@@ -36,6 +38,7 @@ from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.pipeline.stage import StageContext
 from tenp_dist.progress import Ledger
 from tenp_dist.run_files import RunFiles
+from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LAYER_CHOICES, LayerStatistics, read_statistics
 
 
@@ -99,11 +102,31 @@ class Run:
         return open_compensated(self.files.compensation_folder) if self.job.output.compensate else None
 
     def make_plan(self, budget: Budget) -> Plan:
-        """A plan from the stored scores."""
+        """A plan from the stored scores; with what the search found where the method has one.
+
+        Raises:
+            BudgetError: as `make_plan` of `budget/`, or no search was made for this budget.
+        """
         settled = settle(budget, self.layers, lambda layer: self._peaks[layer])
-        statistics = self._statistics(settled.budget)
+        statistics = self.statistics(settled.budget)
         plan = make_plan(settled.budget, self.layers, statistics, domain_weights=self.domain_weights)
+        if registry.of_budget(budget).searched:
+            self._check_searched(budget)
+            plan = with_kept(plan, read_kept(self.files.search.chosen))
         return replace(plan, warnings=(*settled.warnings, *plan.warnings))
+
+    def _check_searched(self, budget: Budget) -> None:
+        if budget.model_dump() != self.budget.model_dump() or not self.files.search.chosen.exists():
+            raise BudgetError(
+                "No search was made for this budget",
+                where=f"method {budget.method}, retention {budget.retention}",
+                wanted=f"the job's own budget: retention {self.budget.retention}",
+                next_step="leave it out of evaluation.grid, or run a job of its own for it",
+            )
+
+    def settled(self, budget: Budget) -> Budget:
+        """The budget with what it protects as a list."""
+        return settle(budget, self.layers, lambda layer: self._peaks[layer]).budget
 
     @cached_property
     def _peaks(self) -> dict[int, np.ndarray]:
@@ -114,7 +137,7 @@ class Run:
         path = self.files.scores.layer(layer)
         return contribution_peaks(read_statistics(path, (PEAK_STATISTIC,), weight_norm=False), layer)
 
-    def _statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
+    def statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
         """layer -> its statistics, only those that the budget's method reads."""
         names = planning_statistics(budget)
         files, summed = self.files, [name for name in names if name not in LAYER_CHOICES]

@@ -303,6 +303,7 @@ EXPERTS = {
     "easy-ep": lambda ts: sum(t.g * float(t.y.norm()) * max(1 - _cosine(t.h, t.h + t.r), 0) for t in ts),
     "tenp": lambda ts: sum(t.g * float(t.y.norm()) * (1 - _cosine(t.x, t.y)) for t in ts),
 }
+EXPERTS["eep"] = EXPERTS["reap"]
 NEURONS = {
     "enp": lambda ts: sum(t.m * t.along / t.y.norm() for t in ts) / len(ts),
     "enp-l2": lambda ts: sum(t.m.abs() * t.column for t in ts) / len(ts),

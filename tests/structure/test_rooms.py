@@ -10,7 +10,7 @@ ROOMS = [
     "errors", "artifacts", "job_values",
     "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
-    "depth", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch", "cli",
+    "depth", "search", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch", "cli",
 ]  # fmt: skip
 FILES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
 SOLVERS = {"compensation", "elimination"}
@@ -25,8 +25,8 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
     },  # its text is copied into checkpoints
     "pool": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
     "pipeline": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
-    "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", *SOLVERS},
-    "cli": {"checkpoint", "model", "passes", "scoring", "budget", "evaluation", *SOLVERS},
+    "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", "search", *SOLVERS},
+    "cli": {"checkpoint", "model", "passes", "scoring", "budget", "evaluation", "search", *SOLVERS},
 }
 RAY = {f"pool/ray_{name}.py" for name in ("client", "environment", "metrics", "nodes", "placement", "results")} | {
     "launch/submit.py"

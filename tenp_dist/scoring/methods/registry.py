@@ -79,6 +79,7 @@ class Method:
         what two add to each other. A method that has it removes experts as a set (`budget/kinds/remove.py`).
     layers: what keeping the layer is worth, comparable across the model, float64 []. A method that has it removes whole
         layers (`budget/kinds/drop_layers.py`).
+    searched: whether stage `search` finds the experts, from the ranking on.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Method:
     layer_statistics: tuple[str, ...] = ()
     fluctuation: Ranking | None = None
     fluctuation_statistics: tuple[str, ...] = ()
+    searched: bool = False
 
     @property
     def statistics(self) -> tuple[str, ...]:
