@@ -8,7 +8,13 @@ from tenp_dist.checkpoint.families.base import DOWN, FUSED, GATE, UP, Family, Fu
 
 qwen = partial(Family, experts_keys=("num_experts", "num_local_experts"))
 gated = partial(qwen, shared_experts="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")
-inside = {"section": "text_config", "layer": "model.language_model.layers.{layer}.", "decoder": "model.language_model"}
+inside = partial(
+    Family,
+    experts_keys=("num_experts", "num_local_experts"),
+    section="text_config",
+    layer="model.language_model.layers.{layer}.",
+    decoder="model.language_model",
+)
 either = (  # Qwen publishes them transposed, transformers saves them in torch's layout under the same names
     FusedTensor("mlp.experts.gate_up_proj", (GATE, UP), transposed=None),
     FusedTensor("mlp.experts.down_proj", (DOWN,), transposed=None),
@@ -19,6 +25,12 @@ ROWS = (
     qwen(model_type="qwen3_moe", tensor_parallel=True),
     gated(model_type="qwen3_next", mtp_tensors=("mtp.",)),
     gated(model_type="qwen3_5_moe_text", mtp_tensors=("mtp.",)),
-    gated(model_type="qwen3_5_moe", mtp_tensors=("mtp.",), fused=FUSED, **inside),
-    qwen(model_type="qwen3_vl_moe", fused=either, **inside),
+    inside(
+        model_type="qwen3_5_moe",
+        mtp_tensors=("mtp.",),
+        fused=FUSED,
+        shared_experts="mlp.shared_expert",
+        shared_gate="mlp.shared_expert_gate",
+    ),
+    inside(model_type="qwen3_vl_moe", fused=either),
 )
