@@ -184,12 +184,12 @@ def check_widths(source: Source, written: CheckpointIndex, kept: Mapping[int, Ke
             )
     table, codes = tenp.get("widths") or [], tenp.get("layers") or {}
     for layer, neurons in kept.items():
-        stated = [table[ord(code) - ord("0")] for code in codes.get(str(layer), "")]
-        if stated != neurons.widths.tolist():
+        told = [table[ord(code) - ord("0")] for code in codes.get(str(layer), "")]
+        if told != neurons.widths.tolist():
             raise VerifyError(
                 "Config states other expert widths than the plan",
                 where=f"{written.folder / 'config.json'}: tenp.layers.{layer}",
-                found=f"{len(stated)} widths",
+                found=f"{len(told)} widths",
                 wanted=f"{neurons.num_experts} widths of the plan",
             )
 

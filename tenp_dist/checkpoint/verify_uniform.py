@@ -125,7 +125,8 @@ def _counted(source: Source, written: CheckpointIndex, depth: int) -> dict[str, 
     family = source.family
     names = Names(family, depth)
     experts: dict[int | None, set[int]] = {}
-    widths, shared = set(), set()
+    widths: set[int] = set()
+    shared: set[int] = set()
     for name, entry in written.tensors.items():
         expert = names.expert(name)
         if expert is not None:

@@ -127,7 +127,7 @@ class JointSum(LayerSum[LayerSystems]):
             )
             for number, (routing, some) in enumerate(plans.items())
         }  # fmt: skip
-        merged = {
+        merged: dict[Routing | None, MergedExperts | None] = {
             routing: merged_experts(self.shard.skeleton, layer, experts, routing.kept, self.shard.held)
             for routing in plans
             if routing is not None
@@ -254,7 +254,8 @@ def routing_of(kept: KeptNeurons) -> Routing | None:
     if kept.experts is None and kept.merging is None:
         return None
     parts = None if kept.merging is None else {name: part.tolist() for name, part in kept.merging.tensors().items()}
-    return Routing(tuple(kept.routed.tolist()), parts and digest_of(parts), kept)
+    digest = None if parts is None else digest_of(parts)
+    return Routing(tuple(kept.routed.tolist()), digest, kept)
 
 
 def key_of(kept: KeptNeurons) -> bytes:

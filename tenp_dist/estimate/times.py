@@ -53,7 +53,7 @@ class Clock:
         """Operations per second of one rank."""
         if self.machines.accelerators:
             return self.machines.flops
-        cores = [float(self.machines.cores)] * self.machines.nodes
+        cores = [self.machines.cores] * self.machines.nodes
         return self.machines.flops * cores_per_rank(cores, self.split.shards, self.split.ranks) / self.machines.cores
 
     @property

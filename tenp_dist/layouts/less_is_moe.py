@@ -21,7 +21,7 @@ import numpy as np
 
 from tenp_dist.checkpoint.entries import ITEM_SIZE
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
-from tenp_dist.checkpoint.families.base import DOWN, GATE, UP
+from tenp_dist.checkpoint.families.base import DOWN, GATE, NEURON_AXIS, UP
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.recipes import Copy, Cut, Inputs, OutputTensor, Recipe
 from tenp_dist.checkpoint.source import Source
@@ -134,8 +134,9 @@ def _flat_tensors(source: Source, layer: int, neurons: KeptNeurons) -> Iterator[
             for matrix in matrices:
                 place = slices.of(layer, expert, matrix)
                 entry = index.entry(place.tensor)
-                shape = with_length(entry.shape, place.axis, width)
-                parts.append(Cut(entry.name, entry.dtype, shape, place.axis, layer, expert))
+                axis = NEURON_AXIS[matrix]
+                shape = with_length(entry.shape, axis, width)
+                parts.append(Cut(entry.name, entry.dtype, shape, axis, layer, expert))
         dtypes = {part.dtype for part in parts}
         if len(dtypes) > 1:
             raise SourceError(

@@ -118,7 +118,7 @@ def planned_router(skeleton: Skeleton, layer: int, module: nn.Module, kept: Kept
     """Inside the context `module` routes as the plan says. Raises as `restricted_router`."""
     merging = None if kept is None else kept.merging
     chosen = None if kept is None or kept.experts is None else kept.experts.tolist()
-    if merging is None or skeleton.experts_of(module) is None:
+    if kept is None or merging is None or skeleton.experts_of(module) is None:
         with restricted_router(skeleton, layer, module, chosen):
             yield
         return
@@ -161,7 +161,7 @@ def _mapped_router(
     names = skeleton.router_parameters(layer)
     prefix = f"{skeleton.family.router}."
     biases = [name.removeprefix(prefix) for name in names if module.state_dict()[name].dim() == 1]
-    own = {name: router.get_buffer(name) if name in router._buffers else router._parameters[name] for name in biases}
+    own = {name: router.state_dict(keep_vars=True)[name] for name in biases}
     forward = router.forward
 
     def mapped(*inputs: Any, **named: Any) -> tuple:

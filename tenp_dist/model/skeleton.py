@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ class Skeleton:
         self.reader = TensorReader(self.index)
         self._names: dict[int, list[str]] = layers_of(self.index, self.family)
         self.decoder: nn.Module = decoder_of(self.model, self.family)
-        self.layers: nn.ModuleList = self.decoder.layers  # kept: Frame swaps the model's own
+        self.layers = cast(nn.ModuleList, self.decoder.layers)  # kept: Frame swaps the model's own
         self._stored = names_of_parameters(self.model, self._outside_experts())
         self._layers_path = name_of(self.model, self.layers)
         self._loaded: dict[int, nn.Module] = {}
@@ -88,7 +88,7 @@ class Skeleton:
         module: Any = layer
         for part in self.family.experts.split("."):
             module = getattr(module, part, None)
-        return module if isinstance(module, nn.Module) and "down_proj" in module._parameters else None
+        return module if "down_proj" in getattr(module, "_parameters", ()) else None
 
     def moe_layers(self) -> list[int]:
         return [i for i, layer in enumerate(self.layers) if self.experts_of(layer) is not None]
@@ -207,7 +207,7 @@ class Skeleton:
         used.update(names.values())
         share = every if share is None else share
         made = {
-            name: own_zeros((len(share), *experts._parameters[name].shape[1:]), self.dtype)
+            name: own_zeros((len(share), *experts.get_parameter(name).shape[1:]), self.dtype)
             for name in PARAMETERS
             if name in experts._parameters
         }

@@ -217,7 +217,7 @@ def _losses(task: GradientTask) -> tuple[dict[str, float], dict[str, int]]:
     tokens: dict[str, int] = {}
     for wave in range(task.count_waves()):
         path = loss_file(task.hidden_state_files.folder, wave)
-        stored = read_json(path) if path.exists() else {"key": None}
+        stored: dict[str, Any] = read_json(path) if path.exists() else {"key": None}
         for domain, added, count in stored["rows"] if stored["key"] == task.file_key else ():
             loss[domain], tokens[domain] = loss.get(domain, 0.0) + added, tokens.get(domain, 0) + count
     return loss, tokens

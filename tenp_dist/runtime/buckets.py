@@ -131,8 +131,9 @@ class BucketedExperts(nn.Module):
         if stock.has_post_expert_norm:
             raise NotImplementedError(f"{type(stock).__name__} has a norm after every expert, which is not run here")
         self.path = path
-        self.num_experts, *sizes = stock.down_proj.shape
-        self.hidden_dim, intermediate_dim = reversed(sizes) if stock.is_transposed else sizes
+        experts, first, second = stock.down_proj.shape
+        self.num_experts = int(experts)
+        self.hidden_dim, intermediate_dim = (second, first) if stock.is_transposed else (first, second)
         if len(widths) != self.num_experts or max(widths, default=0) > intermediate_dim:
             raise ValueError(
                 f"{path}: config.json has {len(widths)} expert widths up to {max(widths, default=0)} for a layer of "

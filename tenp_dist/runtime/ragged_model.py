@@ -129,7 +129,7 @@ def _refusal(source: str, reasons: list[str]) -> str:
 
 def _decoder_of(model: nn.Module) -> str:
     """Name of the module that holds the decoder layers: the base model, or the language model inside it."""
-    prefix = model.base_model_prefix
+    prefix = str(model.base_model_prefix)
     return f"{prefix}.language_model" if hasattr(model.base_model, "language_model") else prefix
 
 

@@ -72,7 +72,7 @@ class Individual:
 
 def kept_of(space: Space, individual: Individual) -> Mapping[int, KeptNeurons]:
     """The plan that an individual stands for: MoE layer -> what it keeps and merges."""
-    found = {}
+    found: dict[int, KeptNeurons] = {}
     for layers, genes in zip(space.groups, individual.genes, strict=True):
         kept = KeptNeurons.without_others(genes.places_K.tolist(), space.experts, space.neurons)
         if genes.experts_KE is not None or individual.active is not None:

@@ -109,7 +109,8 @@ def merge_mutation(space: Space, parent: Individual, rng: np.random.Generator) -
     return _active_mutation(space, child, rng)
 
 
-def _moved(matrix_KE: np.ndarray, free_KE: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _moved(matrix_KE: np.ndarray | None, free_KE: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    assert matrix_KE is not None, "genes are decoupled before they move"
     hit_KE = (rng.random(matrix_KE.shape) < ELEMENT_SHARE) & free_KE
     return matrix_KE + np.where(hit_KE, STEP * rng.standard_normal(matrix_KE.shape), 0.0)
 
@@ -127,6 +128,7 @@ def _free(space: Space, place: Place, genes: Genes) -> np.ndarray:
 
 
 def _normalised(genes: Genes) -> Genes:
+    assert genes.experts_KE is not None, "genes are decoupled before they are normalised"
     sums_K1 = genes.experts_KE.sum(axis=1, keepdims=True)
     safe_K1 = np.where(np.abs(sums_K1) > 1e-6, sums_K1, 1.0)
     return replace(genes, experts_KE=genes.experts_KE / safe_K1)
@@ -151,7 +153,7 @@ def _rows_of_both(first: Genes, second: Genes, from_first_K: np.ndarray) -> Gene
     order = np.argsort(places_K, kind="stable")
 
     def rows(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
-        return None if one is None else np.where(from_first_K[:, None], one, other)[order]
+        return None if one is None or other is None else np.where(from_first_K[:, None], one, other)[order]
 
     return Genes(places_K[order], rows(first.experts_KE, second.experts_KE), rows(first.router_KE, second.router_KE))
 

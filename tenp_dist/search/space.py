@@ -98,7 +98,7 @@ def make_places(
     """
     return tuple(
         Place(
-            order_E=_order(sum(_ranks(scores[layer]) for layer in layers)),
+            order_E=_order(np.sum([_ranks(scores[layer]) for layer in layers], axis=0)),
             near_EE=_nearest(np.sum([likeness[layer] for layer in layers], axis=0)),
             locked_E=np.any([locked[layer] for layer in layers], axis=0),
         )

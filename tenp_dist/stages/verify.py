@@ -74,13 +74,14 @@ def verify(run: Run, context: StageContext) -> Output:
         verified = verify_layout(context.pool, CHECKS[layout.name], claim, context.progress)
         digests[layout.name] = {SHA256: dict(sorted(verified.digests.items()))}
         rounding = verified.rounding()
-        layouts[layout.name] = {
+        checked: dict[str, Any] = {
             "ok": True,
             "tensors": verified.tensors,
             "bytes": verified.nbytes,
             "pruned_tensors": verified.pruned_tensors,
             "untouched_tensors": verified.untouched_tensors,
-        } | ({"rounding": {"form": run.form.name, **rounding}} if rounding else {})
+        }
+        layouts[layout.name] = checked | ({"rounding": {"form": run.form.name, **rounding}} if rounding else {})
     found: dict[str, Any] = {"layouts": layouts}
     if run.job.output.compensate:
         found["compensation"] = _recheck(run, context)

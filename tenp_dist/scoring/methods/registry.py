@@ -103,10 +103,9 @@ class Method:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of all statistics that the method reads, each once."""
-        ranked = self.expert_statistics, self.neuron_statistics, self.worth_statistics
-        parts = (*ranked, self.curve_statistics, self.pair_statistics, self.fluctuation_statistics)
-        parts = (*parts, self.layer_statistics)
-        return tuple(dict.fromkeys(itertools.chain(*parts)))
+        ranked = (self.expert_statistics, self.neuron_statistics, self.pair_statistics, self.layer_statistics)
+        worth = (self.worth_statistics, self.curve_statistics, self.fluctuation_statistics)
+        return tuple(dict.fromkeys(itertools.chain(*ranked, *worth)))
 
     def neuron_worth(self, statistics: LayerStatistics, context: Context) -> torch.Tensor:
         """What keeping each neuron is worth, float64 [E, F].
