@@ -25,7 +25,8 @@ def planted(layer: int):
     stats = drawn(layer)
     if layer == 1:
         for tensor in stats.tensors.values():
-            tensor[:, 7] /= 64
+            if tensor.dim() > 1:  # others are of the whole layer
+                tensor[:, 7] /= 64
         stats.tensors["gated_norm_product_sum"][:, :, 7] /= 64
         stats.tensors[PEAK_STATISTIC][1, 7, 3] = 5000
     return stats
