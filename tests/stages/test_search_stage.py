@@ -168,8 +168,8 @@ def test_a_merged_checkpoint_loads_in_stock_transformers(merged, monkeypatch, se
     run(job)
     plan, written = read_kept(folder / "plan.safetensors"), folder / "checkpoint" / "uniform"
     assert sum(len(kept.merged) for kept in plan.values()) > 0
-    config = json.loads((written / "config.json").read_text())
-    assert config["num_experts"] == 4 and config["num_experts_per_tok"] == (1 if "active" in search else 2)
+    facts = open_source(written).facts
+    assert (facts.num_experts, facts.top_k) == (4, 1 if "active" in search else 2)
     corpus = random_corpus(256, sequences=2)
     by_hand = changed_by_hand(_model(job), plan)
     if "active" in search:
