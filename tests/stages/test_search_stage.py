@@ -15,6 +15,7 @@ from helpers.jobs import evaluation, files_of
 from helpers.refusals import refused
 from helpers.scoring import random_corpus
 from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.checkpoint.source import open_source
 from tenp_dist.errors import VerifyError
 from tenp_dist.pool.in_process import InProcessPool
 from tenp_dist.search import evolution
