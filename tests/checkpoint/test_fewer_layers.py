@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.checkpoints import all_tensors, change_config, corrupt, verify, with_mtp
-from helpers.families import published, save_family
+from helpers.families import save_family
 from helpers.fp8 import checked, configure, make_pair, stated
+from helpers.published import published
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.fewer_layers import kept_of_fewer, staying, without_layers
 from tenp_dist.checkpoint.index import INDEX_NAME, open_index

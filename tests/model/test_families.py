@@ -38,6 +38,8 @@ from tenp_dist.scoring.statistics import MERGE_RULES
 
 TOKENS = torch.randint(2, 250, (2, 19), generator=torch.Generator().manual_seed(7))
 
+AMPLIFIED = {"qwen3_next": 1e-4}  # its delta rule solves triangular systems: other kernels round them otherwise
+
 
 @pytest.fixture(scope="module", autouse=True)
 def threads(one_thread):
@@ -171,7 +173,8 @@ def test_ragged_padded_and_masked_are_one_model(case, tmp_path):
         verify(case.saved, kept, tmp_path / layout, layout, tmp_path)
         with torch.no_grad():
             found, wanted = load(tmp_path / layout)(TOKENS).logits, expected(TOKENS).logits
-        assert (found - wanted).abs().max() <= 3e-5 * wanted.abs().max().clamp_min(1)
+        bound = AMPLIFIED.get(case.name, 3e-5)
+        assert (found - wanted).abs().max() <= bound * wanted.abs().max().clamp_min(1)
     with torch.no_grad():
         assert (load(case.saved)(TOKENS).logits - wanted).abs().max() > 1e-3, "pruning must show"
     model, options = load(tmp_path / "ragged"), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

@@ -308,7 +308,7 @@ def test_random_needs_some_shape():
 def test_unknown_method():
     with pytest.raises(JobError) as caught:
         registry.get("temp")
-    assert "camera, ean, easy-ep, enp, enp-l2, frequency" in caught.value.wanted and "`tenp`" in caught.value.next_step
+    assert "camera, ean, easy-ep, eep, enp, enp-l2" in caught.value.wanted and "`tenp`" in caught.value.next_step
     with pytest.raises(JobError):
         registry.get("registry")
     with pytest.raises(JobError, match="ranks no experts") as caught:

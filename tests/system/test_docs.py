@@ -115,6 +115,8 @@ ELSEWHERE = {
     "needs a registry": ["docker push registry.example/tenp-dist:0.1.0"],
     "installs": ["pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
+    "tests/estimate/test_estimate.py runs it": ["tenp-dist estimate JOB.yaml --cluster MACHINES.yaml"],
+    "tests/stages/test_search_stage.py runs it": ["tenp-dist search JOB.yaml"],
     "tests/stages/test_removed_layers.py runs it": ["tenp-dist layers JOB.yaml"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
