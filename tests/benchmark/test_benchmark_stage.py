@@ -105,6 +105,8 @@ def test_a_job_without_a_benchmark_has_no_such_stage(tenp, finished):
     refused(tenp("benchmark", finished), "JobError", "no `benchmark`", "add a `benchmark:` part")
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_an_environment_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -22,6 +22,8 @@ from tenp_dist.passes import hidden_states as boundaries
 from tenp_dist.preflight import node_checks as places
 from tenp_dist.preflight.disk_space import columns_held, states_held
 
+pytestmark = [pytest.mark.slow, pytest.mark.beside]
+
 SOLVED = ("--set", "output.compensate=true")
 
 

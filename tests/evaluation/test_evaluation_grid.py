@@ -110,6 +110,8 @@ def test_names_that_look_alike_as_folders_are_plans_of_their_own(scored, tenp, t
     assert measured(tenp("evaluate", scored, "--json", *alone))["plans"][0]["mean"] == plans[0]["mean"]
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("name", ["source", "pruned", "random"])
 def test_a_plan_file_called_like_what_is_measured_besides(name, job_file, text_files, tenp, tmp_path):
     """The source, the checkpoint and its control keep their own figures beside a plan of that name."""

@@ -66,6 +66,8 @@ def test_the_figures_are_the_same_for_every_number_of_shards_waves_and_mode(clus
     assert here["pruned"]["mean"]["kl"] == pytest.approx(here["random"]["mean"]["kl"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, passes, tmp_path, monkeypatch):
     """Cut at the n-th boundary, for every n; resumed with 1 to 3 shards: the same figures, less work."""

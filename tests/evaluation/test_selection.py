@@ -79,6 +79,8 @@ def test_the_curve_is_what_the_stock_model_says_and_its_least_is_planned(chosen,
         assert points[alpha, slope]["nll"] == pytest.approx(np.mean([f["nll"] for f in figures]), rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_evaluation_text_has_no_say(job_file, text_files, tenp, tmp_path):
     other = evaluation(text_files, samples=2)
     made = []
@@ -175,6 +177,8 @@ def test_combinations_that_no_plan_meets_are_left_out(job_file, tenp, tmp_path):
     assert document["chosen"] == {"important": "0", "slope": "0"}
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_a_choice_cut_anywhere_goes_on_to_the_same_bytes(job_file, tenp, tmp_path, monkeypatch):
     """Cut at the n-th hidden state stored; nothing of it is left in the end."""
     job = job_file(budget=AUTO, cluster={"commit_seconds": 0})

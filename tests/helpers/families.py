@@ -128,8 +128,6 @@ TOWERS: Mapping[str, dict] = {
     },
 }
 """Of those with towers beside their language model: sections of the config."""
-ALIKE = {"granitemoeshared", "granitemoehybrid"}
-"""Families of whose form another is proved among the fast tests: theirs are slow ones."""
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
     "jamba": "pre_ff_layernorm", "nemotron_h": "norm",

@@ -136,6 +136,8 @@ def test_every_byte_by_hand(family, source, tmp_path):
     assert (verified.tensors, verified.pruned_tensors) == (len(after), changed)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_stock_transformers_loads_it_and_routes_as_by_hand(source, tmp_path):
     for family in FAMILIES:
         write_uniform(source(family), removing(source(family)), tmp_path / family)
@@ -168,6 +170,8 @@ def test_a_pass_over_the_source_carries_it_like_the_checkpoint(family, source, t
 # --- one width ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_one_width_for_all_experts(source, tmp_path):
     """The shared experts stay what they were, though DeepSeek's config states them in widths of routed ones."""
     folders = {}

@@ -15,7 +15,8 @@ import torch
 from helpers.brute_force import brute_force_statistics
 from helpers.checkpoints import all_tensors, verify, write
 from helpers.evaluation import auto_class, evaluate, expected_figures, load, logits_of, masked
-from helpers.families import ALIKE, RESIDUAL, save_family
+from helpers.families import RESIDUAL, save_family
+from helpers.marks import BESIDE
 from helpers.published import published
 from helpers.routing import logits_by_layers
 from helpers.scoring import batches_of, random_corpus, score
@@ -46,7 +47,8 @@ def threads(one_thread):
     """One in all tests here."""
 
 
-ROWS = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in sorted(FAMILIES)]
+SOON = {"deepseek_v3", "qwen2_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss", "mixtral", "nemotron_h"}  # a form each
+ROWS = [name if name in SOON else pytest.param(name, marks=BESIDE) for name in sorted(FAMILIES)]
 
 
 @pytest.fixture(scope="module", params=ROWS)

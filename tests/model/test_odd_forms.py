@@ -34,6 +34,7 @@ def test_uniform_width_that_rows_of_16_bytes_do_not_fit(tenp, job_file, text_fil
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "qwen3_vl_moe"])
 def test_every_stage_on_experts_of_other_forms(family, tenp, job_file, tiny_model, tmp_path, text_files):
     """With biases, without a gate, and inside a multimodal checkpoint: scored, compensated, written and evaluated."""

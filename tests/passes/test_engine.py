@@ -43,6 +43,8 @@ def test_the_number_of_waves_changes_no_sum(tiny_model, tmp_path):
             assert one[name].equal(tensor), (path.name, name)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 @pytest.mark.parametrize("where", ["part", "boundary"])
 def test_a_run_cut_anywhere_goes_on_with_another_number_of_shards(mode, where, tiny_model, tmp_path, monkeypatch):

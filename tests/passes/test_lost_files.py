@@ -84,6 +84,8 @@ class Uneven(InProcessPool):
         return self._choose(groups, key=self._made.index)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("shards", [2, 3])
 def test_a_boundary_removed_before_the_run_goes_on(shards, reference, tiny_model, tmp_path, monkeypatch):
     """Of any wave that was stored when the run was cut, at any moment."""

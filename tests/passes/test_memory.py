@@ -93,6 +93,8 @@ def test_weights_count_as_memory_and_go_back():
     assert resident_memory() - before < 16 << 20
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_what_a_microbatch_frees_is_kept_for_the_next():
     """Else its 60 MB are given back and taken again every time, but where chance has put something on top of them."""
     faults = [

@@ -146,6 +146,8 @@ def score_alone(models: dict[str, Path], out: Path, padded: bool) -> Path:
     return out
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_ranks_give_the_same_answer(launch, tiny_model, tmp_path):
     """Two ranks, all families: hidden states, statistics, plan, and every rank reads its own experts only."""
     models = {family: tiny_model(family) for family in SETTINGS}
@@ -190,6 +192,8 @@ def test_bfloat16_ranks_agree_with_one_another_and_nearly_with_one(launch, tiny_
         assert result["deepseek_v3"]["kept"] == ["e_score_correction_bias"]
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_one_rank_imports_no_deepspeed(launch, tiny_model):
     (result,) = results(launch(1, {"model": tiny_model()}))
     assert not result["deepspeed"] and not result["group"]

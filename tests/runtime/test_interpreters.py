@@ -63,6 +63,8 @@ ALONE = """
 import json, sys
 sys.path.insert(0, json.load(sys.stdin)["root"])
 import tenp_dist
+
+pytestmark = [pytest.mark.slow, pytest.mark.beside]
 assert tenp_dist.__version__
 assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
 """

@@ -109,6 +109,8 @@ def test_the_same_bytes_for_shards_and_waves(case, tiny_model, tmp_path):
         assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_a_run_cut_anywhere_ends_with_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     """At every file that is stored: boundaries on the way up, gradients on the way back, losses, sums."""
     from tenp_dist.passes import hidden_states

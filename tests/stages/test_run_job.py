@@ -75,6 +75,8 @@ def test_the_job_is_checked_before_a_pool_is_made(job_file):
         tenp_dist.run_job(job_file(budget={"retention": 0.6, "align": 16, "important": 0.59}), pool=never)
 
 
+@pytest.mark.slow
+@pytest.mark.beside
 def test_the_command_line_is_not_imported(job_file):
     script = (
         "import sys, tenp_dist\nfrom tenp_dist.pool.in_process import InProcessPool\n"

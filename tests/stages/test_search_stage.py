@@ -208,6 +208,7 @@ def test_verify_finds_a_changed_number_of_a_merged_expert(merged, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_encoded_and_compensated_merged_experts_are_verified(merged, monkeypatch):
     force_merging(monkeypatch)
     job, folder = merged("deepseek_v2", output={"dtype": "fp8", "compensate": "joint"})

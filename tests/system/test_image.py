@@ -86,6 +86,7 @@ def test_the_image_has_a_python_that_the_package_takes_and_the_ray_of_the_manife
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_steps_of_the_image(tmp_path):
     """pip without what is installed here already; nothing outside the folder is written."""
     root, site = tmp_path / "image", tmp_path / "site"

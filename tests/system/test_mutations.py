@@ -153,6 +153,7 @@ def test_a_few_mutations(part, tenp, places):
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
 def test_300_mutations(part, tenp, places):
