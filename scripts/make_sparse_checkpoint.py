@@ -129,7 +129,7 @@ def write_sparse(like: str, folder: Path, shard_size: int = 43 * 10**8) -> Path:
         with open(folder / shard.file, "wb") as stream:
             stream.write(shard_header(shard))
             stream.truncate(shard_bytes(shard))
-    finish_checkpoint(folder, shards, config, [])
+    finish_checkpoint(folder, shards, config, {})
     return folder
 
 

@@ -33,6 +33,7 @@ class ReadCompressed(ConversionOps):
     """Stored parts to plain numbers, before anything else is done with them."""
 
     def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer  # by this name transformers knows that parts are not to be cast before
         self.config = hf_quantizer.quantization_config
 
     @torch.no_grad

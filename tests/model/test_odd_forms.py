@@ -51,7 +51,7 @@ def test_every_stage_on_experts_of_other_forms(family, tenp, job_file, tiny_mode
     result = tenp("run", job)
     assert result.exit_code == 0, result.stderr
     if family == "gpt_oss":
-        result = tenp("run", job_file(model=model, output={"compensate": "joint"}))
+        result = tenp("run", job_file(model=model, output={"compensate": "joint"}), "--run-dir", tmp_path / "joint")
         refused(result, "UnsupportedModelError", "biases", "one system", "output.compensate to true")
 
 
