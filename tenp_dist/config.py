@@ -13,26 +13,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Search, Trsp
 from tenp_dist.job_values import Exact, LayoutBy, Protection, Size
 
 Fused = Annotated[tuple[str, ...], Field(min_length=1)]
 """Methods whose rankings become one."""
 
-LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
-"""Each names a file of `layouts/`; the first is the default."""
-
-
-def parse_layout(value: object) -> object:
-    """The name of a layout. Raises ValueError."""
-    if value not in LAYOUTS:
-        *most, last = map(repr, LAYOUTS)
-        raise ValueError(f"Input should be {', '.join(most)} or {last}")
-    return value
-
-
-LayoutName = Annotated[str, BeforeValidator(parse_layout)]
 
 COMPENSATE = "compensate"  # of `output`; of a grid too
 Compensate = bool | Literal["joint"]
@@ -44,11 +32,7 @@ AUTO: Auto = "auto"
 SEARCHED = "eep"  # the method whose experts are found by a search
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class Source(_Part):
+class Source(Part):
     """One source of text: a file (jsonl, parquet, arrow) or a `datasets` name, and its domain."""
 
     path: Path | None = Field(None, description="file or folder: .jsonl, .json, .parquet, .arrow")
@@ -68,7 +52,7 @@ class Source(_Part):
         return self
 
 
-class Text(_Part):
+class Text(Part):
     """Where text comes from and how it is cut."""
 
     sources: tuple[Source, ...] = Field(min_length=1, description="where the text comes from")
@@ -125,7 +109,7 @@ class Evaluation(Text):
         return bool(self.plans or self.grid)
 
 
-class Score(_Part):
+class Score(Part):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute dtype; auto: float32 on CPU, bfloat16 on accelerators"
     )
@@ -133,7 +117,7 @@ class Score(_Part):
     waves: int = Field(8, ge=1, description="pieces that the tokens are cut into; sums combine in their order")
 
 
-class Budget(_Part):
+class Budget(Part):
     method: str = Field("tenp", description="a registered method (jobs/README.md lists them), or auto")
     experts: str | Fused | None = Field(
         None, description="rank experts as this method does instead, or by the mean rank of several"
@@ -231,67 +215,7 @@ class Budget(_Part):
         return self.retention_exact / 3 if self.important is None else Fraction(self.important)
 
 
-class Trsp(_Part):
-    """How methods `trsp` and `trsp-once` learn which layers leave."""
-
-    penalty: float = Field(0.05, ge=0, description="lambda1: what the sum of the layers' weights costs")
-    rate: float = Field(0.05, gt=0, description="Adam's rate at the first step of a round; it falls to zero")
-    steps: int = Field(30, ge=1, description="steps of a round, each a pass up and back")
-    sequences: int = Field(4, ge=1, description="calibration sequences of a step")
-    seed: int = Field(0, description="order in which sequences come")
-
-
-class Search(_Part):
-    """How method eep looks for the experts to keep and to merge."""
-
-    passes: int = Field(20, ge=2, description="passes over the model at most, the last one on the development split")
-    individuals: int = Field(16, ge=2, description="individuals that go through the model in one pass")
-    prune_share: Exact = Field(
-        Decimal("0.25"),
-        ge=0,
-        le=1,
-        description="share of the passes in which experts are exchanged, before any is merged",
-    )
-    start: Literal["rankings", "random"] = Field(
-        "rankings", description="the first individuals: the best sets of several rankings, or drawn by chance alone"
-    )
-    local_share: Exact = Field(
-        Decimal("0.5"),
-        ge=0,
-        le=1,
-        description="share of a prune pass that tries single exchanges on the best individual; the authors: 0",
-    )
-    depth_groups: int | None = Field(
-        None,
-        ge=1,
-        description="groups of layers that keep and merge alike; default every layer by itself, the paper: 4",
-    )
-    router: Literal["selection", "mapped"] = Field(
-        "selection",
-        description="what becomes of the router in the merge phase: rows of the source, or a matrix of its own",
-    )
-    neighbours: int | None = Field(
-        3, ge=0, description="removed experts that may be merged into a kept one, the nearest; null: all (the authors')"
-    )
-    active: tuple[int, ...] | None = Field(
-        None, min_length=1, description="numbers of experts that a token may go to; default as in the source"
-    )
-    fitness: Literal["nll", "kl"] = Field(
-        "nll", description="what is least in the best individual: NLL of the text, or divergence from the source"
-    )
-    sequences: int | None = Field(
-        None, ge=1, description="calibration sequences a domain that fitness is measured on; default all not set aside"
-    )
-    development: int = Field(20, ge=1, description="best individuals that are measured again on the text set aside")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Search:
-        if self.active is not None and min(self.active) < 1:
-            raise ValueError(f"active must be numbers above 0, found {min(self.active)}")
-        return self
-
-
-class Output(_Part):
+class Output(Part):
     layouts: tuple[LayoutName, ...] = Field(
         LAYOUTS[:1], description="checkpoint layouts to write; where experts are removed uniform, and only that"
     )
@@ -320,38 +244,7 @@ class Output(_Part):
         return None if self.layout_by is None else int(self.layout_by.partition("=")[2])
 
 
-class Benchmark(_Part):
-    """Tasks of lm-eval that source and pruned checkpoint are measured on."""
-
-    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or groups, lm-eval's or of tasks_folder")
-    tasks_folder: Path | None = Field(None, description="folder with tasks of your own, as lm-eval describes them")
-    backend: Literal["transformers", "vllm", "server"] = Field(
-        "transformers", description="what runs the models: transformers or vllm here, or OpenAI-compatible servers"
-    )
-    source_url: str | None = Field(None, description="server of the source, http://HOST:PORT/v1")
-    pruned_url: str | None = Field(None, description="server of the pruned checkpoint, http://HOST:PORT/v1")
-    source_name: str | None = Field(None, description="the source as its server calls it; default its only model")
-    pruned_name: str | None = Field(None, description="the pruned model as its server calls it")
-    layout: LayoutName | None = Field(None, description="checkpoint to measure; default the one that is evaluated")
-    limit: int | None = Field(None, ge=1, description="items of a task, its first ones; default all")
-    fewshot: int | None = Field(None, ge=0, description="examples in the prompt; default the task's own number")
-    batch_size: int = Field(8, ge=1, description="items that go through the model together")
-    seed: int = Field(0, description="of the examples in prompts, and of sampling")
-    chat_template: bool = Field(False, description="put prompts through the model's chat template")
-    python: Path | None = Field(None, description="python of an environment with lm-eval; default one is made")
-    model_args: Mapping[str, Any] = Field({}, description="further arguments of lm-eval's model, for both models")
-
-    @model_validator(mode="after")
-    def _servers_of_both(self) -> Benchmark:
-        given = [url for url in (self.source_url, self.pruned_url) if url]
-        if self.backend == "server" and len(given) < 2:
-            raise ValueError("the server backend needs source_url and pruned_url")
-        if self.backend != "server" and given:
-            raise ValueError(f"source_url and pruned_url are for backend server, found {self.backend}")
-        return self
-
-
-class Cluster(_Part):
+class Cluster(Part):
     shards: int = Field(1, ge=1, description="layer shards, each a group of ranks on one node")
     tensor_parallel: int = Field(1, ge=1, description="ranks of a shard, one accelerator each")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an accelerator where there is one")
@@ -367,7 +260,7 @@ class Cluster(_Part):
     writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
 
 
-class Job(_Part):
+class Job(Part):
     """One YAML file is one whole run."""
 
     model: Path = Field(description="folder with config.json, safetensors and tokenizer")

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tenp_dist.config import Benchmark, Evaluation, Job, Text
+from tenp_dist.config import Evaluation, Job, Text
 from tenp_dist.errors import JobError
+from tenp_dist.job_parts import Benchmark
 
 T = TypeVar("T", bound=Text)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, read_json, write_json
 from tenp_dist.benchmark.servers import Served
-from tenp_dist.config import Benchmark
 from tenp_dist.errors import BenchmarkError
+from tenp_dist.job_parts import Benchmark
 
 BACKENDS: Mapping[str, str] = {"transformers": "hf", "vllm": "vllm", "server": "local-completions"}
 """Backend of a job -> the name of lm-eval for it."""

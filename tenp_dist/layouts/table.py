@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Sequence
 
-from tenp_dist import config
+from tenp_dist import config, job_parts
 from tenp_dist.budget.kinds.table import form_of, kind_of
 from tenp_dist.budget.sizes import MoeLayer, Shape
 from tenp_dist.checkpoint.families.base import Family
@@ -17,9 +17,9 @@ from tenp_dist.errors import JobError
 from tenp_dist.layouts.base import Layout
 
 LAYOUTS: dict[str, Layout] = {
-    name: importlib.import_module(f"tenp_dist.layouts.{name}").LAYOUT for name in config.LAYOUTS
+    name: importlib.import_module(f"tenp_dist.layouts.{name}").LAYOUT for name in job_parts.LAYOUTS
 }
-"""Name -> layout, as the file of that name defines it; in the order of `config.LAYOUTS`."""
+"""Name -> layout, as the file of that name defines it; in the order of `job_parts.LAYOUTS`."""
 
 
 def layouts_of(job: Job) -> tuple[Layout, ...]:
@@ -32,7 +32,7 @@ def layouts_of(job: Job) -> tuple[Layout, ...]:
 
 def main_layout(layouts: Sequence[Layout]) -> Layout | None:
     """The one that is evaluated: the default, or the first that can be read where that is not written; None of none."""
-    default = LAYOUTS[config.LAYOUTS[0]]
+    default = LAYOUTS[job_parts.LAYOUTS[0]]
     return default if default in layouts else next((layout for layout in layouts if layout.readable), None)
 
 

@@ -10,8 +10,8 @@ from tenp_dist.benchmark.column import Column, column_key, kept_column, measure_
 from tenp_dist.benchmark.environment import harness_python
 from tenp_dist.benchmark.paired import compared
 from tenp_dist.benchmark.servers import served_model
-from tenp_dist.config import Benchmark
 from tenp_dist.errors import JobError
+from tenp_dist.job_parts import Benchmark
 from tenp_dist.layouts.table import LAYOUTS, main_layout
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.progress import Progress

@@ -8,7 +8,7 @@ import pytest
 
 import tenp_dist
 from helpers.checkpoints import all_tensors
-from tenp_dist import config
+from tenp_dist import job_parts
 from tenp_dist.checkpoint.verify_layouts import CHECKS
 from tenp_dist.errors import JobError
 from tenp_dist.job_file import load_job
@@ -29,7 +29,7 @@ class Noted(Padded):
 
 @pytest.fixture
 def noted(monkeypatch):
-    monkeypatch.setattr(config, "LAYOUTS", (*config.LAYOUTS, "noted"))
+    monkeypatch.setattr(job_parts, "LAYOUTS", (*job_parts.LAYOUTS, "noted"))
     monkeypatch.setitem(table.LAYOUTS, "noted", Noted())
     monkeypatch.setitem(CHECKS, "noted", CHECKS["padded"])
 

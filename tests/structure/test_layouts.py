@@ -8,11 +8,11 @@ import pytest
 
 from helpers.source_files import SOURCES, imports_of, name_of
 from tenp_dist.checkpoint.verify_layouts import CHECKS
-from tenp_dist.config import LAYOUTS
+from tenp_dist.job_parts import LAYOUTS
 from tenp_dist.layouts import table
 
 MAY_NAME = {  # the names that jobs may give, the check's own table, and a config entry that is called like its layout
-    "config.py",
+    "job_parts.py",
     "checkpoint/verify_layouts.py",
     "checkpoint/verify_flat.py",
 }

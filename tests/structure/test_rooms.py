@@ -7,7 +7,7 @@ import pytest
 from helpers.source_files import PACKAGE, SOURCES, import_graph, imports_of, module_of, name_of
 
 ROOMS = [
-    "errors", "artifacts", "job_values",
+    "errors", "artifacts", "job_values", "job_parts",
     "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
     "depth", "search", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch", "cli",
@@ -18,6 +18,7 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
     "runtime": {
         "artifacts",
         "job_values",
+        "job_parts",
         "config",
         "job_file",
         "run_files",
