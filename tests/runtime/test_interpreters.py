@@ -15,6 +15,8 @@ from helpers.ragged import TOKENS, auto_load, break_folder, drop_expert, logits,
 from tenp_dist.runtime.auto_classes import modeling_source
 from tenp_dist.runtime.ragged_config import FAMILIES
 
+pytestmark = [pytest.mark.slow, pytest.mark.beside]
+
 WITHOUT_PACKAGE = """
 import json, sys
 sys.modules["tenp_dist"] = None  # as if it were not installed
@@ -63,8 +65,6 @@ ALONE = """
 import json, sys
 sys.path.insert(0, json.load(sys.stdin)["root"])
 import tenp_dist
-
-pytestmark = [pytest.mark.slow, pytest.mark.beside]
 assert tenp_dist.__version__
 assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
 """
