@@ -201,11 +201,6 @@ class Budget(Part):
         return tuple(key for key in ("method", "important", "slope") if getattr(self, key) == AUTO)
 
     @property
-    def measured(self) -> bool:
-        """Whether the plan is chosen by measuring, on text that is set aside for it."""
-        return bool(self.auto) or self.method == SEARCHED
-
-    @property
     def retention_exact(self) -> Fraction:
         return Fraction(self.retention)
 
@@ -231,10 +226,10 @@ class Output(Part):
     mtp: Literal["keep", "drop"] = Field(
         "keep", description="multi-token prediction layers: keep (whole; pruned in uniform), or drop"
     )
-    compensate: Compensate = Field(
+    compensate: Compensate | Auto = Field(
         False,
         description="solve W_down for what pruning takes away: true, narrow experts one by one; joint, all kept "
-        "experts of a layer and its shared expert as one system",
+        "experts of a layer and its shared expert as one system; auto: whichever of both and false measures best",
     )
     ridge: Exact = Field(Decimal("0.01"), gt=0, description="how much compensation shrinks to the original weights")
 
@@ -277,8 +272,9 @@ class Job(Part):
 
     @model_validator(mode="after")
     def _something_to_choose_on(self) -> Job:
-        if self.budget.measured and not self.selection_share:
-            what = "an auto budget" if self.budget.auto else f"what method {self.budget.method} keeps"
+        if self._measured and not self.selection_share:
+            what = f"what method {self.budget.method} keeps"
+            what = "an auto budget" if self.budget.auto else "how to compensate" if self.chooses else what
             raise ValueError(f"{what} is chosen on text set aside: selection_share must be above 0")
         if self.selection_share and min(source.samples for source in self.calibration.sources) < 2:
             raise ValueError("selection_share sets aside a part of every source: each needs at least 2 samples")
@@ -288,4 +284,19 @@ class Job(Part):
     def selection_share(self) -> Fraction:
         """Share of every calibration source that nothing is scored on; 1/4 if not given and a plan is chosen by it."""
         given = self.calibration.selection_share
-        return Fraction(1, 4) * self.budget.measured if given is None else Fraction(given)
+        return Fraction(1, 4) * self._measured if given is None else Fraction(given)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something of the job is to be chosen by measuring plans."""
+        return bool(self.budget.auto) or self.output.compensate == AUTO
+
+    @property
+    def forms(self) -> tuple[Compensate, ...]:
+        """The ways to compensate that the job may end with."""
+        asked = self.output.compensate
+        return (False, True, JOINT) if asked == AUTO else (asked,)
+
+    @property
+    def _measured(self) -> bool:
+        return self.chooses or self.budget.method == SEARCHED

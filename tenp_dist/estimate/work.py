@@ -131,10 +131,10 @@ class Work:
             yield Pass("eliminate", tokens, 1, 2.0 * neurons**2, solve, 8 * neurons**2)
         if "select" in self.stages:
             share = int(tokens * job.selection_share)
-            yield Pass("select", share, 1 + len(candidates(job.budget)))
+            yield Pass("select", share, 1 + len(job.forms) * len(candidates(job.budget)))
         if "compensate" in self.stages:
             yield refit
-            if job.output.compensate == JOINT:
+            if JOINT in job.forms:
                 yield Pass("compensate", tokens, 1, 4.0 * hidden * kept)
             yield Pass("verify", tokens)
         if job.evaluation is not None and "evaluate" in self.stages:

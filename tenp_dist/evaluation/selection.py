@@ -1,9 +1,10 @@
-"""Choosing `auto` keys of a budget: a grid of plans measured on calibration text that nothing was scored on.
+"""Choosing `auto` keys of a job: a grid of plans measured on calibration text that nothing was scored on.
 
 The grid is ours: alpha in six shares of rho, which hold the paper's best (rho/2 for Qwen1.5-MoE and rho/3 for
 DeepSeek-V2-Lite at rho 0.6, rho/6 at 0.3), and the slope in four steps. All plans go through the model in one pass.
 `method: auto` tries a few methods in the same pass, each with the shares and slopes that are asked for if it keeps
-experts whole: what is the best of them differs from model to model. Chosen is the least divergence from the source
+experts whole: what is the best of them differs from model to model. `compensate: auto` tries every plan as it is
+and compensated, in the forms that it has. Chosen is the least divergence from the source
 (KL), not the least NLL: it compares whole distributions instead of one token's probability, so it settles on less
 text, and a plan gains nothing by chance on a domain.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.neuron_groups import in_groups
-from tenp_dist.config import Budget
+from tenp_dist.config import COMPENSATE, Budget, Compensate
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.plans import NamedPlan
 
@@ -34,6 +35,8 @@ def candidates(budget: Budget) -> dict[str, Budget]:
     Raises:
         JobError: the method keeps no expert whole, so there is nothing to choose.
     """
+    if not budget.auto:
+        return {f"method={budget.method}": budget}
     if "method" not in budget.auto:
         _check_whole(budget)
         return _combinations(budget)
@@ -87,21 +90,25 @@ def selection_document(
     figures: Mapping[str, Mapping[str, Any]],
     source: Mapping[str, Any],
     weights: Mapping[str, Fraction],
+    forms: Sequence[Compensate] = (),
 ) -> dict[str, Any]:
     """The content of selection.json.
 
     Args:
-        plans: in the order in which ties are settled. figures: plan name -> figures of evaluation.
-        source: figures of the model as it is. weights: domain -> weight, as for scores.
+        plans: in the order in which ties are settled.
+        figures: plan name -> figures of evaluation.
+        source: figures of the model as it is.
+        weights: domain -> weight, as for scores.
+        forms: of compensation, where several were tried.
     """
-    curve = [_point(plan, figures[plan.name], source, weights) for plan in plans]
+    curve = [_point(plan, figures[plan.name], source, weights, bool(forms)) for plan in plans]
     best = min(curve, key=lambda point: point[CRITERION])  # the first of equals
     keys = ("method", "important", "slope") if "method" in budget.auto else ("important", "slope")
     others = [point for point in curve if point.get("method") != best.get("method")]
     return {
-        "auto": list(budget.auto),
+        "auto": [*budget.auto, *([COMPENSATE] if forms else [])],
         "criterion": CRITERION,
-        "chosen": {key: best[key] for key in keys},
+        "chosen": {key: best[key] for key in keys} | ({COMPENSATE: best[COMPENSATE]} if forms else {}),
         **({"next_method": min(others, key=lambda point: point[CRITERION])} if others else {}),
         "tokens": {domain: row["tokens"] for domain, row in source["domains"].items()},
         "source_nll": weighted_mean(source, "nll", weights),
@@ -110,13 +117,18 @@ def selection_document(
 
 
 def _point(
-    plan: NamedPlan, figures: Mapping[str, Any], source: Mapping[str, Any], weights: Mapping[str, Fraction]
+    plan: NamedPlan,
+    figures: Mapping[str, Any],
+    source: Mapping[str, Any],
+    weights: Mapping[str, Fraction],
+    forms: bool,
 ) -> dict[str, Any]:
     measured = {key: weighted_mean(figures, key, weights) for key in ("nll", "kl", "top1_agreement")}
     return {
         **{key: plan.document[key] for key in ("method",) if key in plan.document},
         "important": plan.document["budget"]["important"],
         "slope": plan.document["budget"]["slope"],
+        **({COMPENSATE: plan.compensated} if forms else {}),
         "retention": plan.document["retention"]["realised"],
         "nll_increase": measured["nll"] - weighted_mean(source, "nll", weights),
         **measured,

@@ -41,7 +41,9 @@ def orders_held(job: Job, source: Source) -> int:
 def states_held(job: Job, source: Source) -> int:
     """Bytes of hidden states that `select` or `evaluate` stores at a time, about: of every plan, in float32."""
     tried = (
-        tokens_of(job.calibration) * job.selection_share * (1 + len(candidates(job.budget))) if job.budget.auto else 0
+        tokens_of(job.calibration) * job.selection_share * (1 + len(job.forms) * len(candidates(job.budget)))
+        if job.chooses
+        else 0
     )
     measured = tokens_of(job.evaluation) * streams(job, job.evaluation, source) if job.evaluation else 0
     return int(4 * source.facts.hidden_size * max(tried, measured))
@@ -82,11 +84,9 @@ def _plans(job: Job, asked: Evaluation, source: Source) -> dict[str, Budget]:
 
 def columns_held(job: Job, source: Source) -> int:
     """Bytes of compensated W_down that lie in the run directory at a time, about: the run's own and a stage's."""
-    form = job.output.compensate
-    own: list[Compensated] = [(job.budget, form)] if form else []
-    tried: list[Compensated] = (
-        [(one, form) for one in candidates(job.budget).values()] if own and job.budget.auto else []
-    )
+    own: list[Compensated] = [(job.budget, form) for form in job.forms[-1:] if form]
+    budgets = candidates(job.budget).values() if job.chooses else ()
+    tried: list[Compensated] = [(one, form) for one in budgets for form in job.forms if form]
     held = max(_share(own + tried), _share(own + _measured(job, own, source)))
     return int(source.facts.bytes.routed * held / 3)
 
@@ -97,7 +97,7 @@ def _measured(job: Job, own: list[Compensated], source: Source) -> list[Compensa
     if asked is None:
         return []
     found = own if asked.checkpoint else []  # its control
-    forms = [form for form in asked.grid.get(COMPENSATE, (job.output.compensate,)) if form] if asked.many else []
+    forms = [form for form in asked.grid.get(COMPENSATE, job.forms[-1:]) if form] if asked.many else []
     return [*found, *((one, form) for one in _plans(job, asked, source).values() for form in forms)] if forms else found
 
 

@@ -183,7 +183,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _compensation(files: RunFiles, job: Mapping[str, Any], verify: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What was compensated; a document that another job left behind does not count."""
     document = _optional(files.compensation)
-    if document is None or not (job.get("output") or {}).get("compensate"):
+    if document is None or document.get("form") == "none" or not (job.get("output") or {}).get("compensate"):
         return None
     return {"form": "apart", **document, "verified": (verify or {}).get("compensation")}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tenp_dist.config import JOINT, Compensate
+from tenp_dist.config import COMPENSATE, JOINT, Compensate
 from tenp_dist.report import svg
 from tenp_dist.report.svg import Chart, Legend
 
@@ -127,7 +127,8 @@ def selection_chart(report: Mapping[str, Any]) -> Chart:
         axes.set_ylim(bottom=0)
         method = f"method {selection['chosen']['method']}, " if "method" in selection["chosen"] else ""
         share = f"{best['important']} of the experts whole, slope {best['slope']}"
-        spoken = f"chosen: {method}{share}, at {best[criterion]:.4f}"
+        form = _form(best.get(COMPENSATE, False))
+        spoken = f"chosen: {method}{share}{form}, at {best[criterion]:.4f}"
         drawn = svg.inline(figure, name=name, label=f"{title}. {spoken}.")
     colours = [colour for colour, _ in _styles(lines)]
     legend = tuple(Legend(label=line, background=colour) for line, colour in zip(lines, colours, strict=True))
@@ -142,12 +143,13 @@ def selection_chart(report: Mapping[str, Any]) -> Chart:
             "evaluation text played no part. "
             "Lower is closer to the source; the ring is what was chosen."
             + (" All were compensated, as the checkpoint is." if selection.get("compensated") else "")
+            + (" Each was measured as it is and compensated." if COMPENSATE in selection["chosen"] else "")
         ),
     )
 
 
 def _line_of(selection: Mapping[str, Any], point: Mapping[str, Any]) -> str:
-    slope = f"slope {point['slope']}"
+    slope = f"slope {point['slope']}{_form(point.get(COMPENSATE, False))}"
     return f"{point['method']}, {slope}" if "method" in selection["chosen"] else slope
 
 

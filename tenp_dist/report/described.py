@@ -51,7 +51,9 @@ def plain(value: Any) -> Any:
 
 
 def is_auto(job: Mapping[str, Any]) -> bool:
-    return "auto" in ((job.get("budget") or {}).get(key) for key in ("method", "important", "slope"))
+    """Whether something was chosen by measuring plans."""
+    keys = {"budget": ("method", "important", "slope"), "output": ("compensate",)}
+    return any((job.get(part) or {}).get(key) == "auto" for part, names in keys.items() for key in names)
 
 
 def domain_weights(job: Mapping[str, Any]) -> dict[str, float]:

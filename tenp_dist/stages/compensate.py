@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tenp_dist.artifacts import digest_of, file_digest, write_json
+from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model, layer_files
 from tenp_dist.compensation.joint_pass import RIDGE_SHARE, JointTask
-from tenp_dist.config import JOINT, Compensate
+from tenp_dist.config import AUTO, JOINT, Compensate
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, reads, weight_fields
@@ -24,7 +24,7 @@ def compensate_fields(run: Run) -> dict[str, Any]:
 def ridge_fields(run: Run) -> dict[str, Any]:
     """What says how W_down is solved."""
     output = run.job.output
-    return {"ridge": str(output.ridge)} | ({"form": JOINT} if output.compensate == JOINT else {})
+    return {"ridge": str(output.ridge)} | ({"form": output.compensate} if output.compensate in (JOINT, AUTO) else {})
 
 
 def task_of(form: Compensate, **options: Any) -> CompensateTask:
@@ -38,7 +38,9 @@ def compensate(run: Run, context: StageContext) -> Output:
     files = run.files
     read_plan(files.run_dir)  # its two files belong together
     target = Target(files.plan_tensors, files.compensation_folder)
-    form = run.job.output.compensate
+    form = run.compensate
+    if not form:
+        return _left_alone(run, context)
     task = task_of(form, **tokens_again(run, context), folder=files.compensation_folder, targets=(target,))
     context.replace()
     done = compensate_model(run.pass_context(context, "compensate", task.compute), task)
@@ -49,6 +51,15 @@ def compensate(run: Run, context: StageContext) -> Output:
     summary = {key: value for key, value in document.items() if key not in ("schema_version", "layers")}
     rate = round(done.tokens / done.seconds) if done.seconds else None
     return Output(written, digest, summary | {"tokens_per_second": rate})
+
+
+def _left_alone(run: Run, context: StageContext) -> Output:
+    """Where plans were better as they are."""
+    context.replace()
+    summary = {"compensated": 0, "damped": 0, "left_alone": 0, "before": 0.0, "after": 0.0, "warnings": []}
+    document = {"schema_version": SCHEMA_VERSION, "form": "none", **summary, "layers": {}}
+    write_json(run.files.compensation, document)
+    return Output([run.files.compensation], digest_of(document), summary)
 
 
 def tokens_again(run: Run, context: StageContext) -> dict[str, Any]:

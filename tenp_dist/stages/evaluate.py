@@ -9,7 +9,7 @@ from typing import Any
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_json
 from tenp_dist.budget.plan_files import read_plan, read_plan_pair
 from tenp_dist.calibration.corpus import Corpus, build_corpus, joined, read_corpus, seen_share, write_corpus
-from tenp_dist.config import COMPENSATE, Compensate, Evaluation
+from tenp_dist.config import AUTO, COMPENSATE, Compensate, Evaluation
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.measure import VariantsPass
 from tenp_dist.evaluation.metrics import SOURCE
@@ -109,7 +109,7 @@ def _plans_beside(run: Run, context: StageContext, given: Sequence[NamedPlan]) -
     if COMPENSATE in asked.grid:
         plans = in_forms(plans, asked.grid[COMPENSATE])
     else:
-        plans = [plan.compensate(run.job.output.compensate) for plan in plans]
+        plans = [plan.compensate(run.compensate) for plan in plans]
     check_distinct(plans)
     return plans, [*out_of_range, *refused]
 
@@ -119,14 +119,14 @@ def _control(run: Run, context: StageContext) -> NamedPlan:
     plan = run.make_plan(run.kind.control())
     tensors, text = run.store_plan(run.files.random_control, plan, context.digests)
     control = NamedPlan("random", text, tensors, read_plan_pair(text, tensors))
-    return control.compensate(run.job.output.compensate)
+    return control.compensate(run.compensate)
 
 
 def _variants(run: Run, control: Sequence[NamedPlan], figures: Mapping[str, Any]) -> dict[str, dict]:
     """The figures of the source and, if the checkpoint is measured, of it and its control; which are compensated."""
     compensated: dict[str, Compensate] = {SOURCE: False}
     for random in control:
-        form = run.job.output.compensate
+        form = run.compensate
         own = form if solvable(read_plan(run.files.run_dir), form) else False
         compensated |= {"pruned": own, random.name: random.compensated}
     return {name: {"compensated": value, **figures[name]} for name, value in compensated.items()}
@@ -153,7 +153,8 @@ def _needs(run: Run) -> Sequence[str]:
     """Only a written checkpoint has to be planned and written; other plans are made from the scores."""
     asked, needs = _asked(run), ["inspect", "calibrate"]
     if asked.many:
-        needs += ["score", *needed_by(*budgets_of(run)), *(["select", "search"] if asked.grid else [])]
+        chosen = ["select"] if asked.grid or run.job.output.compensate == AUTO else []
+        needs += ["score", *needed_by(*budgets_of(run)), *chosen, *(["search"] if asked.grid else [])]
     if asked.checkpoint:
         needs += ["plan", "write"]
     return needs

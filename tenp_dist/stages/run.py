@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
-from tenp_dist.config import Budget, Job
+from tenp_dist.config import AUTO, COMPENSATE, Budget, Compensate, Job
 from tenp_dist.depth.files import with_choices
 from tenp_dist.elimination.files import read_planning
 from tenp_dist.errors import BudgetError
@@ -84,6 +84,12 @@ class Run:
         return chosen_budget(budget, read_json(self.files.selection)) if budget.auto else budget
 
     @property
+    def compensate(self) -> Compensate:
+        """Whether the run compensates, and in which form; as it was chosen where the job leaves it open."""
+        asked = self.job.output.compensate
+        return read_json(self.files.selection)["chosen"][COMPENSATE] if asked == AUTO else asked
+
+    @property
     def kind(self) -> PlanKind:
         """The kind of the plans that this budget asks for."""
         return kind_of(self.budget)
@@ -98,8 +104,8 @@ class Run:
 
     @property
     def compensated(self) -> CheckpointIndex | None:
-        """The compensated W_down of the run, None where the job asks for none."""
-        return open_compensated(self.files.compensation_folder) if self.job.output.compensate else None
+        """The compensated W_down of the run, None where it has none."""
+        return open_compensated(self.files.compensation_folder) if self.compensate else None
 
     def make_plan(self, budget: Budget) -> Plan:
         """A plan from the stored scores; with what the search found where the method has one.

@@ -9,7 +9,7 @@ from typing import Any
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, write_json
 from tenp_dist.errors import JobError
 from tenp_dist.evaluation.metrics import SOURCE
-from tenp_dist.evaluation.plans import store_plans
+from tenp_dist.evaluation.plans import in_forms, store_plans
 from tenp_dist.evaluation.selection import selection_document
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.preflight.job_checks import tried_budgets
@@ -25,7 +25,7 @@ from tenp_dist.stages.score import score_fields
 
 def select_fields(run: Run) -> dict[str, Any]:
     tried = [budget_fields(budget) for budget in tried_budgets(run.job, run.source).values()]
-    solved = {"compensation": ridge_fields(run)} if run.job.output.compensate else {}
+    solved = {"compensation": ridge_fields(run)} if any(run.job.forms) else {}
     return plan_fields(run) | score_fields(run) | {"candidates": digest_of(tried)} | solved
 
 
@@ -34,14 +34,15 @@ def select(run: Run, context: StageContext) -> Output:
     context.replace()
     write = partial(run.store_plan, digests=context.digests)
     plans, infeasible = store_plans(tried_budgets(job, run.source), folder / PLANS, run.make_plan, write)
-    plans = [plan.compensate(job.output.compensate) for plan in plans]
+    forms = job.forms if len(job.forms) > 1 else ()
+    plans = in_forms(plans, forms) if forms else [plan.compensate(job.forms[0]) for plan in plans]
     measured = Measured("select", files.selection_text, folder, job.score.batch_tokens)
     figures = measure(run, context, measured, plans)
     source = figures.pop(SOURCE)
     document = {
         "schema_version": SCHEMA_VERSION,
-        "compensated": any(plan.compensated for plan in plans),
-        **selection_document(job.budget, plans, figures, source, run.domain_weights),
+        "compensated": not forms and any(plan.compensated for plan in plans),
+        **selection_document(job.budget, plans, figures, source, run.domain_weights, forms),
         "infeasible": infeasible,
     }
     write_json(files.selection, document)
@@ -50,18 +51,18 @@ def select(run: Run, context: StageContext) -> Output:
 
 
 def _not_asked(run: Run) -> JobError | None:
-    if run.job.budget.auto:
+    if run.job.chooses:
         return None
     return JobError(
-        "Nothing in the job's budget is to be chosen",
+        "Nothing of the job is to be chosen",
         where=run.job.run_dir,
-        wanted="method: auto, important: auto or slope: auto",
+        wanted="method: auto, important: auto or slope: auto; or output.compensate: auto",
         next_step="plan as the budget says, or set one of them to auto",
     )
 
 
 def _gist(summary: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in summary["chosen"].items())
+    return ", ".join(f"{key} {str(value).lower()}" for key, value in summary["chosen"].items())
 
 
 def _needs(run: Run) -> Sequence[str]:

@@ -83,7 +83,7 @@ def verify(run: Run, context: StageContext) -> Output:
         }
         layouts[layout.name] = checked | ({"rounding": {"form": run.form.name, **rounding}} if rounding else {})
     found: dict[str, Any] = {"layouts": layouts}
-    if run.job.output.compensate:
+    if run.compensate:
         found["compensation"] = _recheck(run, context)
     told = {"layouts": {name: entry | digests[name] for name, entry in layouts.items()}}
     document = {"schema_version": SCHEMA_VERSION} | found | told
@@ -153,7 +153,7 @@ def _recheck(run: Run, context: StageContext) -> dict[str, Any]:
     """Try all that the compensate stage wrote, and solve a sample of it again; what `verify.json` says of it."""
     files = run.files
     _check_unchanged(run, context)
-    joint = run.job.output.compensate == JOINT
+    joint = run.compensate == JOINT
     again = tokens_again(run, context) | {
         "folder": files.verify_folder,
         "plan": files.plan_tensors,
