@@ -90,8 +90,10 @@ class SharedExpert:
 
 
 def shared_expert(skeleton: Skeleton, layer: int) -> SharedExpert | None:
-    """The shared experts of a decoder layer, None where it has none."""
+    """The shared experts of a decoder layer, None where its MoE block has none: beside it they are another sum."""
     family = skeleton.family
+    if not family.shared_experts.startswith(f"{family.block}."):
+        return None
     module = skeleton.load_part(layer, family.shared_experts)
     if module is None:
         return None

@@ -154,13 +154,22 @@ def job(job_file, text_files):
     )
 
 
+@pytest.fixture(scope="session")
+def references() -> dict[str, Path]:
+    """Content of a job file -> its undisturbed run, to be read only."""
+    return {}
+
+
 @pytest.fixture
-def reference(job, tenp, tmp_path):
-    """Undisturbed, in this process, one thread."""
-    run = tmp_path / "reference"
-    found = tenp("run", job, "--run-dir", run)
-    assert found.exit_code == 0, found.stderr
-    return run
+def reference(job, tenp, references, tmp_path_factory):
+    """Undisturbed, in this process, one thread; once for all tests of one job."""
+    text = job.read_text()
+    if text not in references:
+        run = tmp_path_factory.mktemp("reference") / "run"
+        found = tenp("run", job, "--run-dir", run)
+        assert found.exit_code == 0, found.stderr
+        references[text] = run
+    return references[text]
 
 
 @pytest.fixture

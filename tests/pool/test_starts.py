@@ -84,6 +84,13 @@ def doomed(worker: type[LayerWorker], point: str, mark: Path) -> type[LayerWorke
     return Doomed
 
 
+@pytest.fixture(scope="module")
+def undisturbed(ray_pool, tiny_model, tmp_path_factory) -> tuple[dict[str, bytes], Path]:
+    """Scores of two shards, and the folder of their run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run_scores(ray_pool, tiny_model("deepseek_v3"), folder, shards=2), folder
+
+
 @pytest.mark.parametrize(
     ("point", "words"),
     [
@@ -95,6 +102,7 @@ def doomed(worker: type[LayerWorker], point: str, mark: Path) -> type[LayerWorke
 def test_a_worker_killed_while_it_starts_says_how_far_it_was(
     point,
     words,
+    undisturbed,
     ray_pool,
     made_of,
     tiny_model,
@@ -102,9 +110,8 @@ def test_a_worker_killed_while_it_starts_says_how_far_it_was(
 ):
     """In its constructor, before it opens anything, while it opens. After a run that left logs."""
     model, ledger = tiny_model("deepseek_v3"), tmp_path / "stages" / "score.ledger.jsonl"
-    found = run_scores(ray_pool, model, tmp_path, shards=2)
-    ledger.unlink()
-    shutil.rmtree(tmp_path / "scores")
+    found, before = undisturbed
+    shutil.copytree(before / "logs", tmp_path / "logs")
     made_of(lambda worker: doomed(worker, point, tmp_path / "dead"))
     assert run_scores(ray_pool, model, tmp_path, shards=2) == found
     lost = [line for line in map(json.loads, ledger.read_text().splitlines()) if line["event"] == "lost"]

@@ -40,7 +40,8 @@ else:
 
 sys.argv = ["tenp-dist", *sys.argv[3:]]
 from tenp_dist.cli.main import cli
-cli()
+from tenp_dist.pool.in_process import InProcessPool
+cli(obj=None if point == "record" and name == "evaluate" else lambda: InProcessPool(cores=1))
 """
 
 
@@ -51,7 +52,7 @@ def command(*words) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def cut(tmp_path):
-    """cut(point, name, stage, job): run a stage on real Ray and `kill -9` it.
+    """cut(point, name, stage, job): run a stage and `kill -9` it, its workers with it; `evaluate` on real Ray.
 
     point: `record`, before the record of stage `name`; `removal`, when half of the files in `name` are gone.
     """

@@ -19,9 +19,10 @@ linears = (
     FusedTensor("block_sparse_moe.input_linear.weight", (GATE, UP)),
     FusedTensor("block_sparse_moe.output_linear.weight", (DOWN,)),
 )
+shared = {GATE: "input_linear", UP: "input_linear", DOWN: "output_linear"}
 
 ROWS = (
     granite(model_type="granitemoe", fused=linears),
-    granite(model_type="granitemoeshared", fused=linears, shared_experts="shared_mlp"),
-    granite(model_type="granitemoehybrid", fused=linears, shared_experts="shared_mlp"),
+    granite(model_type="granitemoeshared", fused=linears, shared_experts="shared_mlp", shared_matrices=shared),
+    granite(model_type="granitemoehybrid", fused=linears, shared_experts="shared_mlp", shared_matrices=shared),
 )
