@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -66,8 +67,8 @@ def kill(*processes: psutil.Process) -> None:
             process.kill()
 
 
-def same_bytes(run: Path, reference: Path) -> None:
-    for part in PARTS:
+def same_bytes(run: Path, reference: Path, parts: Sequence[str] = PARTS) -> None:
+    for part in parts:
         assert bytes_of(run, part) == bytes_of(reference, part) != {}, part
 
 

@@ -174,14 +174,19 @@ def reference(job, tenp, references, tmp_path_factory):
 
 @pytest.fixture
 def start():
-    """start(job, run, address, *options, cores) -> process of a real `tenp-dist run`; it does not outlive the test."""
+    """start(job, run, address, *options, cores, stage) -> process of a real `tenp-dist run`, or of another command.
+
+    It does not outlive the test.
+    """
     started = []
 
-    def launch(job: Path, run: Path, address: str | None, *options: str, cores: int | None = None) -> subprocess.Popen:
+    def launch(
+        job: Path, run: Path, address: str | None, *options: str, cores: int | None = None, stage: str = "run"
+    ) -> subprocess.Popen:
         environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         available = sorted(os.sched_getaffinity(0))[:cores]
         process = subprocess.Popen(
-            [COMMAND, "run", job, "--run-dir", run, *options],
+            [COMMAND, stage, job, "--run-dir", run, *options],
             env=environment | QUIET | ({"RAY_ADDRESS": address} if address else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -196,6 +201,19 @@ def start():
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def score(start, tenp):
+    """score(job, run, address, *options, cores): as `start`, for scoring alone; what comes before is made here."""
+
+    def launch(job: Path, run: Path, address: str | None, *options: str, cores: int | None = None) -> subprocess.Popen:
+        for stage in ("inspect", "calibrate"):
+            found = tenp(stage, job, "--run-dir", run)
+            assert found.exit_code == 0, found.stderr
+        return start(job, run, address, *options, cores=cores, stage="score")
+
+    return launch
 
 
 @pytest.fixture(scope="module")

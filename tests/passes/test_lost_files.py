@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.deaths import PowerCut, failing, work
+from helpers.marks import VARIANT
 from helpers.scoring import run_scores
 from tenp_dist.errors import StaleError
 from tenp_dist.passes import hidden_states as boundaries
@@ -42,7 +43,7 @@ def robbed(worker: type[LayerWorker], mark: Path) -> type[LayerWorker]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", ["resident", "streaming"])
+@pytest.mark.parametrize("mode", ["resident", pytest.param("streaming", marks=VARIANT)])
 def test_a_boundary_between_shards(mode, ray_pool, reference, tiny_model, tmp_path, monkeypatch):
     """On Ray. The shard upstream makes it again, the later waves wait; it counts as one loss."""
     import sys

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.commands import free_port
+from helpers.marks import VARIANT
 from helpers.models import COMMON, EXPERTS, SETTINGS, save_model
 from helpers.parallel_worker import batches, embed, results, run_layer, score_model, start
 from helpers.source_files import SOURCES, imports_of
@@ -165,7 +166,7 @@ def test_ranks_give_the_same_answer(launch, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "padded"), [(2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("size", "padded"), [pytest.param(2, False, marks=VARIANT), (3, False), (3, True)])
 def test_uneven_splits_give_the_same_answer(size, padded, launch, tiny_model, uneven_model, tmp_path):
     """8 experts and 4 heads over three ranks, 5 heads over two, 128 neurons in blocks of 64 over three."""
     models = {family: tiny_model(family) for family in SETTINGS}

@@ -12,6 +12,7 @@ from ray.exceptions import RpcError
 
 from helpers import ray_nodes
 from helpers.commands import finish, ledger
+from helpers.marks import VARIANT
 from helpers.paths import ROOT
 from tenp_dist.errors import ClusterError
 
@@ -25,7 +26,7 @@ CASES = {  # what cannot be imported there -> where that is met
 }
 
 
-@pytest.mark.parametrize("package", CASES)
+@pytest.mark.parametrize("package", ["tenp_dist", pytest.param("torch", marks=VARIANT), "deepspeed"])
 def test_the_node_is_named_and_nothing_tried_again(package, nodes, job, tmp_path, start, monkeypatch):
     """Beside a node where all is well; two ranks meet on the node with two cores."""
     nodes.start(1)

@@ -51,43 +51,43 @@ def test_two_shards_on_two_nodes_survive_the_loss_of_one_in_scoring_and_in_writi
     same_bytes(run, reference)
 
 
-def test_a_raylet_killed_under_a_shard(nodes, job, reference, tmp_path, start):
+def test_a_raylet_killed_under_a_shard(nodes, job, reference, tmp_path, score):
     """Only the raylet: its worker lives on, but the node counts as dead. The third node takes the shard."""
     nodes.start(1, 1, 1)
     run = tmp_path / "run"
-    process = start(job, run, nodes.address)
+    process = score(job, run, nodes.address)
     wait_for(process, scoring(run))
     with stopped(process):
         kill(next(iter(nodes.processes("LayerWorker"))))
         wait_for(process, lambda: nodes.alive() == 3)
     finish(process)
     assert len(ledger(run, "lost")) == 1
-    same_bytes(run, reference)
+    same_bytes(run, reference, ["scores"])
 
 
-def test_a_killed_driver_resumes_with_another_number_of_shards(nodes, job, reference, tmp_path, start):
+def test_a_killed_driver_resumes_with_another_number_of_shards(nodes, job, reference, tmp_path, score):
     nodes.start(1, 1, 1)
     run = tmp_path / "run"
-    process = start(job, run, nodes.address)
+    process = score(job, run, nodes.address)
     wait_for(process, scoring(run, units=12))
     process.kill()
     assert process.wait() == -signal.SIGKILL
     before = ledger(run, "unit")
     assert any((run / "scores" / "hidden").iterdir()), "nothing to go on from"
 
-    finish(start(job, run, nodes.address, "--set", "cluster.shards=3"))
+    finish(score(job, run, nodes.address, "--set", "cluster.shards=3"))
     after = ledger(run, "unit")[len(before) :]
     assert not {line["unit"] for line in before if line["unit"].startswith("layers 0")} & {
         line["unit"] for line in after
     }
     assert json.loads((run / "stages" / "score.json").read_text())["summary"]["resumed"] > 0
-    same_bytes(run, reference)
+    same_bytes(run, reference, ["scores"])
 
 
-def test_the_head_dies(job, reference, tmp_path, start):
+def test_the_head_dies(job, reference, tmp_path, score):
     """Local Ray, all of it. The command ends in time, says so, and goes on when run again."""
     run = tmp_path / "run"
-    process = start(job, run, None, cores=2)
+    process = score(job, run, None, cores=2)
     wait_for(process, scoring(run))
     with stopped(process):
         children = psutil.Process(process.pid).children(recursive=True)
@@ -101,10 +101,10 @@ def test_the_head_dies(job, reference, tmp_path, start):
     before = len(ledger(run, "unit"))
     assert not (run / "stages" / "score.json").exists()
 
-    finish(start(job, run, None, cores=2))
+    finish(score(job, run, None, cores=2))
     assert json.loads((run / "stages" / "score.json").read_text())["summary"]["resumed"] > 0
     assert len(ledger(run, "unit")) - before < 32
-    same_bytes(run, reference)
+    same_bytes(run, reference, ["scores"])
 
 
 HOLD = """
@@ -135,12 +135,12 @@ def test_a_group_that_finds_no_place_is_an_error_in_time(nodes, job, tmp_path, s
     assert "a node with 1 x 1 CPU for every shard" in stderr and "nodes: " in stderr
 
 
-def test_two_ranks_on_a_node_survive_the_loss_of_one(nodes, job, tmp_path, start):
+def test_two_ranks_on_a_node_survive_the_loss_of_one(nodes, job, tmp_path, score):
     nodes.start(2, 2)
     wide = ("--set", "cluster.tensor_parallel=2")
-    finish(start(job, tmp_path / "undisturbed", nodes.address, *wide))
+    finish(score(job, tmp_path / "undisturbed", nodes.address, *wide))
     run = tmp_path / "run"
-    process = start(job, run, nodes.address, *wide)
+    process = score(job, run, nodes.address, *wide)
     wait_for(process, scoring(run))
     with stopped(process):
         shards = nodes.processes("LayerWorker")
@@ -148,14 +148,14 @@ def test_two_ranks_on_a_node_survive_the_loss_of_one(nodes, job, tmp_path, start
         kill(list(shards.values())[1][1])
     finish(process)
     assert len(ledger(run, "lost")) == 1
-    same_bytes(run, tmp_path / "undisturbed")
+    same_bytes(run, tmp_path / "undisturbed", ["scores"])
 
 
-def test_a_node_that_no_other_replaces(nodes, job, reference, tmp_path, start):
+def test_a_node_that_no_other_replaces(nodes, job, reference, tmp_path, score):
     """Two shards, two nodes: when one is gone the other takes both, after the time that a new node would have had."""
     nodes.start(1, 1)
     run = tmp_path / "run"
-    process = start(job, run, nodes.address, "--set", "cluster.start_timeout=6")
+    process = score(job, run, nodes.address, "--set", "cluster.start_timeout=6")
     wait_for(process, scoring(run))
     with stopped(process):
         raylet, workers = next(iter(nodes.processes("LayerWorker").items()))
@@ -164,7 +164,7 @@ def test_a_node_that_no_other_replaces(nodes, job, reference, tmp_path, start):
     assert len(ledger(run, "lost")) == 1
     begun = ledger(run, "begin")
     assert [line["resumed"] > 0 for line in begun] == [False, True] and {line["threads"] for line in begun} == {1}
-    same_bytes(run, reference)
+    same_bytes(run, reference, ["scores"])
 
 
 def test_accelerators_of_a_lost_node(nodes):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.commands import QUIET
+from helpers.marks import VARIANT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -99,7 +100,9 @@ def work_of(run: Path, stage: str) -> list[dict]:
     return [line for line in map(json.loads, lines) if line["event"] in ("begin", "unit")]
 
 
-@pytest.mark.parametrize(("point", "name"), [("record", "evaluate"), ("removal", "evaluation/hidden")])
+@pytest.mark.parametrize(
+    ("point", "name"), [("record", "evaluate"), pytest.param("removal", "evaluation/hidden", marks=VARIANT)]
+)
 def test_the_end_of_an_evaluation(point, name, cut, again, prepared, tmp_path):
     """No layer is run again; and what was left is removed."""
     job, run = prepared("plan", "compensate", "write"), tmp_path / "run"

@@ -18,6 +18,7 @@ import pytest
 from helpers.commands import COMMAND, QUIET, bytes_of
 from helpers.deaths import Death, lives, only_the_units_in_flight_were_lost, work
 from helpers.evaluation import LAYERS, WAVES, close_to, run
+from helpers.marks import VARIANT
 from tenp_dist.evaluation import measure as streams
 from tenp_dist.evaluation.measure import run_tail
 
@@ -43,7 +44,7 @@ EACH = {
 }
 
 
-@pytest.mark.parametrize("mode", EACH)
+@pytest.mark.parametrize("mode", ["resident", pytest.param("streaming", marks=VARIANT)])
 def test_a_worker_of_each_shard_and_that_of_the_tail(mode, ray_pool, many, here, tmp_path, monkeypatch):
     """One dies while it computes, the other once it has stored the unit (or a part of it) and before it says so."""
     died = lives(monkeypatch, ray_pool, tmp_path / "deaths", *EACH[mode])
@@ -69,7 +70,7 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("mode", ALL)
+@pytest.mark.parametrize("mode", [pytest.param("resident", marks=VARIANT), "streaming"])
 def test_one_rank_of_a_shard_and_all_of_another(mode, ray_pool, many, wide, tmp_path, monkeypatch):
     died = lives(monkeypatch, ray_pool, tmp_path / "deaths", *ALL[mode])
     found = run(ray_pool, [many], tmp_path, waves=WAVES, shards=2, mode=mode, tensor_parallel=2)
@@ -128,7 +129,7 @@ def prepared(job_file, tiny_model, text_files, tenp, tmp_path):
 
 @pytest.mark.parametrize(
     ("mode", "units", "parts", "passes"),
-    [("resident", LAYERS + 5, COMPENSATED, 3), ("streaming", 2, PLANS_ONLY, 1)],
+    [("resident", LAYERS + 5, COMPENSATED, 3), pytest.param("streaming", 2, PLANS_ONLY, 1, marks=VARIANT)],
 )
 def test_the_driver_and_the_same_command_again(mode, units, parts, passes, prepared, tenp, tmp_path):
     """Killed in the pass over the source. The bytes of an undisturbed run; no unit that had ended is done again."""

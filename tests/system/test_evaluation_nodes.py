@@ -8,6 +8,7 @@ import pytest
 
 from helpers.deaths import Death, lives, only_the_units_in_flight_were_lost
 from helpers.evaluation import LAYERS, WAVES, run
+from helpers.marks import VARIANT
 from tenp_dist.pool.ray_pool import RayPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -22,7 +23,7 @@ def pool(nodes):
     pool.close()
 
 
-@pytest.mark.parametrize(("mode", "layer"), [("resident", 2), ("streaming", 1)])
+@pytest.mark.parametrize(("mode", "layer"), [("resident", 2), pytest.param("streaming", 1, marks=VARIANT)])
 def test_a_raylet_killed_in_the_middle_of_a_unit(mode, layer, pool, many, here, tmp_path, monkeypatch):
     """The node counts as dead; its worker may go on for a while. Another node takes the shard."""
     died = lives(monkeypatch, pool, tmp_path / "deaths", Death("pass", layer, wave=1, whom=os.getppid))

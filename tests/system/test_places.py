@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from helpers.commands import COMMAND, QUIET, RAY
+from helpers.marks import VARIANT
 from tenp_dist.errors import ClusterError
 
 pytestmark = [
@@ -73,7 +74,7 @@ def run(job: Path, address: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
-@pytest.mark.parametrize("what", ["model", "run_dir"])
+@pytest.mark.parametrize("what", ["model", pytest.param("run_dir", marks=VARIANT)])
 def test_a_node_that_does_not_see_a_path(what, cluster, job_file, tiny_model, tmp_path):
     model = tmp_path / "storage" / "model"
     model.parent.mkdir()
