@@ -57,12 +57,12 @@ def case(tmp_path_factory) -> SimpleNamespace:
     """job: the quickstart's model, scored for some seconds; reference: undisturbed, in one process, one thread."""
     folder = tmp_path_factory.mktemp("case")
     call(sys.executable, ROOT / "scripts" / "stdlib_text.py", "--split", "calibration", "--out", folder)
-    source = {"path": "code.calibration.jsonl", "domain": "code", "samples": 320}
+    source = {"path": "code.calibration.jsonl", "domain": "code", "samples": 240}
     values = {
         "model": str(ROOT / "jobs" / "quickstart" / "moe-4m"),
         "run_dir": "reference",
         "calibration": {"sources": [source], "sequence_length": 128},
-        "score": {"batch_tokens": 256, "waves": 64},
+        "score": {"batch_tokens": 256, "waves": 48},
         "output": {"shard_size": "1MB"},
         "cluster": {"mode": "resident", "commit_seconds": 0},
     }
@@ -133,8 +133,8 @@ def went_on(submitted: Submitted, reference: Path) -> None:
         assert bytes_of(submitted.run, part) == bytes_of(reference, part) != {}, part
 
 
-def test_stopped_cancelled_and_bereft_of_a_node_then_the_same_bytes(box, case, tmp_path):
-    """One run, interrupted three times in the middle of scoring, in the ways in which Slurm ends jobs."""
+def test_stopped_before_the_time_limit_then_cancelled(box, case, tmp_path):
+    """One run, interrupted twice in the middle of scoring: it requeues itself, and somebody submits it again."""
     submitted = Submitted(tmp_path, case.job, tmp_path / "run")
     submitted.wait_for_scoring()
     call("scancel", "--signal=USR1", "--batch", submitted.number)  # what --signal sends ahead of the time limit
@@ -147,9 +147,15 @@ def test_stopped_cancelled_and_bereft_of_a_node_then_the_same_bytes(box, case, t
     submitted.wait(lambda: not call("squeue", "-h", "-j", submitted.number).strip(), "the cancelled job is gone")
     assert submitted.state() == "CANCELLED" and not (submitted.run / "stages" / "score.json").exists()
     submitted.submit_again()
-    submitted.wait_for_scoring()
+    submitted.wait_for_end()
+    went_on(submitted, case.reference)
 
-    call(BOX, "lose", "node2")  # with all its processes; Slurm notices and requeues the job
+
+def test_requeued_after_a_slurmd_is_killed(box, case, tmp_path):
+    """The second node is gone with all its processes; Slurm notices, requeues the job and starts it when it is back."""
+    submitted = Submitted(tmp_path, case.job, tmp_path / "run")
+    submitted.wait_for_scoring()
+    call(BOX, "lose", "node2")
     submitted.hurry()
     call(BOX, "start")
     submitted.wait_for_end()
