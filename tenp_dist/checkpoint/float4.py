@@ -34,7 +34,6 @@ NO_NUMBER = 255
 """The scale that stands for none."""
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LARGEST = _VALUES[-1]
 _CHUNK = 1 << 21  # numbers that are worked on at a time
 _ABSENT = -1  # scale of a number that is not there
 
@@ -81,10 +80,11 @@ def encode(plain_RC: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tenso
                 next_step="check the source's weights; where the job compensates, raise output.ridge",
             )
         lower_RG = least_scales(groups_RGS)
-        upper_RG = (lower_RG + 1).clamp_max(NO_NUMBER - 1)
-        lost = [_lost(groups_RGS, one_RG) for one_RG in (lower_RG, upper_RG)]
-        scales[part] = torch.where(lost[1] < lost[0], upper_RG, lower_RG).to(torch.uint8)
-        blocks[part] = pack(rounded(groups_RGS, scales[part]).flatten(1))
+        scaled_RGS = _scaled(groups_RGS, lower_RG)
+        (lower_RGS, lost_RG), (upper_RGS, less_RG) = _nearest(scaled_RGS), _nearest(scaled_RGS / 2)
+        better_RG = (4 * less_RG < lost_RG) & (lower_RG + 1 < NO_NUMBER)
+        scales[part] = torch.where(better_RG, lower_RG + 1, lower_RG).to(torch.uint8)
+        blocks[part] = pack(torch.where(better_RG[..., None], upper_RGS, lower_RGS).flatten(1))
     return blocks, scales
 
 
@@ -125,20 +125,19 @@ def least_scales(groups_RGS: torch.Tensor) -> torch.Tensor:
 
 def rounded(groups_RGS: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
     """Codes [R, G, S] of numbers at these scales, rounded to nearest, ties to even; what is above 6 is 6."""
-    scaled = _scaled(groups_RGS, scales_RG)
-    size = scaled.abs().clamp_max_(_LARGEST)
-    finest, finer = size < 2, size < 4  # steps of 0.5, 1 and 2
-    steps = torch.where(finest, size * 2, torch.where(finer, size, size / 2)).round_()
-    codes = steps.add_(torch.where(finest, 0, torch.where(finer, 2, 4)))
-    return codes.to(torch.uint8) | scaled.signbit().to(torch.uint8) << 3
+    return _nearest(_scaled(groups_RGS, scales_RG))[0]
 
 
-def _lost(groups_RGS: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
-    """Squared error of each group, float64 [R, G]."""
-    codes = rounded(groups_RGS, scales_RG)
-    size = torch.tensor(_VALUES).index_select(0, (codes & 7).flatten().int()).view(codes.shape)
-    lost = (size - _scaled(groups_RGS, scales_RG).abs()).double().square_().sum(-1)
-    return lost * powers(scales_RG).double().square()
+def _nearest(scaled_RGS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of numbers at scale 1, uint8, and what a group loses by them in squares, float64 [R, G]."""
+    size = scaled_RGS.abs()
+    inside = size.clamp_max(_VALUES[-1])
+    finest, finer = inside < 2, inside < 4
+    step = torch.where(finest, 0.5, torch.where(finer, 1.0, 2.0))
+    steps = inside.div_(step).round_()
+    lost_RG = size.sub_(steps * step).square_().sum(-1, dtype=torch.float64)
+    codes = steps.add_(torch.where(finest, 0.0, torch.where(finer, 2.0, 4.0))).to(torch.uint8)
+    return codes | scaled_RGS.signbit().to(torch.uint8) << 3, lost_RG
 
 
 def _scaled(groups_RGS: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
