@@ -20,7 +20,7 @@ import torch
 from tenp_dist.artifacts import atomic_write, read_json
 from tenp_dist.checkpoint import float8
 from tenp_dist.checkpoint.entries import TensorHeader
-from tenp_dist.checkpoint.index import open_index
+from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TORCH_DTYPES, TensorReader
 from tenp_dist.checkpoint.side_files import side_files
 from tenp_dist.checkpoint.writer import OutputShard, assign_shards, finish_checkpoint, shard_header
@@ -67,9 +67,12 @@ class Tensors:
         return {"quantization_config": stated}
 
 
-def convert(model: Path, out: Path, tensors: Tensors, shard_size: int) -> None:
-    """Write the checkpoint `out`; it holds one tensor and what is made of it."""
-    index = open_index(model)
+def convert(model: Path, out: Path, tensors: Tensors, shard_size: int, index: CheckpointIndex | None = None) -> None:
+    """Write the checkpoint `out`; it holds one tensor and what is made of it.
+
+    index: of the model's tensors, where they are not to be seen as `open_index` shows them.
+    """
+    index = index or open_index(model)
     headers = {name: tensors.headers(name, e.dtype, tuple(e.shape)) for name, e in index.tensors.items()}
     owner = {header.name: name for name, made in headers.items() for header in made}
     shards = assign_shards([header for made in headers.values() for header in made], shard_size)

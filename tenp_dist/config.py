@@ -137,7 +137,9 @@ class Budget(Part):
     )
     align: int = Field(1, ge=1, description="narrow widths are multiples of this")
     neuron_groups: int = Field(
-        1, ge=1, description="neurons stay or go in groups of so many consecutive ones, as FP8 and int4 store them"
+        1,
+        ge=1,
+        description="neurons stay or go in groups of so many consecutive ones, as FP8, int4 and MXFP4 store them",
     )
     max_widths: int = Field(2, ge=1, description="distinct widths per layer")
     minimum_important: int = Field(0, ge=0, description="whole experts that every layer keeps at least")
@@ -220,7 +222,7 @@ class Output(Part):
     )
     dtype: Literal["source", "bfloat16", "fp8"] = Field(
         "source",
-        description="how tensors are stored. source: as the source has them, FP8 or compressed-tensors again; "
+        description="how tensors are stored. source: as the source has them, FP8, compressed-tensors or MXFP4 again; "
         "bfloat16: plain numbers; fp8: the routed experts of a plain source in 128 x 128 blocks, the rest copied",
     )
     mtp: Literal["keep", "drop"] = Field(

@@ -1,8 +1,8 @@
 """Neurons that stay or go together: whole groups of consecutive ones (`budget.neuron_groups`).
 
-Stored formats share a factor among consecutive neurons: 128 in DeepSeek's FP8, 32 along the input in int4. An expert
-that keeps whole groups keeps these blocks byte for byte. A group's score, or its worth, is the sum over its neurons;
-groups of equal sums stay by lower id. With groups of one neuron everything here is as without groups.
+Stored formats share a factor among consecutive neurons: 128 in DeepSeek's FP8, 32 along the input in int4 and MXFP4.
+An expert that keeps whole groups keeps these blocks byte for byte. A group's score, or its worth, is the sum over its
+neurons; groups of equal sums stay by lower id. With groups of one neuron everything here is as without groups.
 
 Eliminations (`obs`) order single neurons, and what a group costs is not the sum of what its neurons cost in that
 order: each of them was priced once those before it had left. So methods that read one are refused.

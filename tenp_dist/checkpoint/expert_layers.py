@@ -126,8 +126,9 @@ def _check_experts(
 
 
 def _check_one_form(index: CheckpointIndex, entries: Sequence[TensorEntry]) -> None:
-    """A layer's experts run as one: they are all stored in one form."""
-    forms = {entry.name: entry.stored and entry.stored.format for entry in entries}
+    """A layer's experts run as one: their matrices are all stored in one form."""
+    matrices = (entry for entry in entries if len(entry.shape) == 2)  # biases are plain numbers
+    forms = {entry.name: entry.stored and entry.stored.format for entry in matrices}
     first = next(iter(forms))
     other = next((name for name, form in forms.items() if form != forms[first]), None)
     if other:

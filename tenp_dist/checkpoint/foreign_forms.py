@@ -16,7 +16,6 @@ _NAMES = {
     "modelopt": "NVIDIA ModelOpt (NVFP4, FP8)",
     "modelopt_fp4": "NVFP4",
     "compressed-tensors": "compressed-tensors",
-    "mxfp4": "MXFP4",
     "hqq": "HQQ",
     "aqlm": "AQLM",
     "eetq": "EETQ",
@@ -53,7 +52,7 @@ def check_form(folder: Path, config: Mapping[str, Any]) -> None:
         f"The checkpoint is quantised with {_NAMES.get(method, method)}",
         where=f"{folder / 'config.json'}: quantization_config",
         found=f"quant_method {method}{kind}" + (f": {reason}" if reason else ""),
-        wanted="plain bf16, fp16 or fp32, FP8 in blocks as DeepSeek publishes it, or compressed-tensors in "
-        f"float-quantized or pack-quantized ({', '.join(map(str, schemes.BITS))} bits)",
+        wanted="plain bf16, fp16 or fp32, FP8 in blocks as DeepSeek publishes it, MXFP4 as gpt-oss is published, or "
+        f"compressed-tensors in float-quantized or pack-quantized ({', '.join(map(str, schemes.BITS))} bits)",
         next_step="set `model` to the checkpoint that it was quantised from, prune that, and quantise the result",
     )

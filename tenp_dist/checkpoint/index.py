@@ -85,8 +85,8 @@ def open_index(folder: Path) -> CheckpointIndex:
             next_step="download the shard and the index again",
         )
     form = format_of(config)
-    tensors = form.fold(folder, config, tensors)
     tensors, fused = apart(folder, row_of(config), config, tensors)
+    tensors = form.fold(folder, config, tensors)
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)))
     plain = form.plain_config(config)
     held = any(entry.stored for entry in tensors.values())  # otherwise the entry speaks of tensors that are not there

@@ -60,7 +60,7 @@ def rejoined(fused: Mapping[str, Fused], tensors: Sequence[OutputTensor]) -> lis
         experts = tuple(tuple(made[part] for part in parts) for parts in one.names if parts[0] in made)
         if not experts:  # of a prediction layer that is left out
             continue
-        joined = Joined(experts[0][0].source, one.entry.dtype, _joined_shape(one, experts), one, experts)
+        joined = Joined(experts[0][0].source, experts[0][0].dtype, _joined_shape(one, experts), one, experts)
         _check_readable(name, joined)
         whole |= dict.fromkeys((part for parts in one.names for part in parts), OutputTensor(name, joined))
     found = {whole.get(tensor.name, tensor).name: whole.get(tensor.name, tensor) for tensor in tensors}

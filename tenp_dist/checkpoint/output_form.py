@@ -16,7 +16,9 @@ import torch
 
 from tenp_dist.checkpoint.entries import Encoder, Stored, TensorEntry
 from tenp_dist.checkpoint.formats.table import WRITTEN
+from tenp_dist.checkpoint.fused import Fused, as_plain
 from tenp_dist.checkpoint.layer_names import layer_names
+from tenp_dist.checkpoint.microscaled import Microscaled
 from tenp_dist.checkpoint.packed import Packed
 from tenp_dist.checkpoint.reader import TORCH_DTYPES
 from tenp_dist.checkpoint.recipes import Copy, Inputs, Moved, OutputTensor, Recipe
@@ -91,6 +93,16 @@ class OutputForm:
         entry = source.index.entry
         return [part for one in plain for part in self._parts(entry(one.recipe.source), one, solved)]
 
+    def fused(self, source: Source) -> Mapping[str, Fused]:
+        """The tensors that hold all experts of a layer in this form, by their names; none of a source without such."""
+        found = source.index.fused
+        return found if self.encoders else as_plain(found)
+
+    def fuses(self, source: Source) -> bool:
+        """Whether those tensors can be written in this form: matrices that are encoded one by one cannot be joined."""
+        apart = (name for one in source.index.fused.values() for name in one.names[0])
+        return not any(name in self.encoders for name in apart)
+
     def nbytes(self, entry: TensorEntry) -> int:
         """What a tensor of the source would take as a whole."""
         encoder = self.encoders.get(entry.name)
@@ -140,7 +152,8 @@ def routed_matrices(source: Source, *, mtp: bool = False) -> Iterator[str]:
 def packed_step(source: Source, form: OutputForm) -> int:
     """What narrow widths of experts have to be multiples of, because rows of W_down are packed; 1 where none are."""
     encoders = (form.encoders.get(name) for name in routed_matrices(source))
-    return max((encoder.neuron_step for encoder in encoders if isinstance(encoder, Packed)), default=1)
+    packed = (Packed, Microscaled)
+    return max((encoder.neuron_step for encoder in encoders if isinstance(encoder, packed)), default=1)
 
 
 def _plain_modules(source: Source, encoders: Mapping[str, Encoder]) -> list[str]:

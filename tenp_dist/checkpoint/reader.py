@@ -68,7 +68,7 @@ class TensorReader:
         if entry.stored is not None:
             entry.stored.decode(self, target)
         elif entry.between is not None:
-            target.copy_(entry.between.view(self.whole(_around(entry, entry.between))))
+            target.copy_(self.whole(entry))
         elif not target.is_contiguous():
             target.copy_(self.tensor(name))
         elif target.dtype == TORCH_DTYPES[entry.dtype]:
@@ -83,10 +83,14 @@ class TensorReader:
         """A tensor that lies in a file, in the dtype that it lies there in."""
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        if entry.between is not None:
+            return entry.between.view(self.whole(_around(entry, entry.between)))
         return torch.frombuffer(self._bytes(entry), dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
     def pieces(self, entry: TensorEntry, rows: int) -> Iterator[torch.Tensor]:
         """The rows of a tensor that lies in a file, `rows` at a time, in a buffer that the next piece overwrites."""
+        if entry.between is not None:
+            return iter(self.whole(entry).split(rows))
         nbytes = rows * math.prod(entry.shape[1:]) * ITEM_SIZE[entry.dtype]
         return (piece.view(-1, *entry.shape[1:]) for piece in self._flat_pieces(entry, nbytes))
 

@@ -30,7 +30,11 @@ _SIGNS = (
     Sign(r"\.lora_[AB]\.", "The checkpoint holds LoRA adapters beside its weights", "merge them (merge_and_unload)"),
     Sign(r"\.weight_packed$", "The checkpoint is quantised with compressed-tensors", _UNQUANTISED),
     Sign(r"\.weight_scale_2$", "The checkpoint is quantised in NVFP4", _UNQUANTISED),
-    Sign(r"experts.*_(blocks|scales)$", "The checkpoint is quantised in MXFP4", _UNQUANTISED),
+    Sign(
+        r"experts.*_(blocks|scales)$",
+        "The checkpoint is quantised in MXFP4, and its config does not say so",
+        "download config.json again: `quantization_config.quant_method` is mxfp4 as published",
+    ),
     Sign(r"\.(absmax|quant_map|quant_state\.[\w.]+)$", "The checkpoint is quantised with bitsandbytes", _UNQUANTISED),
     Sign(r"\.(qweight|qzeros)$", "The checkpoint is quantised with GPTQ or AWQ", _UNQUANTISED),
     Sign(

@@ -6,17 +6,26 @@ import torch
 
 from tenp_dist.checkpoint import verify_stored
 from tenp_dist.checkpoint.entries import Stored
+from tenp_dist.checkpoint.microscaled import Microscaled
 from tenp_dist.checkpoint.packed import Packed
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.verify_mxfp4 import (
+    Floats4,
+    check_encoded_floats4,
+    check_regrouped_floats4,
+    read_floats4,
+)
 from tenp_dist.checkpoint.verify_packed import Codes, check_encoded_codes, check_regrouped_codes, read_codes
 from tenp_dist.checkpoint.verify_stored import Blocks
 from tenp_dist.errors import VerifyError
 
-Numbers = Blocks | Codes
+Numbers = Blocks | Codes | Floats4
 
 
 def read_numbers(reader: TensorReader, stored: Stored) -> Numbers:
     """A stored matrix with a factor for each of its numbers."""
+    if isinstance(stored, Microscaled):
+        return read_floats4(reader, stored)
     return read_codes(reader, stored) if isinstance(stored, Packed) else verify_stored.read_blocks(reader, stored)
 
 
@@ -24,6 +33,8 @@ def check_regrouped(wanted: Numbers, found: Numbers, where: str) -> float:
     """Check a matrix that was in the same form in the source; returns its relative error. Raises VerifyError."""
     if isinstance(wanted, Codes) and isinstance(found, Codes):
         return check_regrouped_codes(wanted, found, where)
+    if isinstance(wanted, Floats4) and isinstance(found, Floats4):
+        return check_regrouped_floats4(wanted, found, where)
     if isinstance(wanted, Blocks) and isinstance(found, Blocks):
         return verify_stored.check_regrouped(wanted, found, where)
     raise VerifyError("A tensor is stored in another form than in the source", where=where)
@@ -33,6 +44,8 @@ def check_encoded(values: torch.Tensor, found: Numbers, where: str) -> float:
     """Check a matrix of new numbers, [R, C] in any dtype; returns its relative error. Raises VerifyError."""
     if isinstance(found, Codes):
         return check_encoded_codes(values, found, where)
+    if isinstance(found, Floats4):
+        return check_encoded_floats4(values, found, where)
     return verify_stored.check_encoded(values, found, where)
 
 

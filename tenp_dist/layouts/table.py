@@ -121,7 +121,8 @@ def check_expected_of(job: Job, source: Source) -> None:
             wanted="layouts with tensors for every expert",
             next_step="leave output.layout_by, or that layout, out",
         )
-    form = output_form(written, job.output.dtype).name
+    stored = output_form(written, job.output.dtype)
+    form = stored.name
     plain = [layout.name for layout in layouts if layout.plain_only and form]
     if plain:
         raise JobError(
@@ -131,7 +132,7 @@ def check_expected_of(job: Job, source: Source) -> None:
             wanted="bfloat16",
             next_step="set output.dtype to bfloat16, or use layout ragged",
         )
-    if fused and form:
+    if fused and not stored.fuses(written):
         raise JobError(
             f"A {fused[0]} checkpoint of this source has fused experts, which are written as plain tensors only",
             where="output.dtype",

@@ -120,11 +120,11 @@ def _check_expert_ranks(job: Job, source: Source, shapes: Sequence[Shape]) -> No
 def _check_groups(job: Job, source: Source, stated: Sequence[Collection[int] | None]) -> None:
     """Refuse narrow experts that would leave a group of packed numbers unfilled: no engine reads these.
 
-    stated: widths of a plan that the job may get, None where they may be any multiples of `align`.
+    stated: widths of a plan that the job may get, None where they may be any multiples of `width_step`.
     """
     written = written_source(job, source)
     form = output_form(written, job.output.dtype)
-    step, align = packed_step(written, form), job.budget.align
+    step, align = packed_step(written, form), job.budget.width_step
     if step == 1 or not any(layout.saves_space for layout in layouts_of(job)):
         return
     known = {width for widths in stated for width in widths or ()} - {source.facts.intermediate_size}

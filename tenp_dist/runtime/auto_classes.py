@@ -16,7 +16,15 @@ from tenp_dist.runtime import ragged_config
 _INTERNAL_IMPORT = re.compile(r"^from tenp_dist\.\S+ import (\([^)]*\)|.*)\n", re.MULTILINE)
 
 
-_PARTS = ("ragged_config", "pretrained_config", "buckets", "stored_fp8", "stored_compressed", "ragged_model")
+_PARTS = (
+    "ragged_config",
+    "pretrained_config",
+    "buckets",
+    "stored_fp8",
+    "stored_compressed",
+    "stored_mxfp4",
+    "ragged_model",
+)
 
 
 _HEADER = "# The runtime of this checkpoint, written by tenp-dist. Needs torch and transformers only.\n"

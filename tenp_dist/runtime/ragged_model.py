@@ -16,14 +16,14 @@ from transformers.models.auto.modeling_auto import (
 
 from tenp_dist.runtime.buckets import MAX_BUCKETS, PARAMETERS, BucketedExperts, contradictions
 from tenp_dist.runtime.ragged_config import PREFIX, SECTIONS, class_name
-from tenp_dist.runtime.stored_compressed import COMPANIONS, read_stored
+from tenp_dist.runtime.stored_mxfp4 import STORED_PARTS, read_stored
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def _weights(patterns):
-    """Without those of factors and packed numbers, which are used up before (`stored_compressed.py`)."""
-    return [pattern for pattern in patterns if not pattern.endswith(COMPANIONS)]
+    """Without those of factors and packed numbers, which are used up before (`stored_mxfp4.py`)."""
+    return [pattern for pattern in patterns if not pattern.endswith(STORED_PARTS)]
 
 
 class ToBuckets(ConversionOps):

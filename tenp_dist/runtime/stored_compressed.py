@@ -117,7 +117,7 @@ AUTO_QUANTIZER_MAPPING[COMPRESSED] = CompressedQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[COMPRESSED] = CompressedConfig
 
 
-def read_stored(config):
+def read_compressed(config):
     """A copy of a ragged config whose stored weights are read here; the config itself where it says nothing of them.
 
     Raises:

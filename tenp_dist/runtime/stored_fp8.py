@@ -104,7 +104,8 @@ def read_in_blocks(config):
     if stated.get("quant_method") != "fp8" or not stated.get("weight_block_size"):
         raise ValueError(
             f"config.json says quant_method {stated.get('quant_method')!r}; ragged checkpoints are read here as plain "
-            "numbers, FP8 in blocks or compressed-tensors: write with output.dtype bfloat16, or serve it with vLLM"
+            "numbers, FP8 in blocks, compressed-tensors or MXFP4: write with output.dtype bfloat16, or serve it with "
+            "vLLM"
         )
     config = copy.deepcopy(config)
     config.quantization_config = {"quant_method": BLOCKS, "weight_block_size": stated["weight_block_size"]}

@@ -174,7 +174,7 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
         pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept, pruned.neuron_groups))
     tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
     if layout.keeps_fused:
-        tensors = rejoined(source.index.fused, tensors)
+        tensors = rejoined(pruned.form.fused(source), tensors)
     routed = (pruned.whole or source).facts.parameters.routed
     sets = _file_sets(tensors, source, attempt)
     shards = sets.shards

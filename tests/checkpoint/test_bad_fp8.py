@@ -97,7 +97,6 @@ def test_a_layer_that_is_not_converted_stays_plain(fp8, pair, tenp, job_file, tm
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "unheard-of"}, "unheard-of"),
     ],
 )

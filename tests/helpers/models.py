@@ -61,11 +61,11 @@ def save_model(folder: Path, family: str, dtype: str) -> Path:
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="100KB")
-    _tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 
-def _tokenizer():
+def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -65,6 +65,6 @@ def test_a_class_without_a_config_reads_it_too(folders):
 
 def test_another_form_is_refused_with_the_way_out(folders, tmp_path):
     folder = shutil.copytree(folders[0], tmp_path / "ragged")
-    configure(folder, quantization_config={"quant_method": "mxfp4"})
+    configure(folder, quantization_config={"quant_method": "awq"})
     with pytest.raises(ValueError, match=r"output\.dtype bfloat16"):
         auto_load(folder)

@@ -52,6 +52,20 @@ def part_shape(part: str, width: int, hidden: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class StoredPart:
+    """One of the tensors that a matrix is stored as, groups of the numbers of a row in place of these.
+
+    suffix: of the part's name, behind that of the matrix.
+    group: numbers of a group.
+    each: shape of what a group takes here; () for one number.
+    """
+
+    suffix: str
+    group: int
+    each: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class FusedTensor:
     """A tensor of a layer that holds one or two parts of all its experts, the experts along its first axis.
 
@@ -60,12 +74,14 @@ class FusedTensor:
     interleaved: whether the neurons of the parts take turns there instead.
     transposed: whether that is the other axis than in torch's layout of a matrix; None where files of both kinds are
         published, so that it has to be read off the shape.
+    stored: which of the tensors it holds that the matrices are stored as; None for their numbers.
     """
 
     name: str
     parts: tuple[str, ...]
     interleaved: bool = False
     transposed: bool | None = False
+    stored: StoredPart | None = None
 
 
 FUSED = (FusedTensor("mlp.experts.gate_up_proj", (GATE, UP)), FusedTensor("mlp.experts.down_proj", (DOWN,)))
