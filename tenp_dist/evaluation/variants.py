@@ -19,8 +19,9 @@ from tenp_dist.run_files import LAYER_FILES, layer_of_name
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of a checkpoint. plan: its plan.safetensors, None for as it is.
+    """A form of a checkpoint.
 
+    plan: its plan.safetensors, None for as it is.
     compensation: folder of the plan's compensated W_down, None for the source's columns.
     training: folder of trained tensors, None for the source's.
     """

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from helpers.checkpoints import all_tensors, corrupt
 from helpers.jobs import evaluation
-from helpers.marks import BESIDE
 from helpers.refusals import refused
 from tenp_dist.calibration.corpus import read_corpus
 from tenp_dist.checkpoint.fewer_layers import moved
