@@ -12,7 +12,7 @@ from tenp_dist.job_parts import Train
 from tenp_dist.run_files import training_state
 from tenp_dist.training import gradient_pass, steps
 
-pytestmark = BESIDE
+pytestmark = [*BESIDE]
 
 
 def trained(model, folder) -> bytes:
