@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.checkpoints import all_tensors, corrupt
+from helpers.fp8 import make_pair
 from helpers.jobs import evaluation
 from helpers.refusals import refused
 from tenp_dist.calibration.corpus import read_corpus
@@ -116,3 +117,18 @@ def test_what_cannot_be_trained(parts, words, job_file, tenp):
 
 def test_a_job_without_training_has_no_such_stage(job_file, tenp):
     refused(tenp("train", job_file(budget=LEAVES)), "JobError", "does not train")
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+def test_trained_projections_of_an_fp8_source_are_encoded_anew(job_file, tenp, tiny_model, tmp_path):
+    model, _ = make_pair(tmp_path / "pair", tiny_model("deepseek_v3", "bfloat16"))
+    path, run = job_file(model=model, budget=LEAVES, train={**TRAIN, "when": "after"}), tmp_path / "run"
+    for stage in ("inspect", "calibrate", "score", "plan", "train", "write", "verify"):
+        result = tenp(stage, path)
+        assert result.exit_code == 0, (stage, result.stderr)
+    assert read(run, "training.json")["lambda2"] == 0
+    rounding = read(run, "verify.json")["layouts"]["uniform"]["rounding"]
+    assert 0 < rounding["largest_error"] < 0.1
+    assert rounding["largest_error_in"].endswith(("self_attn.o_proj.weight", "mlp.shared_experts.down_proj.weight"))
+    assert rounding["tensors"] - rounding["exact"] == 3 + 2  # of three layers, two of which have shared experts
