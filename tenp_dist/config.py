@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Search, Trsp
+from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Search, Train, Trsp
 from tenp_dist.job_values import Exact, LayoutBy, Protection, Size
 
 Fused = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -267,6 +267,7 @@ class Job(Part):
     budget: Budget = Budget()
     trsp: Trsp = Trsp()
     search: Search = Search()
+    train: Train | None = None
     output: Output = Output()
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None

@@ -1,4 +1,4 @@
-"""Parts of a job that one stage alone reads: how layers are learnt, experts searched, and tasks measured.
+"""Parts of a job that one stage alone reads: how layers are learnt, weights trained, experts searched, tasks measured.
 
 With the names of layouts, which a job's output and its benchmark choose among.
 """
@@ -41,6 +41,42 @@ class Trsp(Part):
     steps: int = Field(30, ge=1, description="steps of a round, each a pass up and back")
     sequences: int = Field(4, ge=1, description="calibration sequences of a step")
     seed: int = Field(0, description="order in which sequences come")
+
+
+class Train(Part):
+    """Training of a small set of weights around pruning: norms, and changes of low rank of two projections a layer."""
+
+    when: Literal["before", "after"] = Field(
+        "before",
+        description="before: the whole model, with a penalty on what the layers that leave do, TRSP's stage 2; after: "
+        "the pruned model",
+    )
+    penalty: float | None = Field(
+        None,
+        ge=0,
+        description="lambda2: what a leaving layer's change costs, as a share of what enters it; default 0.3",
+    )
+    rank: int = Field(
+        8,
+        ge=0,
+        description="of the changes of attention's output projection and of the shared experts' W_down; 0: norms alone",
+    )
+    rate: float = Field(0.002, gt=0, description="Adam's rate at the first step; it falls to zero")
+    steps: int = Field(60, ge=0, description="steps, each a pass up and back")
+    sequences: int = Field(4, ge=1, description="calibration sequences of a step")
+    seed: int = Field(0, description="order in which sequences come, and the changes that training begins with")
+
+    @model_validator(mode="after")
+    def _something_to_penalise(self) -> Train:
+        if self.when == "after" and self.penalty:
+            raise ValueError(f"penalty is of layers that have not left yet, found {self.penalty} with when: after")
+        return self
+
+    @property
+    def lambda2(self) -> float:
+        """The penalty as it is applied."""
+        given = 0.3 if self.penalty is None else self.penalty
+        return given if self.when == "before" else 0.0
 
 
 class Search(Part):

@@ -11,6 +11,7 @@
       search/, search.json            individuals of method eep's search, and which one was chosen
       plan.json, plan.safetensors     the plan, for people and for the writer
       compensation/, compensation.json   new W_down of narrow experts, and what that changed
+      training/, training.json        new norms and projections, where the job trains; the curve of it
       checkpoint/<layout>/            the pruned model
       verify/, verify.json            parts of the check while it is made, its outcome, sha256 of what was written
       source.sha256.json              digests of the source's files, where `verify --full` was asked for
@@ -108,13 +109,23 @@ def learning_file(folder: Path) -> Path:
 
 
 def step_text(folder: Path) -> Path:
-    """Tokens of the step at work. folder: of the layers stage."""
+    """Tokens of the step at work. folder: of the stage."""
     return folder / "step" / "text.arrow"
 
 
 def layer_gradient_file(folder: Path, layer: int) -> Path:
     """The gradient by a layer's weight. folder: of the layers stage."""
     return folder / "step" / f"{layer_name(layer)}.json"
+
+
+def small_set_gradient_file(folder: Path, layer: int) -> Path:
+    """Gradients of what trains of a layer. folder: of the train stage."""
+    return layer_file(folder / "step", layer)
+
+
+def training_state(folder: Path) -> Path:
+    """Where training is: weights and their moving means. folder: of the train stage."""
+    return folder / "state.safetensors"
 
 
 def worker_logs(folder: Path) -> Path:
@@ -264,6 +275,15 @@ class RunFiles:
     @property
     def compensation(self) -> Path:
         return self.run_dir / "compensation.json"
+
+    @property
+    def training_folder(self) -> Path:
+        return self.run_dir / "training"
+
+    @property
+    def training(self) -> Path:
+        """The loss of every step of training, and what it changed."""
+        return self.run_dir / "training.json"
 
     @property
     def checkpoints(self) -> Path:

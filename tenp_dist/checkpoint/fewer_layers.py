@@ -14,6 +14,7 @@ from typing import Any
 
 from tenp_dist.checkpoint.facts import checkpoint_facts
 from tenp_dist.checkpoint.families.base import Family
+from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import KeptNeurons
 from tenp_dist.checkpoint.layer_names import layers_under
 from tenp_dist.checkpoint.source import Source
@@ -45,13 +46,17 @@ def without_layers(source: Source, leaving: Collection[int]) -> Source:
             wanted="at least one that stays",
             next_step="remove fewer layers: budget.drop_layers, or a higher budget.retention",
         )
-    names = _new_names(index.tensors, family, leaving)
-    tensors = {names.get(name, name): entry for name, entry in index.tensors.items() if names.get(name, name)}
-    tensors = {name: replace(entry, name=name) for name, entry in tensors.items()}
     config = _fewer(index.config, source, leaving)
     stored_as = _renamed_modules(index.stored_as, family, leaving)
-    fewer = replace(index, config=config, tensors=tensors, stored_as=stored_as)
+    fewer = replace(tensors_of_fewer(index, family, leaving), config=config, stored_as=stored_as)
     return Source(fewer, family, checkpoint_facts(fewer, family))
+
+
+def tensors_of_fewer(index: CheckpointIndex, family: Family, leaving: Collection[int]) -> CheckpointIndex:
+    """Tensors by the names that they have once these decoder layers are gone, without theirs."""
+    names = _new_names(index.tensors, family, leaving)
+    tensors = {names.get(name, name): entry for name, entry in index.tensors.items() if names.get(name, name)}
+    return replace(index, tensors={name: replace(entry, name=name) for name, entry in tensors.items()})
 
 
 def kept_of_fewer(kept: Mapping[int, KeptNeurons]) -> dict[int, KeptNeurons]:

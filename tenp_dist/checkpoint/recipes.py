@@ -26,8 +26,8 @@ class Inputs:
 
     source: the source checkpoint.
     kept: MoE layer -> its kept neurons.
-    compensated: kept columns of those W_down that take other values than the source's, of experts or of a shared one;
-        None where none does.
+    compensated: tensors that take other values than the source's: kept columns of W_down, of experts or of a shared
+        one, or whatever was trained; None where none does.
     last: what is asked for again at once: the other parts of the last matrix that was encoded.
     """
 
@@ -37,7 +37,7 @@ class Inputs:
     last: dict[Recipe, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def solved(self, name: str) -> np.ndarray | None:
-        """The compensated columns [D, width] of a W_down as integers, None where it keeps the source's."""
+        """Compensated columns [D, width] of a W_down, or a trained tensor, as integers; None: the source's stay."""
         if self.compensated is None or name not in self.compensated.index.tensors:
             return None
         return _integers(self.compensated, name)
@@ -72,7 +72,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class Copy(Recipe):
-    """The source's bytes as they are; compensated columns in place of a whole W_down where there are some."""
+    """The source's bytes as they are; those of the tensor that was compensated or trained, where there is one."""
 
     def read(self, inputs: Inputs) -> memoryview:
         solved = inputs.solved(self.source)

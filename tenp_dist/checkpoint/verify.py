@@ -84,8 +84,8 @@ class Readers(NamedTuple):
 
     source: the source.
     written: the checkpoint that is checked.
-    compensated: the kept columns of those W_down that were compensated, None where none was
-        (`compensation/recheck_pass.py` checks these).
+    compensated: the kept columns of those W_down that were compensated (`compensation/recheck_pass.py` checks these),
+        or whatever was trained; None where nothing was.
     """
 
     source: TensorReader
@@ -93,7 +93,7 @@ class Readers(NamedTuple):
     compensated: TensorReader | None = None
 
     def solved(self, name: str) -> torch.Tensor | None:
-        """The bits of a W_down's compensated columns, None where it keeps the source's."""
+        """The bits of a W_down's compensated columns, or of a trained tensor; None where the source's stay."""
         if self.compensated is None or name not in self.compensated.index.tensors:
             return None
         return bits(self.compensated.tensor(name))
@@ -220,7 +220,7 @@ def verify_tensors(names: Sequence[str], readers: Readers, expected: Expected, *
                 solved = torch.zeros(shape, dtype=solved.dtype).index_copy(axis, neurons, solved)
             wanted = Wanted(name, partial(_pruned, axis=axis, neurons=neurons, narrow=narrow), solved)
         else:
-            wanted = Wanted(name, solved=readers.solved(name))  # of a shared expert, where there is something solved
+            wanted = Wanted(name, solved=readers.solved(name))  # of a shared expert, or trained
         found += check_tensor(name, readers, wanted)
     return found
 
@@ -232,7 +232,7 @@ def check_tensor(name: str, readers: Readers, wanted: Wanted) -> Verified:
         VerifyError: dtype, shape, bytes, or numbers that were encoded anew are not what they have to be.
     """
     entry, origin = readers.written.index.entry(name), readers.source.index.entry(wanted.origin)
-    changed = wanted.change is not None
+    changed = wanted.change is not None or wanted.solved is not None
     if entry.stored is None:
         found = bits(readers.written.tensor(name))
         compare(name, readers, wanted.bits(readers), found, wanted.origin)

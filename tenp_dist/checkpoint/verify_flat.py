@@ -76,7 +76,7 @@ def verify_flat(names: Sequence[str], readers: Readers, expected: Expected) -> V
             _compare_flat(name, bits(readers.written.tensor(name)), layers[name], readers, expected)
             verified += Verified(1, 1, 0, readers.written.index.entry(name).nbytes)
         else:
-            verified += check_tensor(name, readers, Wanted(name))
+            verified += check_tensor(name, readers, Wanted(name, solved=readers.solved(name)))
     return verified
 
 

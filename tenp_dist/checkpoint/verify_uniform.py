@@ -165,7 +165,8 @@ def verify_uniform(names: Sequence[str], readers: Readers, expected: Expected) -
     reading = Names(family, expected.source.facts.num_layers)
     for name in names:
         origin, shape = expected.names[name], readers.written.index.entry(name).shape
-        wanted, layer, expert = Wanted(origin), reading.layer(origin), reading.expert(origin)
+        wanted = Wanted(origin, solved=readers.solved(origin))
+        layer, expert = reading.layer(origin), reading.expert(origin)
         if layer is not None and layer in expected.kept:
             neurons, same = expected.kept[layer], shape == readers.source.index.entry(origin).shape
             if expert is not None and expert[0] in neurons.merged and readers.solved(origin) is None:

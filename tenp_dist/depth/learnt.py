@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from tenp_dist.artifacts import digest_of
-from tenp_dist.calibration.corpus import Corpus, read_corpus, write_corpus
+from tenp_dist.calibration.corpus import read_corpus, write_corpus
+from tenp_dist.calibration.in_turn import sequences_of
 from tenp_dist.depth.weight_pass import LayerWeightTask
-from tenp_dist.passes.backward import run_gradients
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.run_pass import PassContext
+from tenp_dist.passes.step import run_step, weighted_mean
 from tenp_dist.run_files import step_text
 
 
@@ -58,14 +57,9 @@ class WeightSteps:
             ClusterError, DiskFullError, NumericalError: as `run_gradients`.
         """
         task = self._task(weights, gone, number)
-        done = run_gradients(context, task)
-        if not done.loss:  # the pass was through when its run was interrupted, and nobody noted the loss
-            for layer in range(self.layers):
-                task.file(layer).unlink(missing_ok=True)
-            done = run_gradients(context, task)
+        done = run_step(context, task, [task.file(layer) for layer in range(self.layers)])
         shares = {domain: float(self.weights.get(domain, 1)) for domain in done.tokens}
-        total = sum(shares[domain] * count for domain, count in done.tokens.items())
-        loss = sum(shares[domain] * loss for domain, loss in done.loss.items()) / total
+        loss, total = weighted_mean(done, shares)
         by_weight = {
             layer: sum(shares.get(domain, 0.0) * added for domain, added in sums.items()) / total
             for layer, sums in task.sums().items()
@@ -75,7 +69,8 @@ class WeightSteps:
     def _task(self, weights: Mapping[int, float], gone: tuple[int, ...], number: int) -> LayerWeightTask:
         text = step_text(self.folder)
         text.parent.mkdir(parents=True, exist_ok=True)
-        write_corpus(text, sequences_of(read_corpus(self.corpus), self.sequences, self.seed, number))
+        without = [domain for domain, weight in self.weights.items() if not weight]
+        write_corpus(text, sequences_of(read_corpus(self.corpus), self.sequences, self.seed, number, without))
         return LayerWeightTask(
             self.model,
             text,
@@ -88,16 +83,3 @@ class WeightSteps:
             weights=weights,
             gone=gone,
         )
-
-
-def sequences_of(corpus: Corpus, count: int, seed: int, number: int) -> Corpus:
-    """The sequences of a step: `count` from place `number * count` on of an order in which domains take turns.
-
-    The order is drawn once; at its end it begins again.
-    """
-    draw = np.random.Generator(np.random.Philox(seed % 2**64))
-    own = [draw.permutation(np.flatnonzero(corpus.domain_N == i)) for i in range(len(corpus.domains))]
-    most = max(map(len, own))
-    order = [ids[turn] for turn in range(most) for ids in own if turn < len(ids)]
-    chosen = sorted(order[(number * count + i) % len(order)] for i in range(min(count, len(order))))
-    return Corpus(corpus.tokens_NS[chosen], corpus.mask_NS[chosen], corpus.domain_N[chosen], corpus.domains)

@@ -17,11 +17,13 @@ from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept_layer
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.trained import open_trained
 from tenp_dist.errors import NumericalError
 from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.merged_experts import MergedExperts, merged_experts, planned_router, replaced_experts
+from tenp_dist.model.replaced import replaced
 from tenp_dist.model.skeleton import Skeleton
 from tenp_dist.passes.hidden_states import Hidden, HiddenStateFiles
 from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
@@ -106,6 +108,7 @@ class EvaluateStep(LayerStep):
         state = {**shard.share, "mask_EF": self._mask(kept, experts)}
         with (
             planned_router(shard.skeleton, layer, module, kept),
+            self._retrained(name, layer, module),
             replaced_experts(experts, self._merged_of(name, layer, kept, experts)),
         ):
             solved = self._solved_of(name, layer, kept, experts)  # over the merged experts' columns
@@ -166,6 +169,19 @@ class EvaluateStep(LayerStep):
                 full = full_width_down(reader, skeleton.family, layer, kept, experts.down_proj, held)
                 self._solved = ((variant, layer), Solved(full, _solved_shared(skeleton, layer, reader)))
         return self._solved[1]
+
+    @contextlib.contextmanager
+    def _retrained(self, variant: str, layer: int, module: nn.Module) -> Iterator[None]:
+        """Inside the context the layer has the tensors that were trained for a variant."""
+        folder, skeleton = self.task.variants[variant].training, self.shard.skeleton
+        with contextlib.ExitStack() as stack:
+            if folder is not None:
+                reader = stack.enter_context(TensorReader(open_trained(folder, layer)))
+                own = {skeleton.tensor_of(layer, key): key for key in module.state_dict()}
+                found = {own[name]: reader.tensor(name) for name in reader.index.tensors}
+                of_layer = {key: tensor.to(module.get_parameter(key)) for key, tensor in found.items()}
+                stack.enter_context(replaced(module, of_layer))
+            yield
 
     def _mask(self, kept: KeptNeurons | None, experts: FusedExperts | None) -> torch.Tensor | None:
         """A variant's mask of the experts that this rank holds, [E, F]; removed experts need none."""

@@ -25,7 +25,7 @@ from tenp_dist.run_files import PLAN_JSON
 MakePlan = Callable[[Budget], Plan]
 WritePlan = Callable[[Path, Plan], Sequence[Path]]
 CONTROL = "control: "
-_MEASURED_ANYWAY = ("source", "pruned", "random")  # names in every evaluation
+_MEASURED_ANYWAY = ("source", "pruned", "random", "untrained", "trained")  # names that evaluations have themselves
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class NamedPlan:
     tensors: its plan.safetensors.
     document: what plan.json says.
     compensated: whether it is measured with compensated weights, and with which.
+    training: folder of trained tensors that it is measured with, None for the source's.
     """
 
     name: str
@@ -44,6 +45,7 @@ class NamedPlan:
     tensors: Path
     document: Mapping[str, Any]
     compensated: Compensate = False
+    training: Path | None = None
 
     @property
     def budget(self) -> Budget:
@@ -210,6 +212,7 @@ def entry(plan: NamedPlan, figures: Mapping[str, Any]) -> dict[str, Any]:
         "budget": document["budget"],
         "retention": document["retention"],
         "compensated": plan.compensated,
+        **({"trained": True} if plan.training else {}),
         **figures,
     }
 

@@ -19,23 +19,33 @@ from tenp_dist.run_files import LAYER_FILES, layer_of_name
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of a checkpoint. plan: its plan.safetensors, None for as it is.
+    """A form of a checkpoint.
 
+    plan: its plan.safetensors, None for as it is.
     compensation: folder of the plan's compensated W_down, None for the source's columns.
+    training: folder of trained tensors, None for the source's.
     """
 
     plan: Path | None = None
     compensation: Path | None = None
+    training: Path | None = None
 
     @property
     def digest(self) -> str:
-        return digest_of([self.plan and file_digest(self.plan), self._solved()])
+        trained = [self._trained()] if self.training else []
+        return digest_of([self.plan and file_digest(self.plan), self._solved(), *trained])
 
     def changes(self) -> dict[int, str]:
         """Layer -> digest of all that the variant changes in it. Reads the plan, one layer at a time."""
         digests = {} if self.plan is None else layer_digests(self.plan)
-        solved = self._solved()
-        return {layer: digest_of([digest, solved.get(layer)]) for layer, digest in digests.items()}
+        solved, trained = self._solved(), self._trained()
+        both = {layer: digest_of([digest, solved.get(layer)]) for layer, digest in digests.items()}
+        return both | {layer: digest_of([both.get(layer), digest]) for layer, digest in trained.items()}
+
+    def _trained(self) -> dict[int, str]:
+        """Layer -> digest of its trained tensors."""
+        files = sorted(self.training.glob(LAYER_FILES)) if self.training else []
+        return {layer_of_name(path.name): file_digest(path) for path in files}
 
     def _solved(self) -> dict[int, list]:
         """Layer -> what its compensated files were made from."""

@@ -30,7 +30,7 @@ class Pruned:
     source: the checkpoint to prune.
     kept: MoE layer -> its kept neurons.
     retention: share of the routed neurons that the job asked for, a decimal string.
-    compensated: where W_down of compensated experts is, None where none is.
+    compensated: where tensors are that were compensated or trained, None where none was.
     form: how tensors are stored.
     mtp: number of a multi-token prediction layer -> what stays of it, in layouts that prune these too.
     neuron_groups: neurons that stay or go together.

@@ -169,6 +169,11 @@ class Skeleton:
         prefixes = tuple(self.family.layer.format(layer=layer) + prefix for prefix in self.family.router_tensors)
         return [key for key, made in inside.items() if made.tensors[0].startswith(prefixes)]
 
+    def tensor_of(self, layer: int, key: str) -> str | None:
+        """The checkpoint's tensor of a layer's parameter, None where it has several, or none of its own."""
+        made = self._stored.get(f"{self._layers_path}.{layer}.{key}")
+        return made.tensors[0] if made is not None and len(made.tensors) == 1 else None
+
     def _stored_parameter(self, path: str) -> StoredParameter:
         """What fills a parameter; a tensor of its own name where the checkpoint has none, for the message."""
         return self._stored.get(path) or StoredParameter((path,))

@@ -74,6 +74,11 @@ STAGES = (
         ("JOB.yaml --set output.compensate=joint", "JOB.yaml --set output.ridge=0.001 --overwrite"),
     ),
     StageName(
+        "train",
+        "Train norms and low-rank changes before layers leave, or after; write training/layer_*.safetensors.",
+        ("JOB.yaml --set train.when=after", "JOB.yaml --set train.penalty=0.1 --overwrite"),
+    ),
+    StageName(
         "write",
         "Write the pruned checkpoint in every layout of the job.",
         ("JOB.yaml --set 'output.layouts=[ragged, padded]'",),

@@ -29,6 +29,7 @@ from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.ranks import check_parallel
 from tenp_dist.preflight.node_checks import check_not_uploaded
 from tenp_dist.preflight.search_checks import check_search
+from tenp_dist.preflight.training_checks import check_training
 from tenp_dist.run_files import RunFiles
 
 
@@ -87,6 +88,7 @@ def _check_plan(job: Job, source: Source, layers: Sequence[MoeLayer]) -> None:
     check_expected_of(job, source)
     _check_expert_ranks(job, source, shapes)
     _check_compensation(job)
+    check_training(job)
     check_search(job, source, shapes)
 
 

@@ -16,6 +16,7 @@ holds no absolute paths, host names or times: the same run gives the same bytes.
 | benchmark   | `benchmark.json`: tasks, both columns and their paired differences, or None       |
 | selection   | `selection.json`: the curve that an `auto` budget was chosen on, or None          |
 | verify      | `verify.json`, or None                                                          |
+| training    | `training.json`: what trained, and the loss of every step, or None                |
 | compensation | `compensation.json` and what verify says of it, or None                        |
 | job         | what was asked for, paths cut to their last part                                |
 | provenance  | digests of inputs and stages, versions of the libraries                         |
@@ -102,6 +103,7 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "verify": verify and verify["layouts"],
         "compensation": compensation,
+        "training": _optional(files.training) if job.get("train") else None,
         "evaluation": evaluation,
         "benchmark": benchmark,
         "selection": _optional(files.selection) if is_auto(job) else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,7 @@ def evaluate(run: Run, context: StageContext) -> Output:
     context.replace()
     write_corpus(files.held_out, corpus)
     plans, refused = _plans_beside(run, context, given)
+    plans = [*_around_training(run), *plans]
     control = [_control(run, context)] if asked.checkpoint else []
     layout = main_layout(run.layouts) if asked.checkpoint else None
     written = [VariantsPass(files.checkpoint(layout.name), {"pruned": Variant()})] if layout else []
@@ -81,7 +83,7 @@ def evaluate(run: Run, context: StageContext) -> Output:
     }
     write_json(files.evaluation, document)
     found = dict.fromkeys(file for plan in (*control, *plans) for file in (plan.text, plan.tensors))
-    theirs = {file for plan in given for file in (plan.text, plan.tensors)}
+    theirs = {file for plan in (*given, *_around_training(run)) for file in (plan.text, plan.tensors)}
     made = [file for file in found if file not in theirs]
     return Output([files.evaluation, files.held_out, *made], digest_of(document), document)
 
@@ -112,6 +114,16 @@ def _plans_beside(run: Run, context: StageContext, given: Sequence[NamedPlan]) -
         plans = [plan.compensate(run.compensate) for plan in plans]
     check_distinct(plans)
     return plans, [*out_of_range, *refused]
+
+
+def _around_training(run: Run) -> list[NamedPlan]:
+    """The job's plan without what was trained; and with it where no checkpoint is measured that has it."""
+    if not run.job.train:
+        return []
+    files = run.files
+    plan = NamedPlan("untrained", files.plan, files.plan_tensors, read_plan(files.run_dir))
+    trained = replace(plan, name="trained", training=files.training_folder)
+    return [plan] if _asked(run).checkpoint else [plan, trained]
 
 
 def _control(run: Run, context: StageContext) -> NamedPlan:
@@ -157,7 +169,7 @@ def _needs(run: Run) -> Sequence[str]:
         needs += ["score", *needed_by(*budgets_of(run)), *chosen, *(["search"] if asked.grid else [])]
     if asked.checkpoint:
         needs += ["plan", "write"]
-    return needs
+    return needs + (["plan", "train"] if run.job.train and not asked.checkpoint else [])
 
 
 def _not_asked(run: Run) -> JobError | None:

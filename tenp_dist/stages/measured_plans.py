@@ -78,7 +78,7 @@ def _variants_of(
         again = tokens_again(run, context)
         task = task_of(form, **again, folder=folder, hidden=hidden, targets=tuple(targets.values()))
         compensate_model(part_of(where, number, len(forms) + 1), task)
-    return {plan.name: Variant(plan.tensors, home.get(plan.name)) for plan in plans}
+    return {plan.name: Variant(plan.tensors, home.get(plan.name), plan.training) for plan in plans}
 
 
 def _forms(plans: Sequence[NamedPlan]) -> list[Compensate]:

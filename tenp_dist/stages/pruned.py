@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tenp_dist.checkpoint.fewer_layers import kept_of_fewer, staying, without_layers
+from tenp_dist.checkpoint.fewer_layers import kept_of_fewer, staying, tensors_of_fewer, without_layers
 from tenp_dist.checkpoint.kept import KeptNeurons, leaving_layers
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.layouts.base import Pruned
@@ -16,10 +16,11 @@ def pruned_by(run: Run, kept: Mapping[int, KeptNeurons]) -> Pruned:
     source, retention, leaving = run.written_source, str(run.job.budget.retention), leaving_layers(kept)
     if not leaving:
         groups = run.job.budget.neuron_groups
-        return Pruned(source, kept, retention, run.compensated, run.form, neuron_groups=groups)
+        return Pruned(source, kept, retention, run.solved, run.form, neuron_groups=groups)
     fewer = without_layers(source, leaving)
     form = output_form(fewer, run.job.output.dtype)
-    return Pruned(fewer, kept_of_fewer(kept), retention, run.compensated, form, whole=source)
+    solved = run.solved and tensors_of_fewer(run.solved, source.family, leaving)
+    return Pruned(fewer, kept_of_fewer(kept), retention, solved, form, whole=source)
 
 
 def check_layers_stay_the_same(run: Run, leaving: Sequence[int]) -> None:

@@ -44,7 +44,7 @@ class Claim:
     folder: the checkpoint.
     source: the checkpoint that was pruned.
     plan: `plan.safetensors`.
-    compensated: where W_down of compensated experts is, None where none is.
+    compensated: where tensors are that were compensated or trained, None where none was.
     dtype: how the job says that tensors are stored.
     ranks: expert-parallel ranks that have files of their own, None for none.
     neuron_groups: neurons that stay or go together.
@@ -66,7 +66,7 @@ def verify(run: Run, context: StageContext) -> Output:
             folder=run.files.checkpoint(layout.name),
             source=run.written_source,
             plan=run.files.plan_tensors,
-            compensated=run.compensated,
+            compensated=run.solved,
             dtype=run.job.output.dtype,
             ranks=run.job.output.expert_ranks,
             neuron_groups=1 if run.kind.experts_leave else run.job.budget.neuron_groups,
@@ -188,7 +188,7 @@ def _check_unchanged(run: Run, context: StageContext) -> None:
 
 def _needs(run: Run) -> Sequence[str]:
     tokens = ("inspect", "calibrate") if run.job.output.compensate else ()  # compensated weights are solved again
-    return (*tokens, "plan", "compensate", "write")
+    return (*tokens, "plan", "compensate", "train", "write")
 
 
 STAGE = RunStage(

@@ -12,8 +12,9 @@ import torch
 from helpers.gradients import plain_gradients
 from helpers.scoring import COMPUTE, batches_of, pass_context, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
+from tenp_dist.calibration.in_turn import sequences_of
 from tenp_dist.depth.learn import Learning, Settings, learn
-from tenp_dist.depth.learnt import WeightSteps, sequences_of
+from tenp_dist.depth.learnt import WeightSteps
 
 SETTINGS = Settings(penalty=0.05, rate=0.05, steps=6)
 CURVES = {2: (3.0, 0.9), 3: (0.02, 0.4), 5: (0.3, 0.7)}  # layer -> (a, b): loss a (S - b)^2

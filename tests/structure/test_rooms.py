@@ -10,7 +10,8 @@ ROOMS = [
     "errors", "artifacts", "job_values", "job_parts",
     "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
-    "depth", "search", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch", "cli",
+    "depth", "training", "search", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch",
+    "cli",
 ]  # fmt: skip
 FILES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
 SOLVERS = {"compensation", "elimination"}

@@ -129,6 +129,7 @@ class Family:
     groups_key, chosen_groups_key: config keys of the number of equal groups that experts are routed in and
         of how many of them a token may use, None for a family without groups.
     group_scorers: experts of a group whose scores rank the group.
+    output_projections: modules inside a layer that end attention, or what stands in its place; a layer has one.
     shared_experts: module inside a layer that every token goes through beside its routed experts.
     shared_tensors: prefix of their tensors inside a layer, None where it is the module's name.
     shared_matrices: the checkpoint's names of their gate, up and down.
@@ -176,6 +177,7 @@ class Family:
     groups_key: str | None = None
     chosen_groups_key: str | None = None
     group_scorers: int = 1
+    output_projections: tuple[str, ...] = ("self_attn.o_proj",)
     shared_experts: str = "mlp.shared_experts"
     shared_tensors: str | None = None
     shared_matrices: Mapping[str, str] = field(default_factory=lambda: dict(PROJECTIONS))

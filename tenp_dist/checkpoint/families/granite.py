@@ -24,5 +24,11 @@ shared = {GATE: "input_linear", UP: "input_linear", DOWN: "output_linear"}
 ROWS = (
     granite(model_type="granitemoe", fused=linears),
     granite(model_type="granitemoeshared", fused=linears, shared_experts="shared_mlp", shared_matrices=shared),
-    granite(model_type="granitemoehybrid", fused=linears, shared_experts="shared_mlp", shared_matrices=shared),
+    granite(
+        model_type="granitemoehybrid",
+        fused=linears,
+        shared_experts="shared_mlp",
+        shared_matrices=shared,
+        output_projections=("self_attn.o_proj", "mamba.out_proj"),
+    ),
 )

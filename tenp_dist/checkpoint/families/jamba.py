@@ -15,6 +15,7 @@ ROWS = (
         block_norm="pre_ff_layernorm",
         router="feed_forward.router",
         router_tensors=("feed_forward.router.",),
+        output_projections=("self_attn.o_proj", "mamba.out_proj"),
         width_of_others=("feed_forward",),
     ),
 )

@@ -15,5 +15,6 @@ ROWS = (
         block_norm="ffn_norm",
         router="feed_forward.gate",
         router_tensors=("feed_forward.gate.", "feed_forward.expert_bias"),
+        output_projections=("self_attn.out_proj", "conv.out_proj"),
     ),
 )

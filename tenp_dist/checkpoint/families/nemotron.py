@@ -22,6 +22,7 @@ ROWS = (
         groups_key="n_group",
         chosen_groups_key="topk_group",
         group_scorers=2,
+        output_projections=("mixer.o_proj", "mixer.out_proj"),
         shared_experts="mixer.shared_experts",
         shared_matrices=UP_AND_DOWN,
         refused={"moe_latent_size": ANY},

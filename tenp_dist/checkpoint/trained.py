@@ -1,0 +1,36 @@
+"""Trained tensors on disk: what the train stage leaves, and what then takes the place of the source's tensors.
+
+`training/layer_00003.safetensors` holds the tensors of a layer that training changed, whole, under the checkpoint's own
+names and in its dtypes. Layers that are as they were have no file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tenp_dist.artifacts import SCHEMA_VERSION, atomic_write
+from tenp_dist.checkpoint.index import CheckpointIndex, index_files
+from tenp_dist.run_files import LAYER_FILES, layer_name
+
+
+def write_trained(path: Path, tensors: Mapping[str, torch.Tensor], *, layer: int, key: str) -> None:
+    """Store a layer's tensors. key: of the stage."""
+    from safetensors.torch import save
+
+    about = {"schema_version": SCHEMA_VERSION, "layer": layer, "key": key}
+    with atomic_write(path) as stream:
+        stream.write(save(dict(tensors), metadata={"tenp": json.dumps(about)}))
+
+
+def open_trained(folder: Path, layer: int | None = None) -> CheckpointIndex:
+    """Every trained tensor of a folder, or of one layer of it, by its checkpoint name.
+
+    Raises:
+        SourceError: a file is truncated or contradictory.
+    """
+    pattern = LAYER_FILES if layer is None else f"{layer_name(layer)}.safetensors"
+    return index_files(folder, sorted(path.name for path in folder.glob(pattern)))
