@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Search, Trsp
-from tenp_dist.job_values import Exact, LayoutBy, Protection, Size
+from tenp_dist.job_values import Exact, LayoutBy, Model, Protection, Size
 
 Fused = Annotated[tuple[str, ...], Field(min_length=1)]
 """Methods whose rankings become one."""
@@ -258,7 +258,13 @@ class Cluster(Part):
 class Job(Part):
     """One YAML file is one whole run."""
 
-    model: Path = Field(description="folder with config.json, safetensors and tokenizer")
+    model: Model = Field(
+        description="folder with config.json, safetensors and tokenizer; org/name or org/name@revision on the Hugging "
+        "Face Hub; s3:// or gs:// address of such a folder"
+    )
+    model_cache: Path | None = Field(
+        None, description="folder that a model of the Hub or a bucket is downloaded to; default the Hub's cache"
+    )
     run_dir: Path = Field(description="folder that receives everything the run writes")
     calibration: Calibration
     score: Score = Score()

@@ -29,6 +29,11 @@ STAGES = (
         ("JOB.yaml --set model=/models/DeepSeek-V3",),
     ),
     StageName(
+        "fetch",
+        "Download the weights of a model that the job names on the Hugging Face Hub or in a bucket.",
+        ("JOB.yaml --set model=Qwen/Qwen3-30B-A3B", "JOB.yaml --set model=Qwen/Qwen3-30B-A3B@main"),
+    ),
+    StageName(
         "calibrate",
         "Tokenise the calibration text; write calibration/calibration.arrow.",
         ("JOB.yaml --set calibration.sources.0.samples=8",),

@@ -1,6 +1,6 @@
 """The stages of a run, in their order: a file of this room for every name in `pipeline/names.py`.
 
-inspect -> calibrate -> score -> [eliminate ->] [gradients ->] [layers ->] [select ->] [search ->] plan ->
+inspect -> [fetch ->] calibrate -> score -> [eliminate ->] [gradients ->] [layers ->] [select ->] [search ->] plan ->
 [compensate ->] write -> verify -> [evaluate ->] [benchmark ->] report; every arrow is a file.
 """
 
@@ -34,6 +34,7 @@ def stages_of(run: Run) -> list[Stage]:
             owns=stage.owns,
             remote=stage.remote,
             scratch=stage.scratch,
+            there=partial(stage.there, run),
             gist=stage.gist,
         )
         for name, stage in asked.items()
