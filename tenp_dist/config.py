@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Search, Trsp
+from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Publish, Search, Trsp
 from tenp_dist.job_values import Exact, LayoutBy, Model, Protection, Size
 
 Fused = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -274,6 +274,7 @@ class Job(Part):
     output: Output = Output()
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
+    publish: Publish | None = None
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")

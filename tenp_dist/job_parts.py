@@ -10,9 +10,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from tenp_dist.job_values import Exact
+from tenp_dist.job_values import Exact, names_repository
 
 LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
 """Each names a file of `layouts/`; the first is the default."""
@@ -122,3 +122,23 @@ class Benchmark(Part):
         if self.backend != "server" and given:
             raise ValueError(f"source_url and pruned_url are for backend server, found {self.backend}")
         return self
+
+
+class Publish(Part):
+    """Where the verified checkpoint is uploaded to; a name alone is its repo."""
+
+    repo: str = Field(description="org/name on the Hugging Face Hub; made if it is not there")
+    private: bool = Field(False, description="whether a repository that is made is private")
+    layout: LayoutName | None = Field(None, description="checkpoint to upload; default the one that is evaluated")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"repo": given} if isinstance(given, str) else given
+
+    @field_validator("repo")
+    @classmethod
+    def _is_a_name(cls, repo: str) -> str:
+        if not names_repository(repo):
+            raise ValueError(f"repo must be org/name, found {repo}")
+        return repo

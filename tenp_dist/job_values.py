@@ -62,6 +62,11 @@ def names_elsewhere(text: str) -> bool:
     return bool(_URL.fullmatch(text) or (_HUB_ID.fullmatch(text) and "--" not in text and ".." not in text))
 
 
+def names_repository(text: str) -> bool:
+    """Whether it can be the id of a repository on the Hub, without a revision."""
+    return names_elsewhere(text) and not is_address(text) and "@" not in text
+
+
 def is_address(text: str) -> bool:
     """Whether it is an address such as `s3://bucket/folder`."""
     return bool(_URL.fullmatch(text))

@@ -30,6 +30,13 @@ def open_origin(name: str, cache: Path | None = None, version: str | None = None
     return open_hub(name, cache, version)
 
 
+def upload(folder: Path, repo: str, message: str, *, private: bool) -> str:
+    """A folder to a repository of the Hub; returns the commit. Raises OutputError."""
+    from tenp_dist.origins.hub_upload import upload as upload_folder
+
+    return upload_folder(folder, repo, message, private=private)
+
+
 def fetched(model: Path | str, announce: Callable[[str], None]) -> Path:
     """The folder of a model, brought here if it lies elsewhere. announce: is told how far it is."""
     if isinstance(model, Path):

@@ -99,5 +99,10 @@ STAGES = (
         ("JOB.yaml", "JOB.yaml --set 'benchmark.tasks=[arc_easy, gsm8k]' --set benchmark.limit=100"),
     ),
     StageName("report", "Write report/index.html, report/report.json and the model card."),
+    StageName(
+        "publish",
+        "Upload a verified checkpoint and its card to the Hugging Face Hub.",
+        ("JOB.yaml --set publish=org/name", "JOB.yaml --set 'publish={repo: org/name, private: true}'"),
+    ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -1,7 +1,7 @@
 """The stages of a run, in their order: a file of this room for every name in `pipeline/names.py`.
 
 inspect -> [fetch ->] calibrate -> score -> [eliminate ->] [gradients ->] [layers ->] [select ->] [search ->] plan ->
-[compensate ->] write -> verify -> [evaluate ->] [benchmark ->] report; every arrow is a file.
+[compensate ->] write -> verify -> [evaluate ->] [benchmark ->] report [-> publish]; every arrow is a file.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ class Hub:
     asked: every request as `GET /path`.
     cut_after: file -> bytes after which the connection breaks, once, where it is asked for up to its end.
     broken: files whose HEAD, with which a download begins, is answered with status 400.
+    uploaded: sha256 -> content of files that came, committed or not.
     """
 
     url: str = ""
@@ -55,6 +58,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     cut_after: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    uploaded: dict[str, bytes] = field(default_factory=dict)
 
     def publish(self, name: str, folder: Path, branch: str = "main", **settings) -> str:
         repository = self.repositories.setdefault(name, Repository(**settings))
@@ -79,6 +83,67 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["content-length"]))
+        self.hub.asked.append(f"PUT {self.path}")
+        number = hashlib.sha256(content).hexdigest()
+        if number in self.hub.broken or not self.path.endswith(number):
+            return self._refuse(400, "Broken")
+        self.hub.uploaded[number] = content
+        return self._json({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        path = unquote(self.path.partition("?")[0])
+        self.hub.asked.append(f"POST {path}")
+        match = re.fullmatch(
+            r"/(?:api/models/)?([^/]+/[^/]+?)(?:\.git/info/lfs/objects)?/(preupload|commit|batch)(/.+)?", path
+        )
+        if path == "/api/validate-yaml":
+            return self._json({"warnings": [], "errors": []})
+        if (self.headers.get("authorization") or "") != "Bearer hf_right":
+            return self._refuse(401, "Unauthorized")
+        if path == "/api/repos/create":
+            return self._json(self._create(json.loads(body)))
+        if match is None or match[1] not in self.hub.repositories:
+            return self._refuse(404, "RepoNotFound")
+        return self._json(
+            {"preupload": self._modes, "batch": self._places, "commit": self._commit}[match[2]](match[1], body)
+        )
+
+    def _create(self, asked: dict) -> dict:
+        name = f"{asked['organization']}/{asked['name']}"
+        private = asked.get("visibility") == "private" or asked.get("private") is True
+        self.hub.repositories.setdefault(name, Repository(token="hf_right" if private else None))
+        return {"url": f"{self.hub.url}/{name}"}
+
+    def _modes(self, name: str, body: bytes) -> dict:
+        """Weights go where large files go, all others into the commit."""
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
+
+    def _places(self, name: str, body: bytes) -> dict:
+        """Where to send large files that are not there yet."""
+        found = []
+        for one in json.loads(body)["objects"]:
+            there = one["oid"] in self.hub.uploaded
+            found.append(one if there else one | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}})
+        return {"objects": found, "transfer": "basic"}
+
+    def _commit(self, name: str, body: bytes) -> dict:
+        folder = Path(tempfile.mkdtemp(prefix="hub-commit-"))
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                continue
+            large = line["key"] == "lfsFile"
+            content = self.hub.uploaded[value["oid"]] if large else base64.b64decode(value["content"])
+            (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / value["path"]).write_bytes(content)
+        number = self.hub.repositories[name].commit(folder)
+        return {"commitUrl": f"{self.hub.url}/{name}/commit/{number}", "commitOid": number}
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(self.path.partition("?")[0])
