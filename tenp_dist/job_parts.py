@@ -1,4 +1,5 @@
-"""Parts of a job that one stage alone reads: how layers are learnt, experts searched, and tasks measured.
+"""Parts of a job that one stage alone reads: how layers are learnt, experts searched, tasks measured, and what is
+published. And the one that no plan depends on: where the job runs.
 
 With the names of layouts, which a job's output and its benchmark choose among.
 """
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from tenp_dist.job_values import Exact, names_repository
+from tenp_dist.job_values import Exact, Size, names_repository
 
 LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
 """Each names a file of `layouts/`; the first is the default."""
@@ -142,3 +143,21 @@ class Publish(Part):
         if not names_repository(repo):
             raise ValueError(f"repo must be org/name, found {repo}")
         return repo
+
+
+class Cluster(Part):
+    """How a job is spread over nodes and their devices."""
+
+    shards: int = Field(1, ge=1, description="layer shards, each a group of ranks on one node")
+    tensor_parallel: int = Field(1, ge=1, description="ranks of a shard, one accelerator each")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an accelerator where there is one")
+    mode: Literal["auto", "resident", "streaming"] = Field(
+        "auto", description="resident: a shard keeps its layers; streaming: one after another, the next read ahead"
+    )
+    device_memory: Size | None = Field(None, description="weights that a rank may hold; default 60 % of what there is")
+    host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
+    commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
+    start_timeout: float = Field(300.0, gt=0, description="seconds in which shards, and writers, must find a place")
+    stall_timeout: float = Field(1800.0, ge=5, description="seconds without any progress after which a worker hangs")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default its cores")
+    writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
