@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tenp_dist.job_parts import LAYOUTS, Benchmark, LayoutName, Part, Search, Train, Trsp
-from tenp_dist.job_values import Exact, LayoutBy, Protection, Size
+from tenp_dist.job_parts import LAYOUTS, Benchmark, Cluster, LayoutName, Part, Publish, Search, Train, Trsp
+from tenp_dist.job_values import Exact, LayoutBy, Model, Protection, Size
 
 Fused = Annotated[tuple[str, ...], Field(min_length=1)]
 """Methods whose rankings become one."""
@@ -241,26 +241,16 @@ class Output(Part):
         return None if self.layout_by is None else int(self.layout_by.partition("=")[2])
 
 
-class Cluster(Part):
-    shards: int = Field(1, ge=1, description="layer shards, each a group of ranks on one node")
-    tensor_parallel: int = Field(1, ge=1, description="ranks of a shard, one accelerator each")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an accelerator where there is one")
-    mode: Literal["auto", "resident", "streaming"] = Field(
-        "auto", description="resident: a shard keeps its layers; streaming: one after another, the next read ahead"
-    )
-    device_memory: Size | None = Field(None, description="weights that a rank may hold; default 60 % of what there is")
-    host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
-    commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
-    start_timeout: float = Field(300.0, gt=0, description="seconds in which shards, and writers, must find a place")
-    stall_timeout: float = Field(1800.0, ge=5, description="seconds without any progress after which a worker hangs")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default its cores")
-    writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")
-
-
 class Job(Part):
     """One YAML file is one whole run."""
 
-    model: Path = Field(description="folder with config.json, safetensors and tokenizer")
+    model: Model = Field(
+        description="folder with config.json, safetensors and tokenizer; org/name or org/name@revision on the Hugging "
+        "Face Hub; s3:// or gs:// address of such a folder"
+    )
+    model_cache: Path | None = Field(
+        None, description="folder that a model of the Hub or a bucket is downloaded to; default the Hub's cache"
+    )
     run_dir: Path = Field(description="folder that receives everything the run writes")
     calibration: Calibration
     score: Score = Score()
@@ -271,6 +261,7 @@ class Job(Part):
     output: Output = Output()
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
+    publish: Publish | None = None
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")

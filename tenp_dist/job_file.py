@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from tenp_dist.config import Evaluation, Job, Text
 from tenp_dist.errors import JobError
 from tenp_dist.job_parts import Benchmark
+from tenp_dist.job_values import names_elsewhere
 
 T = TypeVar("T", bound=Text)
 
@@ -81,13 +82,21 @@ def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -
         raise _explain(error, where) from error
     return job.model_copy(
         update={
-            "model": _resolve(base, job.model),
+            "model": resolve_model(base, job.model),
+            "model_cache": job.model_cache and _resolve(base, job.model_cache),
             "run_dir": _resolve(base, job.run_dir),
             "calibration": _resolve_sources(base, job.calibration),
             "benchmark": job.benchmark and _resolve_benchmark(base, job.benchmark),
             "evaluation": job.evaluation and _resolve_plans(base, _resolve_sources(base, job.evaluation)),
         }
     )
+
+
+def resolve_model(base: Path, model: Path | str) -> Path | str:
+    """The folder that is meant, or the name as it is where there is no such folder and it can be one of the Hub."""
+    text = _expand(str(model))
+    folder = _resolve(base, Path(text))
+    return text if isinstance(model, str) and names_elsewhere(text) and not folder.exists() else folder
 
 
 def _resolve(base: Path, path: Path) -> Path:

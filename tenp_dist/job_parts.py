@@ -1,4 +1,5 @@
-"""Parts of a job that one stage alone reads: how layers are learnt, weights trained, experts searched, tasks measured.
+"""Parts of a job that one stage alone reads: how layers are learnt, weights trained, experts searched, tasks measured,
+and what is published. And the one that no plan depends on: where the job runs.
 
 With the names of layouts, which a job's output and its benchmark choose among.
 """
@@ -10,9 +11,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from tenp_dist.job_values import Exact
+from tenp_dist.job_values import Exact, Size, names_repository
 
 LAYOUTS = ("ragged", "padded", "uniform", "less_is_moe")
 """Each names a file of `layouts/`; the first is the default."""
@@ -158,3 +159,41 @@ class Benchmark(Part):
         if self.backend != "server" and given:
             raise ValueError(f"source_url and pruned_url are for backend server, found {self.backend}")
         return self
+
+
+class Publish(Part):
+    """Where the verified checkpoint is uploaded to; a name alone is its repo."""
+
+    repo: str = Field(description="org/name on the Hugging Face Hub; made if it is not there")
+    private: bool = Field(False, description="whether a repository that is made is private")
+    layout: LayoutName | None = Field(None, description="checkpoint to upload; default the one that is evaluated")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"repo": given} if isinstance(given, str) else given
+
+    @field_validator("repo")
+    @classmethod
+    def _is_a_name(cls, repo: str) -> str:
+        if not names_repository(repo):
+            raise ValueError(f"repo must be org/name, found {repo}")
+        return repo
+
+
+class Cluster(Part):
+    """How a job is spread over nodes and their devices."""
+
+    shards: int = Field(1, ge=1, description="layer shards, each a group of ranks on one node")
+    tensor_parallel: int = Field(1, ge=1, description="ranks of a shard, one accelerator each")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: an accelerator where there is one")
+    mode: Literal["auto", "resident", "streaming"] = Field(
+        "auto", description="resident: a shard keeps its layers; streaming: one after another, the next read ahead"
+    )
+    device_memory: Size | None = Field(None, description="weights that a rank may hold; default 60 % of what there is")
+    host_memory: Size | None = Field(None, description="hidden states that a rank may hold; beyond it they go to disk")
+    commit_seconds: float = Field(10.0, ge=0, description="work that a streaming shard may lose")
+    start_timeout: float = Field(300.0, gt=0, description="seconds in which shards, and writers, must find a place")
+    stall_timeout: float = Field(1800.0, ge=5, description="seconds without any progress after which a worker hangs")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; default its cores")
+    writers: int | None = Field(None, ge=1, description="parallel writer tasks; default one per core")

@@ -1,4 +1,4 @@
-"""Kinds of values that a job file may hold: sizes, exact fractions, protected experts, ways to divide files.
+"""Kinds of values that a job file may hold: sizes, exact fractions, models, protected experts, ways to divide files.
 
 Each is read from what YAML gives and raises ValueError with what to write instead.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PlainValidator
 
 NONE = "none"  # of `budget.protect`: an empty list
 
@@ -50,3 +51,33 @@ def parse_layout_by(value: object) -> object:
 
 
 LayoutBy = Annotated[str | None, BeforeValidator(parse_layout_by)]
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+_URL = re.compile(r"[a-z][a-z0-9+]*://\S+")
+
+
+def names_elsewhere(text: str) -> bool:
+    """Whether it can be the id of a repository on the Hub, with or without a revision, or the address of a bucket."""
+    return bool(_URL.fullmatch(text) or (_HUB_ID.fullmatch(text) and "--" not in text and ".." not in text))
+
+
+def names_repository(text: str) -> bool:
+    """Whether it can be the id of a repository on the Hub, without a revision."""
+    return names_elsewhere(text) and not is_address(text) and "@" not in text
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an address such as `s3://bucket/folder`."""
+    return bool(_URL.fullmatch(text))
+
+
+def parse_model(value: object) -> Path | str:
+    """A folder, or a name as the job gives it. Raises ValueError."""
+    if isinstance(value, Path) or (isinstance(value, str) and value.strip()):
+        return value
+    raise ValueError("not a model (write a folder, org/name of the Hugging Face Hub, or an address such as s3://...)")
+
+
+Model = Annotated[Path | str, PlainValidator(parse_model)]
+"""A folder (Path, once the job is read), or a name of what lies elsewhere (str)."""

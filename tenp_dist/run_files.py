@@ -2,6 +2,7 @@
 
     run_dir/
       facts.json                      what headers say of the source
+      source.json                     which version of it, where it comes from the Hub or a bucket
       calibration/                    tokens to score on, and those set aside for an `auto` budget
       scores/                         statistics of every MoE layer; parts and hidden states while it is made
       elimination/                    in which order neurons leave, for methods that ask
@@ -211,6 +212,11 @@ class RunFiles:
     @property
     def facts(self) -> Path:
         return self.run_dir / "facts.json"
+
+    @property
+    def origin(self) -> Path:
+        """Which version of a source from elsewhere the run works on."""
+        return self.run_dir / "source.json"
 
     @property
     def calibration_folder(self) -> Path:

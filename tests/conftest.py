@@ -13,6 +13,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 pytest_plugins = [
     "helpers.models",
     "helpers.engines",
+    "helpers.hub",
     "helpers.jobs",
     "helpers.ray_nodes",
     "helpers.refusals",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,11 +17,12 @@ from tenp_dist.checkpoint.entries import TensorEntry, parse_entry
 from tenp_dist.checkpoint.families.table import row_of, stock_config
 from tenp_dist.checkpoint.formats.table import format_of
 from tenp_dist.checkpoint.fused import Fused, apart
+from tenp_dist.checkpoint.headers import Beginning, read_header, unreadable
 from tenp_dist.errors import SourceError
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,21 @@ class CheckpointIndex:
         return self.tensors[name]
 
 
-def open_index(folder: Path) -> CheckpointIndex:
+def open_index(folder: Path, beginning: Beginning | None = None) -> CheckpointIndex:
     """Read config, index and headers of a checkpoint.
+
+    beginning: gives the headers of files that are not in the folder yet; None where they are.
 
     Raises:
         SourceError: anything missing, truncated, outside the folder or contradictory.
     """
     folder = Path(folder)
     config = read_config(folder)
-    weight_map = _weight_map(folder)
+    weight_map = _weight_map(folder, beginning)
     digest = hashlib.sha256(_canonical(config))
     digest.update(_canonical(weight_map))
-    tensors, files = _read_files(
-        folder, sorted(set(weight_map.values())), digest, lambda name, file: weight_map.get(name) == file
-    )
+    names = sorted(set(weight_map.values()))
+    tensors, files = _read_files(folder, names, digest, lambda name, file: weight_map.get(name) == file, beginning)
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise SourceError(
@@ -106,13 +107,17 @@ def index_files(folder: Path, files: Sequence[str], skip: Collection[str] = ()) 
 
 
 def _read_files(
-    folder: Path, files: Sequence[str], digest: hashlib._Hash, wanted: Callable[[str, str], bool]
+    folder: Path,
+    files: Sequence[str],
+    digest: hashlib._Hash,
+    wanted: Callable[[str, str], bool],
+    beginning: Beginning | None = None,
 ) -> tuple[dict[str, TensorEntry], dict[str, int]]:
     """Wanted (name, file) entries and file sizes; headers go into the digest."""
     tensors: dict[str, TensorEntry] = {}
     sizes: dict[str, int] = {}
     for file in files:
-        header, data, size = _read_header(folder, file)
+        header, data, size = read_header(folder, file, beginning)
         sizes[file] = size
         digest.update(_canonical([file, size, header]))
         tensors.update(
@@ -125,23 +130,21 @@ def _read_files(
 
 def read_config(folder: Path) -> dict:
     """config.json under its family's own model_type (`stock_config`). Raises SourceError where it cannot be read."""
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG_NAME
     if not Path(folder).is_dir():
         raise SourceError(
             "Model folder not found",
             where=folder,
             wanted="a folder with config.json and safetensors",
-            next_step="set `model` to a checkpoint folder"
-            + "; a name on the Hugging Face Hub is not taken: download it (`hf download NAME --local-dir FOLDER`)"
-            * (not Path(folder).parent.is_dir()),
+            next_step="set `model` to a checkpoint folder, or to a name on the Hugging Face Hub (`org/name`)",
         )
     if not path.is_file():
-        cached = sorted(Path(folder).glob("snapshots/*/config.json"))
+        cached = sorted(Path(folder).glob(f"snapshots/*/{CONFIG_NAME}"))
         raise SourceError(
             "Model folder has no config.json",
             where=folder,
             found=f"the cache of a download, {cached[-1].parent.relative_to(folder)} in it" if cached else None,
-            wanted="config.json",
+            wanted=CONFIG_NAME,
             next_step=f"set `model` to {cached[-1].parent}"
             if cached
             else "download it, or give the folder of a finished checkpoint",
@@ -149,7 +152,16 @@ def read_config(folder: Path) -> dict:
     return stock_config(_load_json(path))
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files that the index tells of, by which they can be asked for before they are there.
+
+    Raises:
+        SourceError: as `open_index`, of the index alone.
+    """
+    return sorted(set(_weight_map(folder, None).values())) if (folder / INDEX_NAME).is_file() else [SINGLE_NAME]
+
+
+def _weight_map(folder: Path, beginning: Beginning | None) -> dict[str, str]:
     if (folder / INDEX_NAME).is_file():
         weight_map = _load_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -161,8 +173,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
             )
         _check_inside(folder, weight_map.values())
         return weight_map
-    if (folder / SINGLE_NAME).is_file():
-        header, _, _ = _read_header(folder, SINGLE_NAME)
+    if beginning is not None or (folder / SINGLE_NAME).is_file():
+        header, _, _ = read_header(folder, SINGLE_NAME, beginning)
         return {name: SINGLE_NAME for name in header if name != "__metadata__"}
     raise _no_safetensors(folder)
 
@@ -200,55 +212,11 @@ def _check_inside(folder: Path, files: Iterable[str]) -> None:
             )
 
 
-def _read_header(folder: Path, file: str) -> tuple[dict, int, int]:
-    """Header, first byte of the data, and size of one file."""
-    path = folder / file
-    if not path.is_file():
-        raise SourceError(
-            "Checkpoint shard is missing", where=path, wanted=file, next_step="download the shard, then run again"
-        )
-    try:
-        with open(path, "rb") as stream:
-            size = path.stat().st_size
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            text = stream.read(length) if 0 < length <= min(_MAX_HEADER, size - 8) else None
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if text is None:
-        raise SourceError(
-            "Not a safetensors file, or cut in its header",
-            where=path,
-            found=f"{size} bytes" + (f", a header of {length} bytes announced" if length >= 0 else ""),
-            wanted="a header that ends inside the file",
-            next_step="download the shard again",
-        )
-    return _header(path, text), 8 + length, size
-
-
-def _header(path: Path, text: bytes) -> dict:
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise SourceError(
-            "Safetensors header is not valid JSON", where=path, found=error, next_step="download the shard again"
-        ) from error
-    if not isinstance(header, dict):
-        raise SourceError(
-            "Safetensors header is not a mapping",
-            where=path,
-            found=type(header).__name__,
-            wanted="tensor name -> dtype, shape, data_offsets",
-            next_step="download the shard again",
-        )
-    return header
-
-
 def _load_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise SourceError("Not valid JSON", where=path, found=error, next_step="download the file again") from error
     if not isinstance(value, dict):
@@ -260,15 +228,6 @@ def _load_json(path: Path) -> dict:
             next_step="download the file again",
         )
     return value
-
-
-def _unreadable(path: Path, error: OSError) -> SourceError:
-    return SourceError(
-        "File of the checkpoint cannot be read",
-        where=path,
-        found=error.strerror or error,
-        next_step="check its permissions and the disk",
-    )
 
 
 def _canonical(value: object) -> bytes:

@@ -29,12 +29,13 @@ _WEIGHTS = ("*.safetensors", "*.index.json")
 
 def side_files(source: Path) -> dict[str, Path]:
     """Name inside the checkpoint -> file of the source that comes along, in the order of names."""
+    return {name: path for name, path in _files(source).items() if comes_along(name)}
+
+
+def comes_along(name: str) -> bool:
+    """Whether a file of this name, below the source's folder, is one of these."""
     patterns = [pattern for group in CARRIED.values() for pattern in group]
-    return {
-        name: path
-        for name, path in _files(source).items()
-        if any(_fits(name, pattern) for pattern in patterns) and not any(_fits(name, one) for one in _WEIGHTS)
-    }
+    return any(_fits(name, pattern) for pattern in patterns) and not any(_fits(name, one) for one in _WEIGHTS)
 
 
 def left_behind(source: Path) -> list[str]:

@@ -19,8 +19,8 @@ _folder = click.Path(path_type=Path)
 
 
 @click.command("compare", help=with_examples("compare", "Let two checkpoints answer the same prompts.", EXAMPLES))
-@click.argument("source", type=_folder)
-@click.argument("pruned", type=_folder)
+@click.argument("source")
+@click.argument("pruned")
 @click.option("--prompts", type=_folder, required=True, help="A prompt a line, or .jsonl with `prompt` or `text`.")
 @click.option("--max-new-tokens", "length", type=click.IntRange(1), default=64, show_default=True, help="Of an answer.")
 @click.option("--chat", is_flag=True, help="Prompts are users' messages: put them through the chat template.")
@@ -43,17 +43,20 @@ def compare(as_json: bool, debug: bool, **options: Any) -> None:
             draw(found)
 
 
-def _compare(source: Path, pruned: Path, prompts: Path, html: Path | None, **options: Any) -> dict[str, Any]:
+def _compare(source: str, pruned: str, prompts: Path, html: Path | None, **options: Any) -> dict[str, Any]:
     from tenp_dist.cli.view import quieten
     from tenp_dist.comparison.compare import compare as compare_models
     from tenp_dist.comparison.page import write_page
     from tenp_dist.comparison.prompts import read_prompts
+    from tenp_dist.job_file import resolve_model
+    from tenp_dist.origins.table import fetched
 
     quieten()
     texts = read_prompts(prompts)
     console = Console(stderr=True, highlight=False)
     with console.status("") as status:
-        found = compare_models(source.resolve(), pruned.resolve(), texts, announce=status.update, **options)
+        first, second = (fetched(resolve_model(Path.cwd(), model), status.update) for model in (source, pruned))
+        found = compare_models(first, second, texts, announce=status.update, **options)
     if html is not None:
         write_page(html, found)
         console.print(f"Page: {html}", soft_wrap=True)

@@ -73,7 +73,7 @@ def _slurm(
     words += ["--run-dir", str(run_dir.resolve())] if run_dir else []
     given = loaded.cluster.model_dump(exclude_unset=True)
     values = here() | {name: value for name, value in options.items() if value is not None}
-    found = seen_here(loaded.model)
+    found = seen_here(loaded)
     if isinstance(found, SourceError):
         click.echo(
             f"Note:    into how many ranks the model can be cut is not known here ({found.what}: {loaded.model})"

@@ -21,6 +21,7 @@ from tenp_dist.preflight.disk_space import bytes_needed, streams, tokens_of
 from tenp_dist.stages.catalogue import stages_of
 from tenp_dist.stages.run import Run
 
+_OVER_NETWORK = ("fetch", "publish")
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "out_proj.weight", "dense.weight")
 
 
@@ -71,7 +72,8 @@ class Work:
 
     @cached_property
     def stages(self) -> tuple[str, ...]:
-        return tuple(stage.name for stage in stages_of(self.run))
+        """Those of the job but for what comes and goes over the network, whose rate nobody states."""
+        return tuple(stage.name for stage in stages_of(self.run) if stage.name not in _OVER_NETWORK)
 
     def layers(self, sequence_length: int) -> list[Layer]:
         """Decoder layers, for tokens in sequences of so many."""

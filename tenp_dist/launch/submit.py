@@ -26,7 +26,7 @@ from tenp_dist.errors import ClusterError, Interrupted, first_line, one_line
 from tenp_dist.pool.ray_environment import address_given, job_server_address, overruling, set_ray_environment, use_token
 
 _MAX_TEXT_BYTES = 100 * 10**6  # of text files in an upload; beyond it they stay paths
-_PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+_PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT")  # no token: others may read these
 _PATIENCE_SECONDS = 60.0  # without an answer from the job server
 _AGENT_SECONDS, _PAUSE_SECONDS = 120.0, 5.0  # for a node to be ready to start the job; between tries
 _NOT_YET = ("No available agent", "try again later")  # a young or busy cluster, after some seconds of the server's own

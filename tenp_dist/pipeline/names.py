@@ -29,6 +29,11 @@ STAGES = (
         ("JOB.yaml --set model=/models/DeepSeek-V3",),
     ),
     StageName(
+        "fetch",
+        "Download the weights of a model that the job names on the Hugging Face Hub or in a bucket.",
+        ("JOB.yaml --set model=Qwen/Qwen3-30B-A3B", "JOB.yaml --set model=Qwen/Qwen3-30B-A3B@main"),
+    ),
+    StageName(
         "calibrate",
         "Tokenise the calibration text; write calibration/calibration.arrow.",
         ("JOB.yaml --set calibration.sources.0.samples=8",),
@@ -99,5 +104,10 @@ STAGES = (
         ("JOB.yaml", "JOB.yaml --set 'benchmark.tasks=[arc_easy, gsm8k]' --set benchmark.limit=100"),
     ),
     StageName("report", "Write report/index.html, report/report.json and the model card."),
+    StageName(
+        "publish",
+        "Upload a verified checkpoint and its card to the Hugging Face Hub.",
+        ("JOB.yaml --set publish=org/name", "JOB.yaml --set 'publish={repo: org/name, private: true}'"),
+    ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

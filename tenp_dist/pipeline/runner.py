@@ -80,11 +80,12 @@ class PipelineRunner:
         inputs = self.inputs(stage)
         key = digest_of({"stage": stage.name, "schema": SCHEMA_VERSION, "inputs": inputs})
         record = read_record(self.run_dir, stage.name)
-        if record is not None and record.key == key and record.intact(self.run_dir):
+        if record is not None and record.key == key and record.intact(self.run_dir) and stage.there():
             self.listener.skipped(stage, record)
             self._tidy(stage)
             return record
         self._refuse_changed_settings(stage, record, inputs)
+        self._check_there(stage.needs)
         self._at_work, self._losses = stage, 0
         self.listener.started(stage)
         self.journal.started(stage.name)
@@ -167,6 +168,16 @@ class PipelineRunner:
                 next_step=f"run `tenp-dist {name}` again",
             )
         return record.digest
+
+    def _check_there(self, names: Sequence[str]) -> None:
+        """Before a stage works: what these left outside the run directory is not seen by the sizes of their files."""
+        for name in names:
+            if not self.stages[name].there():
+                raise StaleError(
+                    f"What stage `{name}` brought is not there any more, or not in full",
+                    where=self.files.record(name),
+                    next_step=f"run `tenp-dist {name}` again",
+                )
 
     def _check_settings(self, stage: Stage) -> None:
         """Before anything runs: refuse where finished work was made from other settings of this stage."""

@@ -65,6 +65,7 @@ class Stage:
     owns: paths in the run directory that it replaces as a whole.
     remote: whether its work runs on the pool.
     scratch: patterns of paths in the run directory that only the unfinished stage needs; they go after its record.
+    there: whether what it left outside the run directory is still there.
     gist: its summary in the few words that fit on its line.
     """
 
@@ -76,6 +77,7 @@ class Stage:
     owns: tuple[str, ...]
     remote: bool = False
     scratch: tuple[str, ...] = ()
+    there: Callable[[], bool] = lambda: True
     gist: Callable[[Mapping[str, Any]], str] = lambda summary: ""
 
 

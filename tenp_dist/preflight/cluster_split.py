@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tenp_dist.checkpoint.source import Source, open_source
+from tenp_dist.config import Job
 from tenp_dist.errors import ClusterError, SourceError, UnsupportedModelError
+from tenp_dist.origins.table import open_origin
 from tenp_dist.passes.ranks import check_parallel
 
 
@@ -60,9 +62,11 @@ def _most_ranks(gpus: int, source: Source | None) -> int:
     return 1
 
 
-def seen_here(model: Path) -> Source | SourceError:
-    """The model, or why this machine cannot read it: a login node may not see it. Raises UnsupportedModelError."""
+def seen_here(job: Job) -> Source | SourceError:
+    """The job's model, or why it cannot be read here: a login node may not see it. Raises UnsupportedModelError."""
     try:
-        return open_source(model)
+        if isinstance(job.model, Path):
+            return open_source(job.model)
+        return open_origin(job.model, job.model_cache).open()
     except SourceError as error:
         return error

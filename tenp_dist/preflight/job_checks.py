@@ -50,6 +50,7 @@ def check_job(job: Job, source: Source) -> None:
         _check_plan(job, source, layers)
     output_form(source, job.output.dtype)
     _check_benchmark(job)
+    _check_publish(job)
     check_parallel(source.family, source.index.config, job.cluster.tensor_parallel)
     for text in filter(None, (job.calibration, job.evaluation)):
         check_sources(text)
@@ -183,6 +184,19 @@ def _check_benchmark(job: Job) -> None:
             found=asked.tasks_folder,
             wanted="a folder with tasks as lm-eval describes them",
             next_step="correct the path; scripts/stdlib_tasks.py makes such a folder",
+        )
+
+
+def _check_publish(job: Job) -> None:
+    asked, written = job.publish, [layout.name for layout in layouts_of(job)]
+    known = asked is None or (asked.layout in written if asked.layout else main_layout(layouts_of(job)) is not None)
+    if asked is not None and not known:
+        raise JobError(
+            "The layout to publish is not written",
+            where="publish.layout",
+            found=asked.layout or "none that loads in transformers",
+            wanted=" or ".join(written) or "a layout that is written",
+            next_step="correct it, or add the layout to output.layouts",
         )
 
 

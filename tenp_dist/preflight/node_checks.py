@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tenp_dist.artifacts import atomic_write, free_bytes
-from tenp_dist.checkpoint.index import open_index
+from tenp_dist.artifacts import atomic_write, digest_of, free_bytes
+from tenp_dist.checkpoint.index import open_index, read_config
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Job
 from tenp_dist.errors import ClusterError, DiskFullError, JobError, TenpError
@@ -29,8 +29,8 @@ _PATIENCE_SECONDS = 10.0  # until a file that one node wrote is seen by another
 class NodeView:
     """What one node sees.
 
-    model: the checkpoint's fingerprint, or what is wrong where `model_seen` is false.
-    model_seen: whether the checkpoint's headers could be read.
+    model: what `mark_of` says of the checkpoint, or what is wrong where `model_seen` is false.
+    model_seen: whether the checkpoint's headers, or its config, could be read.
     probe: whether it saw the driver's file.
     own: name of the file that it left, or what is wrong where `own_written` is false.
     own_written: whether it could write to the run directory.
@@ -71,10 +71,12 @@ def check_nodes(pool: Pool, job: Job, source: Source) -> None:
     with atomic_write(job.run_dir / probe):
         pass
     try:
-        seen = pool.each_node(inspect_node, job.model, job.run_dir, probe)
+        model, whole = source.folder, source.complete
+        mark = source.fingerprint if whole else mark_of(model, whole=False)
+        seen = pool.each_node(inspect_node, model, job.run_dir, probe, whole)
         needed = max(0, bytes_needed(job, source) - written_bytes(job.run_dir))
         for node, view in seen.items():
-            _check_model(node, job.model, view, source.fingerprint)
+            _check_model(node, source, view, mark)
             _check_run_dir(node, job.run_dir, view)
             _check_disk_space(node, job.run_dir, view, needed)
     finally:
@@ -82,19 +84,27 @@ def check_nodes(pool: Pool, job: Job, source: Source) -> None:
             path.unlink(missing_ok=True)
 
 
-def inspect_node(model: Path, run_dir: Path, probe: str) -> NodeView:
-    """What this node sees; runs there."""
+def mark_of(model: Path, *, whole: bool) -> str:
+    """The checkpoint's fingerprint; of one whose weights are still to come, a digest of its config. Raises SourceError.
+
+    Its folder is one: where a node sees the small files, it sees the weights once they are there.
+    """
+    return open_index(model).fingerprint if whole else digest_of(read_config(model))
+
+
+def inspect_node(model: Path, run_dir: Path, probe: str, whole: bool) -> NodeView:
+    """What this node sees; runs there. whole: whether the weights are there already."""
     try:
-        fingerprint, seen = open_index(model).fingerprint, True
+        mark, seen = mark_of(model, whole=whole), True
     except TenpError as error:
-        fingerprint, seen = f"{error.what}: {error.where}", False
+        mark, seen = f"{error.what}: {error.where}", False
     there = _appears(run_dir / probe)
     own, written = f"{probe}-{secrets.token_hex(4)}", True
     try:  # neither the folder nor its parents are made: what is not there is the fault to be found
         os.close(os.open(run_dir / own, os.O_CREAT | os.O_WRONLY))
     except OSError as error:
         own, written = error.strerror or str(error), False
-    return NodeView(fingerprint, seen, there, own, written, free_bytes(run_dir))
+    return NodeView(mark, seen, there, own, written, free_bytes(run_dir))
 
 
 def _appears(path: Path) -> bool:
@@ -109,21 +119,24 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _check_model(node: str, model: Path, view: NodeView, fingerprint: str) -> None:
+def _check_model(node: str, source: Source, view: NodeView, mark: str) -> None:
     if not view.model_seen:
+        cache = "set model_cache (or HF_HOME) to storage that all nodes see: the driver downloads once, for all of them"
         raise ClusterError(
             "A node does not see the model",
-            where=f"node {node}: {model}",
+            where=f"node {node}: {source.folder}",
             found=view.model,
             wanted="the checkpoint, under the same path on every node",
-            next_step="mount the storage on that node, copy the model there, or leave the node out",
+            next_step="mount the storage on that node, copy the model there, or leave the node out"
+            if source.version is None
+            else cache,
         )
-    if view.model != fingerprint:
+    if view.model != mark:
         raise ClusterError(
             "A node sees another model under the same path",
-            where=f"node {node}: {model}",
+            where=f"node {node}: {source.folder}",
             found=f"fingerprint {view.model[:16]}",
-            wanted=f"{fingerprint[:16]}, as on the driver's node",
+            wanted=f"{mark[:16]}, as on the driver's node",
             next_step="give every node the same checkpoint (config, index, headers and file sizes are compared)",
         )
 

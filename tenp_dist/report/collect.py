@@ -215,7 +215,7 @@ def _controlled(evaluation: Mapping[str, Any]) -> bool:
 
 
 def _provenance(files: RunFiles, facts: Facts, plan: Mapping[str, Any]) -> dict[str, Any]:
-    records = {stage: _optional(files.record(stage)) for stage in STAGE_NAMES if stage != "report"}
+    records = {stage: _optional(files.record(stage)) for stage in STAGE_NAMES[: STAGE_NAMES.index("report")]}
     return {
         "source_fingerprint": facts.fingerprint,
         "scores_digest": plan.get("scores_digest"),

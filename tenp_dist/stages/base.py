@@ -32,6 +32,7 @@ class RunStage:
     owns: paths in the run directory that it replaces as a whole.
     remote: whether its work runs on the pool.
     scratch: patterns of paths in the run directory that can be made again; they go once the stage has finished.
+    there: whether what it left outside the run directory is still there.
     gist: its summary in the few words that fit on its line.
     """
 
@@ -43,6 +44,7 @@ class RunStage:
     owns: tuple[str, ...]
     remote: bool = False
     scratch: tuple[str, ...] = ()
+    there: Callable[[Run], bool] = lambda run: True
     gist: Callable[[Mapping[str, Any]], str] = lambda summary: ""
 
 
@@ -72,7 +74,7 @@ def text_fields(text: Text) -> dict[str, Any]:
 
 def tokenizer_digest(run: Run) -> str:
     """Of all files that the tokenizer may be made of."""
-    model = run.job.model
+    model = run.model
     names = sorted(path for path in model.glob("*token*") if path.is_file())
     names += sorted(
         path for pattern in ("vocab*", "merges*", "*.model", "chat_template*") for path in model.glob(pattern)

@@ -59,7 +59,7 @@ def _columns(run: Run, context: StageContext) -> list[Column]:
     asked = _asked(run)
     checkpoint = run.files.checkpoint(_layout_name(run))
     models = [
-        ("source", run.job.model, run.source.fingerprint, asked.source_url, asked.source_name),
+        ("source", run.model, run.source.fingerprint, asked.source_url, asked.source_name),
         ("pruned", checkpoint, context.digests["write"], asked.pruned_url, asked.pruned_name),
     ]
     return [
@@ -111,7 +111,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Measure tasks",
     run=benchmark,
-    needs=reads("inspect", "write"),
+    needs=reads("inspect", "fetch", "write"),
     fields=benchmark_fields,
     not_asked=_not_asked,
     owns=("benchmark.json",),

@@ -20,10 +20,10 @@ def calibrate_fields(run: Run) -> dict[str, Any]:
 
 def calibrate(run: Run, context: StageContext) -> Output:
     job, path, vocab_size = run.job, run.files.calibration, run.source.facts.vocab_size
-    corpus, aside, sources = split = build_split(job.calibration, job.model, vocab_size, job.selection_share)
+    corpus, aside, sources = split = build_split(job.calibration, run.model, vocab_size, job.selection_share)
     warnings = split.warnings + _length_warnings(run)
     if job.evaluation is not None:  # its faults are told now, not after hours of scoring
-        warnings += build_split(job.evaluation, job.model, vocab_size, Fraction(0)).warnings
+        warnings += build_split(job.evaluation, run.model, vocab_size, Fraction(0)).warnings
     context.replace()
     write_corpus(path, corpus)
     summary: dict[str, Any] = {"tokens": corpus.tokens_by_domain(), "sequences": len(corpus.tokens_NS)}

@@ -1,7 +1,7 @@
 """The stages of a run, in their order: a file of this room for every name in `pipeline/names.py`.
 
-inspect -> calibrate -> score -> [eliminate ->] [gradients ->] [layers ->] [select ->] [search ->] plan ->
-[compensate ->] write -> verify -> [evaluate ->] [benchmark ->] report; every arrow is a file.
+inspect -> [fetch ->] calibrate -> score -> [eliminate ->] [gradients ->] [layers ->] [select ->] [search ->] plan ->
+[compensate ->] write -> verify -> [evaluate ->] [benchmark ->] report [-> publish]; every arrow is a file.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def stages_of(run: Run) -> list[Stage]:
             owns=stage.owns,
             remote=stage.remote,
             scratch=stage.scratch,
+            there=partial(stage.there, run),
             gist=stage.gist,
         )
         for name, stage in asked.items()

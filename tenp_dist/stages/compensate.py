@@ -66,7 +66,7 @@ def tokens_again(run: Run, context: StageContext) -> dict[str, Any]:
     """What every further pass of the calibration tokens needs; its microbatches and waves are those of scoring."""
     job = run.job
     return {
-        "model": job.model,
+        "model": run.model,
         "corpus": run.files.calibration,
         "key": context.key,
         "compute": run.compute(context, job.score.batch_tokens),
@@ -94,7 +94,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Compensate kept neurons",
     run=compensate,
-    needs=reads("inspect", "calibrate", "plan"),
+    needs=reads("inspect", "fetch", "calibrate", "plan"),
     fields=compensate_fields,
     not_asked=_not_asked,
     owns=("compensation", "compensation.json"),

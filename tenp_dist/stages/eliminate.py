@@ -75,7 +75,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Eliminate neurons",
     run=eliminate,
-    needs=reads("inspect", "calibrate"),
+    needs=reads("inspect", "fetch", "calibrate"),
     fields=eliminate_fields,
     not_asked=_not_asked,
     owns=("elimination",),

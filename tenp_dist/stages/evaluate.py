@@ -60,7 +60,7 @@ def _solved_fields(run: Run) -> dict[str, Any]:
 
 def evaluate(run: Run, context: StageContext) -> Output:
     asked, files = _asked(run), run.files
-    corpus = build_corpus(asked, run.job.model, run.source.facts.vocab_size)
+    corpus = build_corpus(asked, run.model, run.source.facts.vocab_size)
     given = given_plans(asked.plans, run.source.fingerprint)
     context.replace()
     write_corpus(files.held_out, corpus)
@@ -163,7 +163,7 @@ def _refused_warnings(refused: Sequence[str]) -> list[str]:
 
 def _needs(run: Run) -> Sequence[str]:
     """Only a written checkpoint has to be planned and written; other plans are made from the scores."""
-    asked, needs = _asked(run), ["inspect", "calibrate"]
+    asked, needs = _asked(run), ["inspect", "fetch", "calibrate"]
     if asked.many:
         chosen = ["select"] if asked.grid or run.job.output.compensate == AUTO else []
         needs += ["score", *needed_by(*budgets_of(run)), *chosen, *(["search"] if asked.grid else [])]

@@ -35,7 +35,7 @@ def check_full(run: Run, pool: Pool) -> dict[str, Any]:
     paths = [folder / name for folder, names in folders.items() for name in names]
     found = dict(pool.map(_digest, [(path,) for path in paths]))
     for layout, digests in layouts.items():
-        _check_written(run.files.checkpoint(layout), digests, found)
+        check_written(run.files.checkpoint(layout), digests, found)
     first = _check_source(run, {name: found[run.source.folder / name] for name in run.source.index.files})
     return {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths), "source_noted": first}
 
@@ -54,7 +54,8 @@ def _verified(run: Run, layout: str, entry: Mapping[str, Any]) -> Mapping[str, s
     return entry[SHA256]
 
 
-def _check_written(folder: Path, digests: Mapping[str, str], found: Mapping[Path, str]) -> None:
+def check_written(folder: Path, digests: Mapping[str, str], found: Mapping[Path, str]) -> None:
+    """Hold files of a checkpoint against what `verify` read. Raises VerifyError."""
     changed = [name for name, digest in digests.items() if found[folder / name] != digest]
     if changed:
         raise VerifyError(

@@ -22,7 +22,7 @@ def gradients_fields(run: Run) -> dict[str, Any]:
 def gradients(run: Run, context: StageContext) -> Output:
     job, compute = run.job, run.compute(context, run.job.score.batch_tokens)
     task = NeuronGradientTask(
-        job.model,
+        run.model,
         run.files.calibration,
         run.files.gradients,
         context.key,
@@ -65,7 +65,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Sum gradients",
     run=gradients,
-    needs=reads("inspect", "calibrate"),
+    needs=reads("inspect", "fetch", "calibrate"),
     fields=gradients_fields,
     not_asked=_not_asked,
     owns=("gradients",),

@@ -7,6 +7,7 @@ from typing import Any
 
 from tenp_dist.artifacts import digest_of, write_json
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.checkpoint.source import Source
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.report.text import size
 from tenp_dist.stages.base import RunStage, reads
@@ -14,14 +15,19 @@ from tenp_dist.stages.run import Run
 
 
 def inspect_fields(run: Run) -> dict[str, Any]:
-    return {"model": run.source.fingerprint}
+    return {"model": run.source.fingerprint} | ({"version": run.origin.version} if run.origin else {})
 
 
 def inspect_source(run: Run, context: StageContext) -> Output:
     facts = run.source.facts
-    _check_stored(run)
+    written = [run.files.facts]
+    if run.origin is None:
+        check_stored(run.source)  # of one from elsewhere once it is here
     context.replace()
     write_json(run.files.facts, facts.plain())
+    if run.origin is not None:
+        write_json(run.files.origin, run.origin.plain())
+        written.append(run.files.origin)
     summary = {
         "model": facts.model,
         "family": facts.family,
@@ -32,14 +38,14 @@ def inspect_source(run: Run, context: StageContext) -> Output:
         "moe_layers": len(facts.moe_layers),
         "bytes": facts.bytes.stored,
         "warnings": _format_warnings(run),
-    }
-    return Output([run.files.facts], digest_of(facts.plain()), summary)
+    } | (run.origin.plain() if run.origin else {})
+    return Output(written, digest_of(facts.plain()), summary)
 
 
-def _check_stored(run: Run) -> None:
+def check_stored(source: Source) -> None:
     """Read the small parts of stored tensors, the factors, before anything is made from them. Raises SourceError."""
-    with TensorReader(run.source.index) as reader:
-        for entry in run.source.index.tensors.values():
+    with TensorReader(source.index) as reader:
+        for entry in source.index.tensors.values():
             if entry.stored is not None:
                 entry.stored.check(reader)
 
@@ -68,6 +74,6 @@ STAGE = RunStage(
     run=inspect_source,
     needs=reads(),
     fields=inspect_fields,
-    owns=("facts.json",),
+    owns=("facts.json", "source.json"),
     gist=_gist,
 )

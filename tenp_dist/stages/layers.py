@@ -58,7 +58,7 @@ def _greedy(
     """By the loss without them: a step is one pass for all layers that may leave."""
     folder, facts = run.files.layers_folder, run.source.facts
     measured = LayersLeftOut(
-        model=run.job.model,
+        model=run.model,
         corpus=run.files.calibration,
         folder=folder,
         key=context.key,
@@ -86,7 +86,7 @@ def _learnt(
     """By weights that they learn: a step is a pass up and back."""
     folder, asked = run.files.layers_folder, run.job.trsp
     engine = WeightSteps(
-        model=run.job.model,
+        model=run.model,
         corpus=run.files.calibration,
         folder=folder,
         key=context.key,
@@ -154,7 +154,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Find which layers leave",
     run=choose_layers,
-    needs=reads("inspect", "calibrate"),
+    needs=reads("inspect", "fetch", "calibrate"),
     fields=layers_fields,
     not_asked=_not_asked,
     owns=("layers",),

@@ -54,7 +54,7 @@ def measure(
     compute = run.compute(context, measured.batch_tokens)
     where = run.pass_context(context, measured.stage, compute)
     variants = _variants_of(run, context, where, plans, measured.folder)
-    passes = [VariantsPass(job.model, {SOURCE: Variant(), **variants}), *written]
+    passes = [VariantsPass(run.model, {SOURCE: Variant(), **variants}), *written]
     task = EvaluateTask(passes, measured.corpus, measured.folder, context.key, compute, waves=job.score.waves)
     return evaluate_model(part_of(where, parts - 1, parts), task).summary()
 

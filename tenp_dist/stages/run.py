@@ -33,6 +33,8 @@ from tenp_dist.evaluation.selection import chosen_budget
 from tenp_dist.layouts.base import Layout
 from tenp_dist.layouts.engine_widths import with_engine_widths
 from tenp_dist.layouts.table import layouts_of, written_source
+from tenp_dist.origins.origin import Origin
+from tenp_dist.origins.table import open_origin
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.placement import active_bytes, layer_bytes
 from tenp_dist.passes.run_pass import PassContext
@@ -49,10 +51,17 @@ class Run:
 
     job: what was asked for.
     source: the checkpoint to prune, opened once.
+    origin: where it comes from if the job names no folder.
     """
 
     job: Job
     source: Source
+    origin: Origin | None = None
+
+    @property
+    def model(self) -> Path:
+        """The folder of the source."""
+        return self.source.folder
 
     @cached_property
     def files(self) -> RunFiles:
@@ -177,6 +186,22 @@ class Run:
 
 
 def open_run(job: Job) -> Run:
-    """Open the job's model. Raises what `open_source` does, and JobError for what it cannot be written in."""
-    source = open_source(job.model)
-    return Run(with_engine_widths(job, source), source)
+    """Open the job's model, one from elsewhere by its headers, in the version that the run directory notes.
+
+    Raises:
+        SourceError, UnsupportedModelError: as `open_source`. JobError: nothing can be written in its form.
+        DiskFullError: no room for small files of a model from elsewhere.
+    """
+    if isinstance(job.model, Path):
+        source = open_source(job.model)
+        return Run(with_engine_widths(job, source), source)
+    origin = open_origin(job.model, job.model_cache, _noted_version(job))
+    source = origin.open()
+    return Run(with_engine_widths(job, source), source, origin)
+
+
+def _noted_version(job: Job) -> str | None:
+    """The version that the run directory was begun with; None for none, or of another model."""
+    path = RunFiles(job.run_dir).origin
+    noted = read_json(path) if path.is_file() else {}
+    return noted.get("version") if noted.get("model") == job.model else None

@@ -36,7 +36,7 @@ def score(run: Run, context: StageContext) -> Output:
     first, content = _first_content(run), run.source.content
     context.replace()
     compute = run.compute(context, job.score.batch_tokens)
-    task = ScoreTask(job.model, files.calibration, files.scores.folder, context.key, compute, waves=job.score.waves)
+    task = ScoreTask(run.model, files.calibration, files.scores.folder, context.key, compute, waves=job.score.waves)
     done = score_model(run.pass_context(context, "score", compute), task, moe_layers)
     written = [files.scores.layer(layer) for layer in moe_layers]
     digests = {path.name: file_digest(path) for path in written}
@@ -65,7 +65,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Score experts and neurons",
     run=score,
-    needs=reads("inspect", "calibrate"),
+    needs=reads("inspect", "fetch", "calibrate"),
     fields=score_fields,
     owns=("scores",),
     remote=True,

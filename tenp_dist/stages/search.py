@@ -163,13 +163,13 @@ class _Meter:
         self, corpus: Path, number: int, individuals: Mapping[str, Individual]
     ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
         """The figures of individuals on a text, and the source's: one pass over the model."""
-        job, files, compute = self.run.job, self.run.files.search, self.run.compute(self.context, self._batch_tokens)
+        files, compute = self.run.files.search, self.run.compute(self.context, self._batch_tokens)
         plans = {name: files.plan_of(name) for name in individuals}
         for name, individual in individuals.items():
             write_kept(plans[name], kept_of(self.space, individual), {"search": self.context.key})
         variants = {SOURCE: Variant(), **{name: Variant(plan) for name, plan in plans.items()}}
         task = EvaluateTask(
-            [VariantsPass(job.model, variants)], corpus, files.folder, self.context.key, compute, waves=self._waves
+            [VariantsPass(self.run.model, variants)], corpus, files.folder, self.context.key, compute, waves=self._waves
         )
         where = self.run.pass_context(self.context, "search", compute)
         summary = evaluate_model(replace(where, progress=partial(self._within, number)), task).summary()
@@ -233,7 +233,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Search experts",
     run=search,
-    needs=reads("inspect", "calibrate", "score"),
+    needs=reads("inspect", "fetch", "calibrate", "score"),
     fields=search_fields,
     not_asked=_not_asked,
     owns=("search", "search.json"),

@@ -66,7 +66,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 
 
 def _needs(run: Run) -> Sequence[str]:
-    return ("inspect", "calibrate", "score", *needed_by(run.job.budget))
+    return ("inspect", "fetch", "calibrate", "score", *needed_by(run.job.budget))
 
 
 STAGE = RunStage(

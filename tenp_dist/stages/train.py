@@ -35,7 +35,7 @@ def train(run: Run, context: StageContext) -> Output:
     leaving, folder = leaving_layers(read_kept(files.plan_tensors)), files.training_folder
     compute = run.compute(context, run.job.score.batch_tokens)
     training = Training(
-        model=run.job.model,
+        model=run.model,
         corpus=files.calibration,
         folder=folder,
         key=context.key,
@@ -101,7 +101,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Train a small set",
     run=train,
-    needs=reads("inspect", "calibrate", "plan"),
+    needs=reads("inspect", "fetch", "calibrate", "plan"),
     fields=train_fields,
     not_asked=lambda run: None if run.job.train else _no_training(run),
     owns=("training", "training.json"),

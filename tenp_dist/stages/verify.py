@@ -188,7 +188,7 @@ def _check_unchanged(run: Run, context: StageContext) -> None:
 
 def _needs(run: Run) -> Sequence[str]:
     tokens = ("inspect", "calibrate") if run.job.output.compensate else ()  # compensated weights are solved again
-    return (*tokens, "plan", "compensate", "train", "write")
+    return ("fetch", *tokens, "plan", "compensate", "train", "write")
 
 
 STAGE = RunStage(

@@ -276,7 +276,7 @@ def _check_space(folder: Path, due: Sequence[OutputShard], *, freed: int) -> Non
 STAGE = RunStage(
     title="Write the checkpoint",
     run=write,
-    needs=reads("inspect", "plan", "compensate", "train"),
+    needs=reads("inspect", "fetch", "plan", "compensate", "train"),
     fields=write_fields,
     owns=("checkpoint",),
     remote=True,

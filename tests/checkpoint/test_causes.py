@@ -137,7 +137,12 @@ def test_groups_that_only_transformers_default_states(tenp, job_file, model):
 
 
 def test_a_name_of_the_hub(tenp, job_file):
-    refused(tenp("inspect", job_file(model="Qwen/Qwen3-30B-A3B")), "SourceError", "not found", "hf download")
+    refused(
+        tenp("inspect", job_file(model="Qwen/Qwen3-30B-A3B")),
+        "SourceError",
+        "not found",
+        "hf download Qwen/Qwen3-30B-A3B",
+    )
 
 
 def test_a_prediction_layer_is_told_from_a_decoder_layer(model):

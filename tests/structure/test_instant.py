@@ -9,7 +9,18 @@ import pytest
 
 from helpers.paths import ROOT
 
-HEAVY = ("torch", "transformers", "ray", "deepspeed", "datasets", "matplotlib", "numpy", "pyarrow")
+HEAVY = (
+    "torch",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "datasets",
+    "matplotlib",
+    "numpy",
+    "pyarrow",
+    "huggingface_hub",
+    "fsspec",
+)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["status", "RUN"], ["status", "RUN", "--json"]])

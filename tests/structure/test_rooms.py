@@ -8,7 +8,7 @@ from helpers.source_files import PACKAGE, SOURCES, import_graph, imports_of, mod
 
 ROOMS = [
     "errors", "artifacts", "job_values", "job_parts",
-    "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "calibration",
+    "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "origins", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
     "depth", "training", "search", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch",
     "cli",
@@ -25,9 +25,20 @@ STRANGERS = {  # room -> rooms before it that it knows nothing of
         "run_files",
         "progress",
     },  # its text is copied into checkpoints
-    "pool": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
-    "pipeline": {"config", "job_file", "runtime", "checkpoint", "calibration", "model"},
-    "launch": {"checkpoint", "model", "passes", "scoring", "budget", "layouts", "evaluation", "search", *SOLVERS},
+    "pool": {"config", "job_file", "runtime", "checkpoint", "origins", "calibration", "model"},
+    "pipeline": {"config", "job_file", "runtime", "checkpoint", "origins", "calibration", "model"},
+    "launch": {
+        "checkpoint",
+        "origins",
+        "model",
+        "passes",
+        "scoring",
+        "budget",
+        "layouts",
+        "evaluation",
+        "search",
+        *SOLVERS,
+    },
     "cli": {"checkpoint", "model", "passes", "scoring", "budget", "evaluation", "search", *SOLVERS},
 }
 RAY = {f"pool/ray_{name}.py" for name in ("client", "environment", "metrics", "nodes", "placement", "results")} | {

@@ -11,7 +11,7 @@ TESTS = ROOT / "tests"
 FOLDERS = {
     "structure", "config", "checkpoint", "calibration", "model", "pool", "pipeline", "passes", "scoring",
     "compensation", "elimination", "budget", "layouts", "evaluation", "report", "preflight", "stages", "launch", "cli",
-    "runtime", "estimate", "system", "benchmark", "comparison", "depth", "search", "training",
+    "runtime", "estimate", "system", "benchmark", "comparison", "depth", "search", "origins", "training",
 }  # fmt: skip
 MODULES = [path for path in sorted(TESTS.rglob("*.py")) if path.parent != TESTS / "helpers"]
 HELPERS = [path for path in sorted((TESTS / "helpers").glob("*.py")) if path.name != "__init__.py"]
