@@ -19,6 +19,7 @@ from tenp_dist.errors import JobError
 from tenp_dist.pipeline.records import read_record
 from tenp_dist.run_files import RunFiles
 
+_LAST = "report"  # whatever follows it is for other people
 SILENT_SECONDS = 120.0
 """Without news for longer, a run that has not ended may have been killed."""
 
@@ -67,7 +68,7 @@ class RunStatus:
 
 
 def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -> RunStatus:
-    """order: names of all stages, first to last; the last one ends a run.
+    """order: names of all stages, first to last.
 
     Raises:
         JobError: there is no such folder. StaleError: a stage record cannot be read.
@@ -83,7 +84,7 @@ def read_status(run_dir: Path, order: Sequence[str], now: float | None = None) -
     error = _last_error(journal, units)
     last = max((line.get("time", 0.0) for lines in (journal, *units.values()) for line in lines), default=None)
     news = None if last is None else max(0.0, now - last)
-    state = _state(order, finished, stage, journal, news)
+    state = _state(finished, stage, journal, news)
     stages = {name: "done" if name in finished else "waiting" for name in order}
     if stage:
         stages[stage] = {"failed": "failed", "running": "running"}.get(state, "unfinished")
@@ -130,13 +131,11 @@ def _again(journal: Sequence[Mapping], name: Any) -> bool:
     return events[-1] in ("started", "failed")
 
 
-def _state(
-    order: Sequence[str], finished: Sequence[str], stage: str | None, journal: Sequence[Mapping], news: float | None
-) -> str:
+def _state(finished: Sequence[str], stage: str | None, journal: Sequence[Mapping], news: float | None) -> str:
     ends = [line for line in journal if line.get("event") in ("started", "finished", "failed")]
     if ends and ends[-1]["event"] == "failed":
         return "failed"
-    if stage is None and order[-1] in finished:
+    if stage is None and _LAST in finished:
         return "finished"
     if not finished and news is None:
         return "empty"
