@@ -119,6 +119,8 @@ ELSEWHERE = {
     "tests/stages/test_search_stage.py runs it": ["tenp-dist search JOB.yaml"],
     "tests/stages/test_removed_layers.py runs it": ["tenp-dist layers JOB.yaml"],
     "tests/stages/test_trained_runs.py runs it": ["tenp-dist train JOB.yaml"],
+    "tests/origins/test_hub.py runs it": ["tenp-dist fetch JOB.yaml"],
+    "tests/origins/test_publish.py runs it": ["tenp-dist publish JOB.yaml"],
     "tests/system/test_benchmark.py runs it": ["tenp-dist benchmark JOB.yaml"],
     "tests/comparison/test_compare.py runs it": ["tenp-dist compare SOURCE PRUNED --prompts FILE"],
     "test_tab_completion runs it": [
