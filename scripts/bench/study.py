@@ -42,6 +42,8 @@ from tenp_dist.scoring.gradient_pass import NeuronGradientTask, score_gradients
 from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
 from tenp_dist.scoring.statistics import ELIMINATION, read_statistics
 
+AT_ONCE = 48  # variants that a pass measures: their hidden states are in memory together
+
 
 @dataclass(frozen=True)
 class Case:
@@ -164,17 +166,20 @@ class Study:
         return {name: target.folder for name, target in found.items()}
 
     def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
-        """variant -> figures, `source` among them; one pass over the model, none where they are stored."""
-        key = digest_of([{name: variant.digest for name, variant in variants.items()}, corpus.stem])
-        stored = self.folder / "figures" / f"{key[:16]}.json"
-        if stored.exists():
-            return read_json(stored)
-        passes = [VariantsPass(self.model, {SOURCE: Variant(), **variants})]
-        task = EvaluateTask(passes, corpus, self.folder / "measure", "study", self.compute, waves=8)
-        figures = evaluate_model(self.context, task).summary()
-        write_json(stored, figures)
-        drop_hidden(task)
-        return figures
+        """variant -> figures, `source` among them; a pass over the model for every `AT_ONCE` that are not stored."""
+        home = self.folder / "figures" / corpus.stem
+        named = {SOURCE: Variant(), **variants}
+        stored = {name: home / f"{digest_of(variant.digest)[:16]}.json" for name, variant in named.items()}
+        due = [name for name in variants if not stored[name].exists()]
+        for start in range(0, len(due), AT_ONCE):
+            part = {name: named[name] for name in (SOURCE, *due[start : start + AT_ONCE])}
+            task = EvaluateTask(
+                [VariantsPass(self.model, part)], corpus, self.folder / "measure", "study", self.compute, waves=8
+            )
+            for name, figures in evaluate_model(self.context, task).summary().items():
+                write_json(stored[name], figures)
+            drop_hidden(task)
+        return {name: read_json(path) for name, path in stored.items()}
 
     def choose(self, budgets: Sequence[Budget], text: CalibrationSet, *, compensated: bool = False) -> list[Budget]:
         """`auto` budgets as chosen on what the set sets aside; all of them in one pass."""
