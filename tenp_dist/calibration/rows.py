@@ -109,20 +109,31 @@ def _readable(source: Source) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, *others) as error:
         cause = error.__cause__ or error
-        raise CalibrationError(
-            "Source cannot be read",
-            where=f"{label_of(source)} (domain {source.domain})",
-            found=f"{type(cause).__name__}: {one_line(cause)}",
-            wanted="jsonl with one object a line, json, parquet, arrow, csv, txt, or a dataset that exists",
-            next_step=_next_step(source, cause),
-        ) from error
+        raise (_cache_error(source, cause) or _source_error(source, cause)) from error
 
 
-def _next_step(source: Source, cause: BaseException) -> str:
-    denied = cause.filename if isinstance(cause, PermissionError) else None
-    if denied is not None and str(denied) != str(source.path):
-        return f"make {denied} writable, or set HF_HOME to a folder that is"
-    return "correct the file" if source.path else "correct `name`, `subset` and `split`"
+def _cache_error(source: Source, cause: BaseException) -> CalibrationError | None:
+    """Where `datasets` cannot make its own folders, which the source has no part in."""
+    folder = cause.filename if isinstance(cause, OSError) else None
+    if folder is None or (source.path and Path(str(folder)).is_relative_to(source.path)):
+        return None
+    return CalibrationError(
+        "The folder of caches cannot be used",
+        where=folder,
+        found=f"{type(cause).__name__}: {one_line(cause)}",
+        wanted="a folder that can be written to",
+        next_step=f"make {folder} writable, or set HF_HOME to a folder that is",
+    )
+
+
+def _source_error(source: Source, cause: BaseException) -> CalibrationError:
+    return CalibrationError(
+        "Source cannot be read",
+        where=f"{label_of(source)} (domain {source.domain})",
+        found=f"{type(cause).__name__}: {one_line(cause)}",
+        wanted="jsonl with one object a line, json, parquet, arrow, csv, txt, or a dataset that exists",
+        next_step="correct the file" if source.path else "correct `name`, `subset` and `split`",
+    )
 
 
 def _load(source: Source) -> Any:

@@ -36,7 +36,7 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("transformers", "datasets", "ray", "torch", "fsspec", "urllib3"):
+    for name in ("transformers", "datasets", "ray", "torch", "fsspec", "urllib3", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -144,11 +144,19 @@ def _connect(ray: Any, address: str | None) -> None:
             where=address or "this machine",
             found=one_line(error),
             wanted="a running Ray cluster" if address else None,
-            next_step="check `ray status`, RAY_ADDRESS and the cluster's token (RAY_AUTH_TOKEN or ~/.ray/auth_token; "
-            "RAY_AUTH_MODE=disabled for a cluster without one)"
-            if address
-            else "check free memory, space in /tmp and /dev/shm, and that HOME can be written to",
+            next_step=_next_step(address, error),
         ) from error
+
+
+def _next_step(address: str | None, error: Exception) -> str:
+    if not address:
+        return "check free memory, space in /tmp and /dev/shm, and that HOME can be written to"
+    if "version mismatch" in str(error).lower():
+        return "install the cluster's versions of Ray and Python here, or ours there and start Ray again from them"
+    return (
+        "check `ray status`, RAY_ADDRESS and the cluster's token (RAY_AUTH_TOKEN or ~/.ray/auth_token; "
+        "RAY_AUTH_MODE=disabled for a cluster without one)"
+    )
 
 
 def _local_folder() -> dict[str, str]:

@@ -56,3 +56,10 @@ def test_folder_of_splits(tmp_path):
     with pytest.raises(CalibrationError) as caught:
         next(rows_of(source(tmp_path / "saved", split="dev"), 0))
     assert {"found": "train, test", "wanted": "dev"}.items() <= caught.value.details().items()
+
+
+def test_folder_of_caches_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")
+    with pytest.raises(CalibrationError, match="folder of caches cannot be used") as caught:
+        list(rows_of(source(jsonl(tmp_path / "a.jsonl", 5)), seed=1))
+    assert "/proc/nowhere" in str(caught.value) and "HF_HOME" in str(caught.value)

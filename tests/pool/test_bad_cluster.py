@@ -79,3 +79,16 @@ def test_ray_client_is_refused(tenp, job_file, tmp_path):
     result = tenp("run", job_file(), "--address", "ray://head:10001", ray=True)
     refused(result, "ClusterError", "Ray Client cannot run this", "where:  ray://head:10001", "tenp-dist submit")
     assert not (tmp_path / "run").exists(), "said before any work"
+
+
+def test_cluster_of_another_ray(tenp, job_file, monkeypatch):
+    import ray
+    import ray._private.utils as utils
+
+    theirs = {"ray_version": "2.59.0", "python_version": "3.12.1", "git_commit": "x"}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("tenp_dist.pool.ray_client.check_reachable", lambda address: None)
+    monkeypatch.setattr("tenp_dist.pool.ray_client.asks_for_token", lambda address: False)
+    monkeypatch.setattr(ray, "init", lambda **_: utils.check_version_info(theirs, "process"))
+    result = tenp("run", job_file(), ray=True)
+    refused(result, "ClusterError", "Ray cannot be reached", "Ray: 2.59.0 Python: 3.12.1", "versions of Ray and Python")
