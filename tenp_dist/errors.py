@@ -16,6 +16,7 @@
     ├── StaleError               12   scores, plan or checkpoint of another model, or missing
     ├── VerifyError              13   checkpoint differs from what the plan says
     ├── BenchmarkError           14   lm-eval missing or failing, unknown task, server that does not answer
+    ├── MemoryFullError          15   no memory left, of an accelerator or a machine, for what a worker holds
     └── Interrupted             130   Ctrl-C or SIGTERM
 
 A message says what failed, where, what was found, what was wanted and what to do next.
@@ -137,6 +138,10 @@ class VerifyError(TenpError):
 
 class BenchmarkError(TenpError):
     exit_code = 14
+
+
+class MemoryFullError(TenpError):
+    exit_code = 15
 
 
 class Interrupted(TenpError):

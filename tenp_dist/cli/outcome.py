@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from tenp_dist.errors import Interrupted, TenpError, first_line
+from tenp_dist.errors import Interrupted, TenpError, one_line
 
 
 def with_examples(name: str, text: str, examples: Sequence[str]) -> str:
@@ -46,7 +46,7 @@ def exit_on_error(*, as_json: bool = False, debug: bool = False) -> Iterator[Non
 def _unexpected(error: Exception) -> TenpError:
     cause = getattr(error, "cause", None) or error  # Ray wraps what a worker raised
     return TenpError(
-        f"Unexpected {type(cause).__name__}: {first_line(cause)}",
+        f"Unexpected {type(cause).__name__}: {one_line(cause)}",
         next_step="run again with --debug for the traceback; finished stages, layers and shards are kept",
     )
 

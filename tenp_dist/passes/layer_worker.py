@@ -27,6 +27,7 @@ from tenp_dist.errors import TenpError, WorkerLost, first_line
 from tenp_dist.model.layers import Frame
 from tenp_dist.passes.compute import open_skeleton, side_thread
 from tenp_dist.passes.fence import Fence
+from tenp_dist.passes.full_memory import memory_told
 from tenp_dist.passes.hidden_states import Hidden, named, read_hidden
 from tenp_dist.passes.layer_loader import LayerLoader
 from tenp_dist.passes.layer_ops import embed_all, microbatches
@@ -95,6 +96,10 @@ class LayerWorker:
 
     def open(self) -> None:
         """Meet the other ranks, open the model; everything that can fail does so here or in `run`."""
+        with memory_told(self.task, "opening the model"):
+            self._open()
+
+    def _open(self) -> None:
         if self._meeting is not None:
             self._log(f"rank {self.rank} meets the others at {self._meeting[0]}:{self._meeting[1]}")
             size, device = self.task.ranks, self.task.compute.device
@@ -152,7 +157,7 @@ class LayerWorker:
     def warm(self) -> None:
         """Make resident layers ready while the first wave is on its way; what is wrong with one, its unit says."""
         if self.task.mode == "resident":
-            with contextlib.suppress(TenpError), self._without_graph():
+            with contextlib.suppress(TenpError), memory_told(self.task, "resident layers"), self._without_graph():
                 for layer in self.layers:
                     self.step.warm(layer, self.source.get(layer))
 
@@ -162,9 +167,10 @@ class LayerWorker:
         Raises:
             WorkerLost: another rank of this shard died in a collective.
             NumericalError: NaN or Inf, with the layer and what is known of its cause.
+            MemoryFullError: there was no memory left.
         """
         try:
-            with self._without_graph():
+            with memory_told(self.task, unit), self._without_graph():
                 return self._run(unit)
         except TenpError:
             with contextlib.suppress(TenpError):  # what is good so far is kept

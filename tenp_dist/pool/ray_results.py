@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any
 
-from tenp_dist.errors import ClusterError, TenpError, WorkerLost, first_line
+from tenp_dist.errors import ClusterError, TenpError, WorkerLost, one_line
 from tenp_dist.pool.ray_client import RayClient
 from tenp_dist.pool.ray_imports import ImportAnswer, import_error, importer
 from tenp_dist.pool.ray_nodes import Nodes
@@ -52,8 +52,8 @@ class Results:
             raise WorkerLost(  # worker, node, object store or Ray itself
                 "A worker died, or the cluster was lost",
                 where=type(error).__name__,
-                found=first_line(error),
-                next_step="run the same command again: finished layers and shards are kept",
+                found=one_line(error),
+                next_step=_next_step(error),
             ) from error
 
     def _ask_to_import(self, module: str) -> list[ImportAnswer]:
@@ -63,3 +63,12 @@ class Results:
             with contextlib.suppress(ClusterError):
                 answers.append(ImportAnswer(node, *self.get(reference, _IMPORT_SECONDS)))
         return answers
+
+
+def _next_step(error: Exception) -> str:
+    from ray.exceptions import OutOfMemoryError
+
+    again = "run the same command again: finished layers and shards are kept"
+    if isinstance(error, OutOfMemoryError):  # Ray ended the worker before the system would
+        return f"{again}; with cluster.mode: streaming, fewer shards on a node, or a smaller cluster.host_memory"
+    return again
