@@ -22,6 +22,7 @@ from tenp_dist.checkpoint.microscaled import Microscaled
 from tenp_dist.checkpoint.packed import Packed
 from tenp_dist.checkpoint.reader import TORCH_DTYPES
 from tenp_dist.checkpoint.recipes import Copy, Inputs, Moved, OutputTensor, Recipe
+from tenp_dist.checkpoint.schemes import with_factors_read
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.errors import JobError
 
@@ -129,7 +130,7 @@ def output_form(source: Source, dtype: str) -> OutputForm:
     stored = {name: entry.stored for name, entry in source.index.tensors.items() if entry.stored}
     names = ", ".join(sorted({one.format for one in stored.values()}))
     if dtype == SOURCE or (stored and names.lower() == dtype):
-        return OutputForm(stored, source.index.stored_as, names)
+        return OutputForm(stored, with_factors_read(source.index.stored_as), names)
     if dtype == BFLOAT16:
         _check_experts(source, "BF16")
         return OutputForm()

@@ -95,6 +95,18 @@ def stated(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) and value.get("quant_method") == METHOD else None
 
 
+def with_factors_read(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a written config.json says of its form, so that transformers reads float8 experts with their factors.
+
+    transformers (5.23) leaves the factors of experts out without a word unless `dequantize` is true; engines do not
+    read that key. entry: what the source says.
+    """
+    value = stated(entry)
+    if value is None or all(scheme.packed for _, scheme in read_schemes(value).groups):
+        return entry
+    return {**entry, "quantization_config": {**value, "dequantize": True}}
+
+
 def read_schemes(value: Mapping[str, Any]) -> Schemes:
     """The forms that a `quantization_config` states, in which nothing is `unread`."""
     groups = [(group["targets"], _scheme(group["weights"])) for group in value["config_groups"].values()]

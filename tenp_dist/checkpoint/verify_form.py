@@ -29,11 +29,20 @@ def check_stored_as(source: Source, written: CheckpointIndex, names: Mapping[str
         if wanted != (written.entry(name).stored is not None):
             raise _unequal(f"{written.folder}: {name}", written.entry(name).dtype, f"output.dtype {dtype}")
     stated = dict(written.stored_as)
-    wanted_entry = _moved(dict(source.index.stored_as), source, names) if dtype != "bfloat16" else {}
+    wanted_entry = _decoded(_moved(dict(source.index.stored_as), source, names)) if dtype != "bfloat16" else {}
     if not encode and stated != wanted_entry:
         raise _unequal(f"{written.folder / 'config.json'}", stated, "the source's quantization_config, or none")
     if encode:
         _check_plain_modules(written)
+
+
+def _decoded(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with `dequantize`, where there are float8 numbers of compressed-tensors: see `with_factors_read`."""
+    value = entry.get("quantization_config", {})
+    groups = value.get("config_groups", {}).values() if value.get("quant_method") == "compressed-tensors" else ()
+    if not any(group["weights"].get("type") == "float" for group in groups):
+        return entry
+    return {**entry, "quantization_config": {**value, "dequantize": True}}
 
 
 def _moved(value: Any, source: Source, names: Mapping[str, str]) -> Any:
