@@ -26,6 +26,7 @@ COMPENSATE = "compensate"  # of `output`; of a grid too
 Compensate = bool | Literal["joint"]
 """Whether W_down is compensated, expert by expert (true) or a whole layer as one system."""
 JOINT: Literal["joint"] = "joint"
+PRUNED: Literal["pruned"] = "pruned"  # of `compensate_on`
 Auto = Literal["auto"]
 Unstable = Literal["keep", "even", "prune"]
 AUTO: Auto = "auto"
@@ -233,7 +234,21 @@ class Output(Part):
         description="solve W_down for what pruning takes away: true, narrow experts one by one; joint, all kept "
         "experts of a layer and its shared expert as one system; auto: whichever of both and false measures best",
     )
+    compensate_on: Literal["source", "pruned"] = Field(
+        "source",
+        description="whose activations joint compensation is solved on: the source's; or pruned, layer after layer "
+        "those of the model pruned and compensated so far, for the source's hidden state behind each",
+    )
     ridge: Exact = Field(Decimal("0.01"), gt=0, description="how much compensation shrinks to the original weights")
+
+    @model_validator(mode="after")
+    def _in_turn_is_joint(self) -> Output:
+        if self.compensate_on == PRUNED and self.compensate not in (JOINT, AUTO):
+            raise ValueError(
+                "compensate_on: pruned solves every layer as one system, so compensate must be joint or auto, "
+                f"found {str(self.compensate).lower()}"
+            )
+        return self
 
     @property
     def expert_ranks(self) -> int | None:

@@ -27,7 +27,12 @@ from scoring import ROOT
 TABLES = ("methods", "samples", "domains")
 BEST = ("obs", "global", "tenp", "enp")  # lines of the tables of samples and domains, where they are registered
 GRADIENTS = ("fisher", "taylor", "gradient", "heapr")
-FORMS = {False: "", True: " + compensated", "joint": " + compensated jointly"}
+FORMS = {
+    False: "",
+    True: " + compensated",
+    "joint": " + compensated jointly",
+    "sequential": " + compensated layer after layer",
+}
 PATHS = click.Path(path_type=Path, exists=True)
 
 
@@ -143,12 +148,15 @@ def settings(method: str, lines: str = "") -> list[tuple[str, dict]]:
 def _compensated(cases, compensate: bool) -> list:
     from dataclasses import replace
 
+    from study import SEQUENTIAL
+
     from tenp_dist.budget.kinds.table import kind_of
     from tenp_dist.config import JOINT
 
     narrowing = [case for case in cases if kind_of(case.budget).leaves_narrow]
     apart = [replace(case, compensated=True) for case in narrowing] if compensate else []
-    return apart + [replace(case, compensated=JOINT) for case in cases if compensate and case.table == "methods"]
+    together = [case for case in cases if compensate and case.table == "methods"]
+    return apart + [replace(case, compensated=form) for form in (JOINT, SEQUENTIAL) for case in together]
 
 
 def by_count(study, domains: Mapping[str, Path], *, methods, counts, compensate, **_):
@@ -232,7 +240,7 @@ def draw(path: Path, rows: Sequence[Mapping]) -> None:
     least = {row["line"]: row["nll_added"] for row in sorted(rows, key=lambda row: -row["nll_added"])}
     lines, colors = sorted(least, key=least.get, reverse=True), colormaps["tab20"]
     for place, line in enumerate(lines):
-        for compensated, style in ((False, "-"), (True, "--"), ("joint", ":")):
+        for compensated, style in ((False, "-"), (True, "--"), ("joint", ":"), ("sequential", "-.")):
             points = {}
             for row in rows:
                 if (row["line"], row["compensated"]) == (line, compensated):

@@ -27,6 +27,7 @@ from tenp_dist.checkpoint.families.table import family_of
 from tenp_dist.checkpoint.source import open_source
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model
 from tenp_dist.compensation.joint_pass import JointTask
+from tenp_dist.compensation.sequential_pass import SequentialTask
 from tenp_dist.config import JOINT, Budget, Cluster, Source, Text
 from tenp_dist.elimination.eliminate_pass import EliminateTask, eliminate_model
 from tenp_dist.elimination.files import read_planning
@@ -43,6 +44,11 @@ from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
 from tenp_dist.scoring.statistics import ELIMINATION, read_statistics
 
 AT_ONCE = 48  # variants that a pass measures: their hidden states are in memory together
+IN_TURN = 8  # plans that a pass compensates layer after layer: their sums are too
+
+SEQUENTIAL = "sequential"
+FORMS = {True: CompensateTask, JOINT: JointTask, SEQUENTIAL: SequentialTask}
+"""Expert by expert, a layer as one system, and so layer after layer on what the pruned layers before it give."""
 
 
 @dataclass(frozen=True)
@@ -151,18 +157,20 @@ class Study:
     def compensated(self, plans: Iterable[NamedPlan], corpus: Path, form: bool | str = True) -> dict[str, Path]:
         """Name of each plan -> folder of its compensated W_down, solved on the corpus that it was planned on.
 
-        One pass for all that are not there yet. form: True expert by expert, `joint` a layer as one system.
+        One pass for all that are not there yet. form: one of `FORMS`.
         """
         name = "compensation" if form is True else f"compensation-{form}"
         found = {plan.name: Target(plan.tensors, plan.text.parent / name) for plan in plans}
-        task = (CompensateTask if form is True else JointTask)(
+        task = FORMS[form](
             self.model, corpus, self.folder / name / corpus.stem, corpus.stem, self.compute,
             moe=tuple(self.moe_layers),
         )  # fmt: skip
         due = tuple(one for one in found.values() if not all(task.stored(one, layer, 0) for layer in task.moe))
-        if due:
-            click.echo(f"compensating {len(due)} plans")
-            compensate_model(self.context, replace(task, targets=due))
+        many = IN_TURN if form == SEQUENTIAL else max(1, len(due))
+        for start in range(0, len(due), many):
+            part = due[start : start + many]
+            click.echo(f"compensating {len(part)} plans")
+            compensate_model(self.context, replace(task, targets=part))
         return {name: target.folder for name, target in found.items()}
 
     def measure(self, variants: Mapping[str, Variant], corpus: Path) -> dict[str, dict]:
@@ -200,8 +208,8 @@ class Study:
         corpora = {name: self.corpora(text)[0] for name, text in sets.items()}
         planned = {case: self.plan(case.budget, corpora[case.calibration]) for case in cases}
         planned = {case: plan for case, plan in planned.items() if plan}
-        solved = {False: {}, True: {}, JOINT: {}}
-        for name, form in itertools.product(corpora, (True, JOINT)):
+        solved = {form: {} for form in (False, *FORMS)}
+        for name, form in itertools.product(corpora, FORMS):
             wanted = [plan for case, plan in planned.items() if case.compensated == form and case.calibration == name]
             solved[form] |= self.compensated(wanted, corpora[name], form)
         variants, made = {}, {}

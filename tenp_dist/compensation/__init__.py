@@ -17,5 +17,11 @@ A layer as one system (`output.compensate: joint`):
 - `normal_equations`, `conjugate_gradients`: two ways to solve it; `stored_features` keeps what the second needs.
 - `joint_systems`: what a rank sums and how ranks solve together.
 - `joint_pass`, `joint_outcome`: the pass that solves and stores, and what it tells people.
-- `joint_recheck`: the pass that checks it on random vectors.
+- `block_check`, `joint_recheck`: the pass that checks it on random vectors.
+
+The same layer after layer (`output.compensate_on: pruned`):
+
+- `planned_layers`: a layer of the source as a plan and its compensation make it.
+- `sequential_pass`: the pass that solves a layer on what the solved layers before it give.
+- `sequential_recheck`: the pass that checks it.
 """

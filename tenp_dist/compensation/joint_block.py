@@ -19,7 +19,16 @@ from tenp_dist.model.merged_experts import MergedExperts, planned_router, replac
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
 
-_APART = 1e-2  # norm of what routed and shared experts do not explain, over that of the block's output
+APART = 1e-2  # norm of what routed and shared experts do not explain, over that of the block's output
+
+
+class Nobody:
+    """An `Observer` that wants nothing."""
+
+    domain = 0
+
+    def __call__(self, dispatch: Dispatch) -> None:
+        return
 
 
 class _Tee:
@@ -45,20 +54,25 @@ class BlockRun:
     """A layer's block over one microbatch.
 
     x_TD: what the block received.
-    y_TD: what it gave; both are there once the whole layer has run.
+    y_TD: what it gave.
+    target_TD: what it should give, unless said otherwise what it gave; all three are there once the layer has run.
     """
 
     x_TD: torch.Tensor
     y_TD: torch.Tensor
+    target_TD: torch.Tensor
 
     def __init__(self, shard: OpenShard, layer: int, module: nn.Module, batch: Microbatch):
         self._shard, self._layer, self._module, self._batch = shard, layer, module, batch
         self._block = module.get_submodule(shard.skeleton.family.block)
 
-    def whole_layer(self, states: torch.Tensor, observer: Observer) -> Dispatch:
-        """Run the layer, which overwrites `states`; what its experts computed."""
+    def whole_layer(self, states: torch.Tensor, observer: Observer, *, silent: bool = False) -> Dispatch:
+        """Run the layer, which overwrites `states`; what its experts computed.
+
+        silent: what the block gives is left out of what leaves the layer.
+        """
         tee, shard = _Tee(observer), self._shard
-        handle = self._block.register_forward_hook(self._keep)
+        handle = self._block.register_forward_hook(self._keep_back if silent else self._keep)
         try:
             run_layer(shard.frame, self._layer, self._module, [self._batch], [states], shard.share, tee)
         finally:
@@ -68,7 +82,12 @@ class BlockRun:
     def _keep(self, _block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         given = output[0] if isinstance(output, tuple) else output
         self._input, self.x_TD = inputs[0], inputs[0].reshape(-1, inputs[0].shape[-1])
-        self.y_TD = given.reshape(self.x_TD.shape)
+        self.y_TD = self.target_TD = given.reshape(self.x_TD.shape)
+
+    def _keep_back(self, block: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+        self._keep(block, inputs, output)
+        nothing = torch.zeros_like(output[0] if isinstance(output, tuple) else output)
+        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
 
     def restricted(self, kept: KeptNeurons, merged: MergedExperts | None = None) -> Dispatch:
         """What the experts compute of the same microbatch where a plan removes or merges some. merged: them, if so."""
@@ -113,7 +132,7 @@ class BlockRun:
             explained_TD = explained_TD + shared_TF @ shared.down_DF.float().T
         given_TD = self.valid(self.y_TD).float()
         apart = float((self.valid(explained_TD) - given_TD).norm() / given_TD.norm().clamp_min(1e-30))
-        if apart > _APART:
+        if apart > APART:
             raise UnsupportedModelError(
                 "A MoE block that gives something else than the sum of its routed and shared experts",
                 where=f"{self._shard.skeleton.index.folder}, layer {self._layer}: {type(self._block).__name__}",

@@ -30,7 +30,7 @@ from tenp_dist.compensation.joint_features import shared_expert as load_shared_e
 from tenp_dist.compensation.joint_outcome import joint_outcome
 from tenp_dist.compensation.joint_systems import JointSolution, JointSystem, Start, layer_damping, make_system
 from tenp_dist.compensation.moments import ENOUGH, Moments, union_of
-from tenp_dist.model.experts import FusedExperts
+from tenp_dist.model.experts import Dispatch, FusedExperts
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.model.merged_experts import MergedExperts, merged_experts
 from tenp_dist.passes.layer_step import OpenShard
@@ -104,8 +104,9 @@ class LayerSystems:
 class JointSum(LayerSum[LayerSystems]):
     """Sums what the system of a layer needs, on one rank, and stores this rank's part of its solution."""
 
-    def __init__(self, task: JointTask, shard: OpenShard):
-        self.task, self.shard = task, shard
+    def __init__(self, task: JointTask, shard: OpenShard, name: str = ""):
+        """name: begins the names of files of features, where several of these sum at a time."""
+        self.task, self.shard, self._name = task, shard, name
         self._apart = CompensateSum(task, shard)
         self._weights = task.weights_of(shard.domains)
 
@@ -123,7 +124,7 @@ class JointSum(LayerSum[LayerSystems]):
         systems = {
             routing: make_system(
                 self.shard, columns_of([blocks_of(kept, shared) for kept in some]), hidden, device,
-                files, f"rank_{self.shard.rank:03d}.routing_{number}", memory // len(plans),
+                files, f"{self._name}rank_{self.shard.rank:03d}.routing_{number}", memory // len(plans),
             )
             for number, (routing, some) in enumerate(plans.items())
         }  # fmt: skip
@@ -144,13 +145,16 @@ class JointSum(LayerSum[LayerSystems]):
     ) -> None:
         for i, batch in enumerate(batches):
             run = BlockRun(self.shard, layer, module, batch)
-            weight = self._weights[batch.domain]
-            dispatch = run.whole_layer(states[i], sums.moments)
-            shared_TF = None if sums.shared is None else sums.shared.features(run.x_TD)
-            run.check_sum(dispatch, shared_TF, sums.shared)
-            for routing, system in sums.systems.items() if weight else ():
-                own = dispatch if routing is None else run.restricted(routing.kept, sums.merged[routing])
-                system.add(run, own, shared_TF, weight**0.5)
+            self.add_run(run, run.whole_layer(states[i], sums.moments), batch.domain, sums)
+
+    def add_run(self, run: BlockRun, dispatch: Dispatch, domain: int, sums: LayerSystems) -> None:
+        """Add a microbatch that has run. dispatch: what the source's experts computed of it."""
+        weight = self._weights[domain]
+        shared_TF = None if sums.shared is None else sums.shared.features(run.x_TD)
+        run.check_sum(dispatch, shared_TF, sums.shared)
+        for routing, system in sums.systems.items() if weight else ():
+            own = dispatch if routing is None else run.restricted(routing.kept, sums.merged[routing])
+            system.add(run, own, shared_TF, weight**0.5)
 
     def settle(self, layer: int, sums: LayerSystems, down_EDF: torch.Tensor) -> None:
         """Begin solving every plan, from its experts solved one by one."""

@@ -25,16 +25,17 @@ from torch import nn
 from tenp_dist.artifacts import write_json
 from tenp_dist.checkpoint.compensated import open_compensated, read_table
 from tenp_dist.checkpoint.families.base import DOWN, GATE, UP
-from tenp_dist.checkpoint.kept import narrow_experts, read_kept
+from tenp_dist.checkpoint.kept import KeptNeurons, narrow_experts, read_kept
 from tenp_dist.checkpoint.reader import TensorReader
-from tenp_dist.compensation.joint_block import BlockRun
+from tenp_dist.compensation.block_check import BlockCheck, block_check, left_over
+from tenp_dist.compensation.joint_block import BlockRun, Nobody
 from tenp_dist.compensation.joint_features import SHARED, SharedExpert, shared_expert
 from tenp_dist.compensation.joint_systems import layer_damping
 from tenp_dist.compensation.moments import ENOUGH
 from tenp_dist.compensation.random_vectors import VECTORS
 from tenp_dist.compensation.recheck_pass import LEFT_OVER, RecheckTask, is_damped_by_rule
 from tenp_dist.errors import VerifyError
-from tenp_dist.model.experts import Dispatch, FusedExperts, activations
+from tenp_dist.model.experts import FusedExperts, activations
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.passes.layer_step import OpenShard
 from tenp_dist.passes.layer_sums import LayerSum
@@ -53,28 +54,6 @@ class JointRecheckTask(RecheckTask):
     def done_by(self, layer: int, rank: int) -> bool:
         """Whether all ranks have checked a layer: none can do it alone."""
         return all(super(JointRecheckTask, self).done_by(layer, one) for one in range(self.ranks))
-
-
-@dataclass
-class BlockCheck:
-    """What is summed of a block of features: an expert of this rank, or the shared expert.
-
-    ids: its kept neurons.
-    v_WK: random signs.
-    p_WK: X'(X v).
-    diagonal_W: of X'X.
-    tokens: that reached it.
-    moments_FF: of a narrow expert, to solve it again.
-    merged: gate and up [2F, D] and W_down [D, F] of an expert that is made of several; None of the source's.
-    """
-
-    ids: torch.Tensor
-    v_WK: torch.Tensor
-    p_WK: torch.Tensor
-    diagonal_W: torch.Tensor
-    tokens: int = 0
-    moments_FF: torch.Tensor | None = None
-    merged: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -99,13 +78,6 @@ class JointCheck:
     result: dict[str, float] = field(default_factory=dict)
 
 
-class _Nobody:
-    domain = 0
-
-    def __call__(self, dispatch: Dispatch) -> None:
-        return
-
-
 class JointRecheckSum(LayerSum[JointCheck]):
     """Sums what the equations of a layer need on random vectors, on one rank, and judges what is stored."""
 
@@ -115,13 +87,17 @@ class JointRecheckSum(LayerSum[JointCheck]):
         kept = read_kept(task.plan)
         self._kept = {layer: kept[layer] for layer in shard.layers if layer in kept}
 
+    def kept_of(self, layer: int) -> KeptNeurons | None:
+        """What the plan keeps of a layer, None for all."""
+        return self._kept.get(layer)
+
     def begin(self, layer: int, experts: FusedExperts) -> JointCheck:
         kept, neurons = self._kept[layer], experts.down_proj.shape[2]
         shared = shared_expert(self.shard.skeleton, layer)
         ids = {e: kept.of(e) for e in kept.routed.tolist() if e in self.shard.held and kept.widths[e]}
         if shared is not None and self.shard.rank == 0:
             ids[SHARED] = np.arange(shared.down_DF.shape[1])
-        blocks = {block: _block_check(layer, block, own, experts.down_proj.device) for block, own in ids.items()}
+        blocks = {block: block_check(layer, block, own, experts.down_proj.device) for block, own in ids.items()}
         for expert in set(narrow_experts(kept, neurons)) & set(blocks) if kept.experts is None else ():
             blocks[expert].moments_FF = experts.down_proj.new_zeros(neurons, neurons, dtype=torch.float64)
         for expert in set(kept.merged) & set(blocks):
@@ -135,14 +111,18 @@ class JointRecheckSum(LayerSum[JointCheck]):
         hook = sums.experts.register_forward_pre_hook(lambda _, inputs: sums.inputs.append(inputs))
         try:
             for i, batch in enumerate(batches):
-                run, kept = BlockRun(self.shard, layer, module, batch), self._kept[layer]
-                run.whole_layer(states[i], _Nobody())
-                if kept.experts is not None or kept.merging is not None:
-                    run.restricted(kept)  # for what the router hands over: nothing that the experts give is read
+                run = BlockRun(self.shard, layer, module, batch)
+                self.run(run, states, i)
+                if self._kept[layer].experts is not None or self._kept[layer].merging is not None:
+                    run.restricted(self._kept[layer])  # for what the router hands over: no output of experts is read
                 self._add_batch(sums, run, self._weights[batch.domain])
                 sums.inputs.clear()
         finally:
             hook.remove()
+
+    def run(self, run: BlockRun, states: list[torch.Tensor], number: int) -> None:
+        """Take the microbatch of this number, whose states are overwritten by what leaves the layer."""
+        run.whole_layer(states[number], Nobody())
 
     def _add_batch(self, sums: JointCheck, run: BlockRun, weight: float) -> None:
         sums.tokens += int(run.valid_T.sum()) if weight else 0
@@ -157,7 +137,7 @@ class JointRecheckSum(LayerSum[JointCheck]):
             own.p_WK += a_SW.T @ wide_TK[rows]
             own.diagonal_W += (a_SW**2).sum(dim=0)
             own.tokens += len(rows) if weight else 0
-        sums.c_KD += run.valid(wide_TK).T @ (run.valid(run.y_TD).double() * scale)
+        sums.c_KD += run.valid(wide_TK).T @ (run.valid(run.target_TD).double() * scale)
 
     def _features(
         self, sums: JointCheck, run: BlockRun, scale: float
@@ -197,7 +177,7 @@ class JointRecheckSum(LayerSum[JointCheck]):
                 name = self._name(layer, block)
                 merged = sums.blocks[block].merged
                 plain_DF = (source.tensor(name) if merged is None else merged[1]).cpu().double()
-                left_3KD += _left_over(sums.blocks[block], value, plain_DF, stored.tensor(name), self.task.ridge)
+                left_3KD += left_over(sums.blocks[block], value, plain_DF, stored.tensor(name), self.task.ridge)
                 self.shard.count_work()
         reduce = self.shard.share.get("reduce")
         if reduce is not None:
@@ -254,39 +234,6 @@ class JointRecheckSum(LayerSum[JointCheck]):
 
     def finish(self, layer: int, sums: JointCheck, down_EDF: torch.Tensor) -> None:
         write_json(self.task.result(layer, self.shard.rank), {"key": self.task.file_key, **sums.result})
-
-
-def _block_check(layer: int, block: int, ids: np.ndarray, device: torch.device) -> BlockCheck:
-    signs = np.random.default_rng([layer, block + 1]).integers(0, 2, (len(ids), VECTORS))
-    v_WK = torch.from_numpy(2.0 * signs - 1).to(device)
-    place = torch.from_numpy(ids.astype(np.int64)).to(device)
-    return BlockCheck(place, v_WK, torch.zeros_like(v_WK), torch.zeros(len(ids), dtype=torch.float64, device=device))
-
-
-def _left_over(
-    own: BlockCheck, damping: float, source_DF: torch.Tensor, found_DW: torch.Tensor, ridge: float
-) -> torch.Tensor:
-    """A block's part of (p + R v)'V - (R v)'V0 with the stored columns and with the source's; the squares that rounding
-    to the stored dtype may leave. [3, K, D] float64."""
-    ids, v_WK, p_WK = own.ids.cpu(), own.v_WK.cpu(), own.p_WK.cpu()
-    plain_DW = source_DF[:, ids]
-    mean = float(own.diagonal_W.mean()) or 1.0
-    prior_DW = plain_DW if own.moments_FF is None else _solved_alone(own, source_DF, ridge)
-    q_WK, wide_DW = p_WK + damping * mean * v_WK, found_DW.double()
-    pulled_KD = damping * mean * v_WK.T @ prior_DW.T
-    unit = torch.finfo(found_DW.dtype).eps / 2
-    rounding_KD = ((unit * wide_DW) ** 2 @ q_WK**2).T
-    return torch.stack([q_WK.T @ wide_DW.T - pulled_KD, q_WK.T @ plain_DW.T - pulled_KD, rounding_KD])
-
-
-def _solved_alone(own: BlockCheck, source_DF: torch.Tensor, ridge: float) -> torch.Tensor:
-    """V0 of a narrow expert, [D, W]: (W G[:,S] + r W_S)(G_SS + r I)^-1."""
-    assert own.moments_FF is not None
-    ids, G_FF = own.ids.cpu(), own.moments_FF.cpu()
-    g_WW = G_FF[ids][:, ids]
-    r = ridge * max(1.0, ENOUGH * len(ids) / max(own.tokens, 1)) * float(g_WW.diagonal().mean())
-    system_WW = g_WW + r * torch.eye(len(ids), dtype=torch.float64)
-    return torch.linalg.solve(system_WW, source_DF @ G_FF[:, ids] + r * source_DF[:, ids], left=False)
 
 
 def _refused(path: Path, found: str, wanted: str) -> VerifyError:

@@ -133,7 +133,7 @@ class NormalSystem(JointSystem):
         x_TN = self.reduce(x_TN)
         if shared_TF is not None:
             x_TN[:, self.columns.spans[SHARED]] = shared_TF
-        self.equations.add(run.valid(x_TN) * scale, run.valid(run.y_TD) * scale)
+        self.equations.add(run.valid(x_TN) * scale, run.valid(run.target_TD) * scale)
 
     def begin(self, start: Start) -> Callable[[], JointSolution]:
         plain_MD, prior_MD = (self._gathered(start.columns, part) for part in (start.plain, start.prior))
@@ -175,7 +175,7 @@ class GradientSystem(JointSystem):
             rows = run.valid_T.nonzero().squeeze(1)
             blocks[SHARED] = rows, shared_TF[rows]
         blocks = {block: (rows, a_RW * scale) for block, (rows, a_RW) in blocks.items()}
-        wide_TD = run.y_TD.double() * scale
+        wide_TD = run.target_TD.double() * scale
         self._energy += (run.valid(wide_TD) ** 2).sum()
         for block, (rows, a_RW) in blocks.items():
             wide_RW = a_RW.double()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tenp_dist.checkpoint.output_form import output_form
-from tenp_dist.config import JOINT
+from tenp_dist.config import JOINT, PRUNED
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
@@ -136,8 +136,9 @@ class Work:
             yield Pass("select", share, 1 + len(job.forms) * len(candidates(job.budget)))
         if "compensate" in self.stages:
             yield refit
+            forwards = 3 if job.output.compensate_on == PRUNED else 1  # of the source; twice of the pruned model
             if JOINT in job.forms:
-                yield Pass("compensate", tokens, 1, 4.0 * hidden * kept)
-            yield Pass("verify", tokens)
+                yield Pass("compensate", tokens, forwards, 4.0 * hidden * kept)
+            yield Pass("verify", tokens, forwards)
         if job.evaluation is not None and "evaluate" in self.stages:
             yield Pass("evaluate", tokens_of(job.evaluation), streams(job, job.evaluation, self.run.source))

@@ -45,7 +45,7 @@ class Controller:
     ledger: notes units and losses.
     retries: how often a shard may be lost in a row.
     sleep: waits between two starts.
-    turned: of its units, see `Unit`.
+    turned, visits: of its units, see `Unit`.
     """
 
     groups: Sequence[Group[Unit, Heartbeat]]
@@ -58,6 +58,7 @@ class Controller:
     retries: Retries = field(default_factory=Retries)
     sleep: Callable[[float], None] = time.sleep
     turned: int = 0
+    visits: int = 1
 
     def run(self) -> None:
         """Raises whatever a worker raised that would come again, ClusterError after too many losses."""
@@ -69,7 +70,7 @@ class Controller:
                 last = i + 1 == len(self.shards)
                 unit = next_unit(shard, positions, self.mode, last=last) if i not in running else None
                 if unit is not None:
-                    running[i] = replace(unit, turned=self.turned)
+                    running[i] = replace(unit, turned=self.turned, visits=self.visits)
                     self.groups[i].start(running[i])
             group = self.wait([self.groups[i] for i in running])
             if group is None:

@@ -45,31 +45,34 @@ class LayerLoader:
 
     def begin(self) -> None:
         """Start reading the layers that will be kept, before the first of them is asked for."""
-        for layer in self.layers if self.keep else ():
+        for layer in map(self._layer_at, self.layers if self.keep else ()):
             self._read_ahead(layer)
 
-    def get(self, layer: int) -> nn.Module:
-        """The layer, ready to run; an earlier one is let go unless layers are kept."""
+    def get(self, place: int) -> nn.Module:
+        """The layer at a place, ready to run; an earlier one is let go unless layers are kept."""
+        layer = self._layer_at(place)
         if layer not in self._loaded:
             if not self.keep:
                 self.release()
             self._read_ahead(layer)
             state = self._pending.pop(layer).result()
-            self._loaded[layer] = self._prepare(self.skeleton.load_layer(self._layer_at(layer), state))
+            self._loaded[layer] = self._prepare(self.skeleton.load_layer(layer, state))
             del state
-            if layer + 1 in self.layers and layer + 1 not in self._loaded:
-                self._read_ahead(layer + 1)
+            later = (self._layer_at(one) for one in range(place + 1, self.layers.stop))
+            ahead = next((one for one in later if one != layer), None)
+            if ahead is not None and ahead not in self._loaded:
+                self._read_ahead(ahead)
         return self._loaded[layer]
 
     def release(self) -> None:
         """Let go of every layer."""
         for layer in self._loaded:
-            self.skeleton.unload_layer(self._layer_at(layer))
+            self.skeleton.unload_layer(layer)
         self._loaded.clear()
 
     def _read_ahead(self, layer: int) -> None:
         if layer not in self._pending:
-            self._pending[layer] = self._reader.submit(self.skeleton.read_layer, self._layer_at(layer), *self._share())
+            self._pending[layer] = self._reader.submit(self.skeleton.read_layer, layer, *self._share())
 
     def _share(self) -> tuple[range, ...]:
         return () if self._experts is None else (self._experts,)

@@ -126,6 +126,6 @@ class LayerSumStep(LayerStep, Generic[Sums]):
 def run_layer_sums(context: PassContext, task: LayerSumTask) -> PassSummary:
     """`run_pass`, streaming: several shards take turns, ranks of a shard work side by side."""
     context = replace(context, cluster=context.cluster.model_copy(update={"mode": "streaming"}))
-    done = run_pass(context, task, finished=task.unfinished() >= len(context.nbytes))
+    done = run_pass(context, task, finished=task.unfinished() == float("inf"))
     shutil.rmtree(task.hidden_state_files.folder, ignore_errors=True)
     return done

@@ -267,7 +267,7 @@ class LayerWorker:
         self.wait_for_results()
         if self.ranks.parallel:
             barrier()  # the file vouches for every rank's results; ranks' clocks differ, so they always commit
-        dropped = layer == self.shard.skeleton.num_layers and not self.step.keeps_final
+        dropped = layer == self.shard.skeleton.num_layers * self.task.visits and not self.step.keeps_final
         for wave in waves:
             self.fence.check()
             _, hidden = self._hidden[wave]

@@ -72,9 +72,14 @@ class PassTask(ABC):
         """
         return 0
 
+    @property
+    def visits(self) -> int:
+        """How often in a row a layer is taken: every time is a place of its own, between which a wave can be stored."""
+        return 1
+
     def layer_at(self, place: int) -> int:
         """The layer that is taken at a place of the pass."""
-        return self.turned - 1 - place if self.turned else place
+        return self.turned - 1 - place if self.turned else place // self.visits
 
     @abstractmethod
     def step(self, shard: OpenShard) -> LayerStep:

@@ -90,8 +90,9 @@ def _what_fits(context: PassContext, device: str) -> tuple[Cluster, GroupRequest
 
 
 def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSummary:
-    pool, cluster, waves, layers = context.pool, context.cluster, task.count_waves(), len(context.nbytes)
+    pool, cluster, waves = context.pool, context.cluster, task.count_waves()
     nbytes, active = _in_order(context.nbytes, task), _in_order(context.active, task)
+    layers = len(nbytes)  # places of the pass
     shards = cut_layers(cluster, nbytes, active)
     mode = choose_mode(pool, cluster, nbytes, shards, task.compute.device)
     files = task.hidden_state_files
@@ -104,7 +105,7 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
         return PassSummary(0, 0.0, mode, [], 1.0)
     request = group_request(pool, cluster, task.compute.device, task.logs)
     task = _placed_task(task, mode, cluster, request)
-    names = ["layers {}-{}".format(*layer_ends(shard, task.turned)) for shard in shards]
+    names = ["layers {}-{}".format(*layer_ends(shard, task.turned, task.visits)) for shard in shards]
     message = f"{', '.join(names)}; {mode}" + (f"; going on from {resumed:.0%}" if resumed else "")
     message += _memory_warning(task, waves) if cluster.host_memory else ""  # reads plans, where there are any
     context.progress(Progress(resumed * waves * layers, waves * layers, 0, 0.0, message=message))
@@ -112,7 +113,9 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
     groups = pool.groups(LayerWorker, [(task, shard) for shard in shards], request)
     progress = PassProgress(layers * waves, len(groups), context.progress)
     try:
-        Controller(groups, shards, mode, stored, pool.wait, progress, context.ledger, turned=task.turned).run()
+        Controller(
+            groups, shards, mode, stored, pool.wait, progress, context.ledger, turned=task.turned, visits=task.visits
+        ).run()
     finally:
         for group in groups:
             group.close()
@@ -120,8 +123,8 @@ def _run_once(context: PassContext, task: PassTask, finished: bool) -> PassSumma
 
 
 def _in_order(of_layers: Sequence[int], task: PassTask) -> Sequence[int]:
-    """Figures of the layers, in the order in which the pass takes them."""
-    return of_layers[::-1] if task.turned else of_layers
+    """Figures of the places of the pass: of its layers, in the order in which it takes them."""
+    return of_layers[::-1] if task.turned else [figure for figure in of_layers for _ in range(task.visits)]
 
 
 def _placed_task(task: PassTask, mode: Mode, cluster: Cluster, request: GroupRequest) -> PassTask:

@@ -27,27 +27,31 @@ class Unit:
     waves: their numbers, in order.
     turned: how many layers the model has, where a pass takes them from the last down: then start and stop count from
         there. 0 where it takes them from the first up.
+    visits: how often in a row a layer is taken; start and stop count every time.
     """
 
     start: int
     stop: int
     waves: tuple[int, ...]
     turned: int = 0
+    visits: int = 1
 
     def __str__(self) -> str:
         waves = f"wave {self.waves[0]}" if len(self.waves) == 1 else f"waves {self.waves[0]}-{self.waves[-1]}"
-        return f"{layer_words(range(self.start, self.stop), self.turned)}, {waves}"
+        return f"{layer_words(range(self.start, self.stop), self.turned, self.visits)}, {waves}"
 
 
-def layer_words(places: range, turned: int = 0) -> str:
-    """`layer 3`, or `layers 2-5`; `layers 5-2` where a pass takes them from the last down. turned: see `Unit`."""
-    first, last = layer_ends(places, turned)
+def layer_words(places: range, turned: int = 0, visits: int = 1) -> str:
+    """`layer 3`, or `layers 2-5`; `layers 5-2` where a pass takes them from the last down. See `Unit`."""
+    first, last = layer_ends(places, turned, visits)
     return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
-def layer_ends(places: range, turned: int = 0) -> tuple[int, int]:
+def layer_ends(places: range, turned: int = 0, visits: int = 1) -> tuple[int, int]:
     """The first and the last layer of a range of places."""
-    return (turned - 1 - places.start, turned - places.stop) if turned else (places.start, places.stop - 1)
+    if turned:
+        return turned - 1 - places.start, turned - places.stop
+    return places.start // visits, (places.stop - 1) // visits
 
 
 def next_unit(shard: range, positions: list[int], mode: Mode, *, last: bool = True) -> Unit | None:

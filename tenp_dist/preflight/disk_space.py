@@ -10,7 +10,7 @@ from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.plan import planning_statistics
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
-from tenp_dist.config import AUTO, COMPENSATE, JOINT, Budget, Compensate, Evaluation, Job, Text
+from tenp_dist.config import AUTO, COMPENSATE, JOINT, PRUNED, Budget, Compensate, Evaluation, Job, Text
 from tenp_dist.evaluation.plans import given_plans, grid_budgets, with_controls
 from tenp_dist.evaluation.selection import METHODS, candidates
 from tenp_dist.layouts.base import output_sizes
@@ -39,14 +39,15 @@ def orders_held(job: Job, source: Source) -> int:
 
 
 def states_held(job: Job, source: Source) -> int:
-    """Bytes of hidden states that `select` or `evaluate` stores at a time, about: of every plan, in float32."""
+    """Bytes of hidden states that a stage which measures or compensates stores at a time, about: in float32."""
     tried = (
         tokens_of(job.calibration) * job.selection_share * (1 + len(job.forms) * len(candidates(job.budget)))
         if job.chooses
         else 0
     )
     measured = tokens_of(job.evaluation) * streams(job, job.evaluation, source) if job.evaluation else 0
-    return int(4 * source.facts.hidden_size * max(tried, measured))
+    solved = tokens_of(job.calibration) * streams_in_turn(job, source)
+    return int(4 * source.facts.hidden_size * max(tried, measured, solved))
 
 
 def boundaries_held(job: Job, source: Source) -> int:
@@ -72,6 +73,16 @@ def streams(job: Job, asked: Evaluation, source: Source) -> int:
     """The source, the written checkpoint and its control, and the plans of an evaluation."""
     forms = len(asked.grid.get(COMPENSATE, (False,)))
     return 1 + 2 * asked.checkpoint + forms * len(_plans(job, asked, source))
+
+
+def streams_in_turn(job: Job, source: Source) -> int:
+    """The source and the plans that are compensated layer after layer in one pass, at most; 0 where none is so."""
+    if job.output.compensate_on != PRUNED:
+        return 0
+    asked = job.evaluation
+    grid = asked is not None and asked.many and JOINT in asked.grid.get(COMPENSATE, job.forms)
+    measured = len(_plans(job, asked, source)) if asked is not None and grid else 0
+    return 1 + max(len(candidates(job.budget)) if job.chooses else 1, measured)
 
 
 def _plans(job: Job, asked: Evaluation, source: Source) -> dict[str, Budget]:

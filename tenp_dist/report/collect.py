@@ -187,7 +187,7 @@ def _compensation(files: RunFiles, job: Mapping[str, Any], verify: Mapping[str, 
     document = _optional(files.compensation)
     if document is None or document.get("form") == "none" or not (job.get("output") or {}).get("compensate"):
         return None
-    return {"form": "apart", **document, "verified": (verify or {}).get("compensation")}
+    return {"form": "apart", "on": "source", **document, "verified": (verify or {}).get("compensation")}
 
 
 def _absent(

@@ -9,7 +9,8 @@ from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, file_digest, write_js
 from tenp_dist.budget.plan_files import read_plan
 from tenp_dist.compensation.compensate_pass import CompensateTask, Target, compensate_model, layer_files
 from tenp_dist.compensation.joint_pass import RIDGE_SHARE, JointTask
-from tenp_dist.config import AUTO, JOINT, Compensate
+from tenp_dist.compensation.sequential_pass import SequentialTask
+from tenp_dist.config import AUTO, JOINT, PRUNED, Compensate
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.stages.base import RunStage, reads, weight_fields
@@ -24,14 +25,16 @@ def compensate_fields(run: Run) -> dict[str, Any]:
 def ridge_fields(run: Run) -> dict[str, Any]:
     """What says how W_down is solved."""
     output = run.job.output
-    return {"ridge": str(output.ridge)} | ({"form": output.compensate} if output.compensate in (JOINT, AUTO) else {})
+    form = {"form": output.compensate} if output.compensate in (JOINT, AUTO) else {}
+    return {"ridge": str(output.ridge)} | form | ({"on": PRUNED} if output.compensate_on == PRUNED else {})
 
 
-def task_of(form: Compensate, **options: Any) -> CompensateTask:
+def task_of(run: Run, form: Compensate, **options: Any) -> CompensateTask:
     """The task that compensates in this form. options: fields of `CompensateTask`."""
     if form != JOINT:
         return CompensateTask(**options)
-    return JointTask(**options, joint_ridge=options["ridge"] * RIDGE_SHARE)
+    kind = SequentialTask if run.job.output.compensate_on == PRUNED else JointTask
+    return kind(**options, joint_ridge=options["ridge"] * RIDGE_SHARE)
 
 
 def compensate(run: Run, context: StageContext) -> Output:
@@ -41,7 +44,7 @@ def compensate(run: Run, context: StageContext) -> Output:
     form = run.compensate
     if not form:
         return _left_alone(run, context)
-    task = task_of(form, **tokens_again(run, context), folder=files.compensation_folder, targets=(target,))
+    task = task_of(run, form, **tokens_again(run, context), folder=files.compensation_folder, targets=(target,))
     context.replace()
     done = compensate_model(run.pass_context(context, "compensate", task.compute), task)
     document = task.outcome(target, run.source.facts.intermediate_size)

@@ -76,7 +76,7 @@ def _variants_of(
         targets = {home[plan.name]: Target(plan.tensors, home[plan.name]) for plan in own}
         hidden = f"{HIDDEN}/{name}"  # beside those of the evaluation, which come after it
         again = tokens_again(run, context)
-        task = task_of(form, **again, folder=folder, hidden=hidden, targets=tuple(targets.values()))
+        task = task_of(run, form, **again, folder=folder, hidden=hidden, targets=tuple(targets.values()))
         compensate_model(part_of(where, number, len(forms) + 1), task)
     return {plan.name: Variant(plan.tensors, home.get(plan.name), plan.training) for plan in plans}
 

@@ -22,7 +22,8 @@ from tenp_dist.checkpoint.verify_ranks import check_ranks
 from tenp_dist.compensation.joint_pass import RIDGE_SHARE
 from tenp_dist.compensation.joint_recheck import JointRecheckTask
 from tenp_dist.compensation.recheck_pass import RecheckTask, recheck_model
-from tenp_dist.config import JOINT
+from tenp_dist.compensation.sequential_recheck import SequentialRecheckTask
+from tenp_dist.config import JOINT, PRUNED
 from tenp_dist.errors import TenpError, VerifyError
 from tenp_dist.model.same_layers import check_same_layers
 from tenp_dist.model.tensor_names import check_tensors
@@ -160,7 +161,8 @@ def _recheck(run: Run, context: StageContext) -> dict[str, Any]:
         "compensation": files.compensation_folder,
     }
     ridge = {"joint_ridge": again["ridge"] * RIDGE_SHARE}
-    task = JointRecheckTask(**again, **ridge) if joint else RecheckTask(**again)
+    kind = SequentialRecheckTask if run.job.output.compensate_on == PRUNED else JointRecheckTask
+    task = kind(**again, **ridge) if joint else RecheckTask(**again)
     found = recheck_model(run.pass_context(context, "verify", task.compute), task)
     tried = {"ok": True, "experts_tried": found["tried"], "largest_share_left_over": found["left"]}
     return (

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.checkpoints import random_kept
 from helpers.deaths import Death, cuts, lives
-from helpers.joint import compensate_jointly, recheck_jointly, stored, without_experts
+from helpers.joint import compensate_jointly, files_of, recheck_jointly, stored, without_experts
 from helpers.scoring import random_corpus
 from tenp_dist.checkpoint.compensated import read_said
 from tenp_dist.checkpoint.kept import KeptNeurons
@@ -16,14 +16,6 @@ from tenp_dist.pool.ray_pool import RayPool
 from tenp_dist.run_files import layer_file
 
 CORPUS = random_corpus(256, sequences=12)
-
-
-def files_of(task) -> dict[str, bytes]:
-    return {
-        f"{target.folder.name}/{path.name}": path.read_bytes()
-        for target in task.targets
-        for path in sorted(target.folder.iterdir())
-    }
 
 
 @pytest.fixture(params=["normal equations", "descent"])

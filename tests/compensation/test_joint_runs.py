@@ -79,6 +79,25 @@ def test_experts_are_removed_and_the_rest_makes_up_for_it(text_files, tiny_model
     assert refused.exit_code == 2 and "joint" in refused.stderr
 
 
+def test_a_job_that_compensates_layer_after_layer(text_files, tiny_model, job_file, tenp, tmp_path):
+    """What is measured is what was written and verified, and page and card say what was solved."""
+    model, run = tiny_model("deepseek_v3"), tmp_path / "run"
+    grid = {"retention": [0.6], "compensate": [False, "joint"]}
+    job = job_file(
+        model=model, output=JOINT | {"compensate_on": "pruned"}, evaluation=evaluation(text_files) | {"grid": grid}
+    )
+    result = tenp("run", job, "--json")
+    figures, stages = measured(result), json.loads(result.stdout)["stages"]
+    assert stages["compensate"]["on"] == "pruned"
+    assert stages["verify"]["compensation"]["experts_tried"] == stages["compensate"]["compensated"] + 3
+    joint = next(plan for plan in figures["plans"] if plan["name"].endswith("joint") and not plan["control"])
+    assert figures["variants"]["pruned"]["mean"] == pytest.approx(
+        {key: joint["mean"][key] for key in figures["variants"]["pruned"]["mean"]}, rel=1e-5
+    )
+    assert "hidden state" in (run / "report/index.html").read_text()
+    assert "hidden state" in (run / "checkpoint/ragged/README.md").read_text()
+
+
 def test_a_source_in_fp8_gets_its_solution_in_fp8(tiny_model, job_file, tenp, tmp_path):
     """Whole experts and the shared one are not copied byte for byte then, and verify has checked what is written."""
     model, _ = make_pair(tmp_path, tiny_model("deepseek_v3", "bfloat16"))

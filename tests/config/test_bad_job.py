@@ -37,6 +37,9 @@ JOBS = {
     "no domain counts": (source(weight=0), "JobError", "calibration", "every domain has weight 0"),
     "no shards": ({"cluster": {"shards": 0}}, "JobError", "cluster.shards", "found:  0", "greater than or equal to 1"),
     "unknown layout": ({"output": {"layouts": ["gguf"]}}, "JobError", "output.layouts", "gguf", "ragged", "padded"),
+    "layer after layer, expert by expert": (
+        {"output": {"compensate": True, "compensate_on": "pruned"}}, "JobError", "compensate must be joint or auto",
+    ),
     "not a size": ({"output": {"shard_size": "5 apples"}}, "JobError", "output.shard_size", "5GB"),
     "unknown method": (
         {"budget": {"method": "temp"}}, "JobError", "Unknown method", "found:  temp", "enp", "did you mean `tenp`?",

@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 
 from helpers.checkpoints import random_kept
 from helpers.compensation import least_squares
 from helpers.scoring import batches_of, pass_context, random_corpus
 from tenp_dist.calibration.corpus import write_corpus
-from tenp_dist.checkpoint.compensated import open_compensated
+from tenp_dist.checkpoint.compensated import open_compensated, read_said, read_table
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.families.table import family_of
@@ -24,23 +25,27 @@ from tenp_dist.compensation.joint_pass import JointTask
 from tenp_dist.compensation.joint_recheck import JointRecheckTask
 from tenp_dist.compensation.moments import ENOUGH
 from tenp_dist.compensation.recheck_pass import recheck_model
+from tenp_dist.compensation.sequential_pass import SequentialTask
+from tenp_dist.compensation.sequential_recheck import SequentialRecheckTask
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.layer_sums import LayerSumTask
+from tenp_dist.run_files import layer_file
 
 JOINT_RIDGE = 3e-5  # a hundred times that in layers of so few tokens
 SHARED = -1
 
 
 def compensate_jointly(
-    model, folder, plans, *, corpus=None, weights=None, pool=None, dtype="float32", joint_ridge=JOINT_RIDGE, **cluster
-):
-    """All plans (name -> kept) in one pass in this process; each in `folder/<name>`."""
+    model, folder, plans, *, corpus=None, weights=None, pool=None, dtype="float32", joint_ridge=JOINT_RIDGE,
+    kind=JointTask, **cluster,
+):  # fmt: skip
+    """All plans (name -> kept) in one pass in this process; each in `folder/<name>`. kind: of the task."""
     folder.mkdir(exist_ok=True)
     write_corpus(folder / "corpus.arrow", corpus if corpus is not None else random_corpus(256, sequences=12))
     for name, kept in plans.items():
         write_kept(folder / f"{name}.safetensors", kept, {"plan": name})
     context = pass_context(model, folder / "ledger", pool, **{"commit_seconds": 0, **cluster})
-    task = JointTask(
+    task = kind(
         model, folder / "corpus.arrow", folder / "all", "key", Compute("cpu", dtype, 64, 1), waves=3,
         ranks=context.cluster.tensor_parallel, moe=tuple(next(iter(plans.values()))), weights=weights or {},
         targets=tuple(Target(folder / f"{name}.safetensors", folder / name) for name in plans),
@@ -187,12 +192,95 @@ def stored(task, name) -> dict[tuple[int, int], torch.Tensor]:
         return {place: reader.tensor(n) for place, n in names.items() if n in reader.index.tensors}
 
 
+def files_of(task) -> dict[str, bytes]:
+    """Path inside the task's folder -> what was stored, of all plans."""
+    return {
+        f"{target.folder.name}/{path.name}": path.read_bytes()
+        for target in task.targets
+        for path in sorted(target.folder.iterdir())
+    }
+
+
+def check_solution(task, name, kept, found, has_shared):
+    """Weights within 5e-4 of the largest change, damping and errors, of a plan. found: layer -> block."""
+    columns = stored(task, name)
+    for layer, neurons in kept.items():
+        check_layer(task, name, layer, neurons, found[layer], columns, has_shared)
+
+
+def check_layer(task, name, layer, neurons, block, columns, has_shared):
+    """As `check_solution`, of one layer."""
+    wanted = expected_of(block, neurons, 0.01)
+    assert {b for la, b in columns if la == layer} == set(wanted.weights)
+    assert (SHARED in wanted.weights) == has_shared
+    change = max(np.abs(w - block.down[b][:, _ids(b, neurons, block)]).max() for b, w in wanted.weights.items())
+    for b, weights in wanted.weights.items():
+        assert np.abs(columns[layer, b].double().numpy() - weights).max() < 5e-4 * change, (layer, b)
+    folder = next(target.folder for target in task.targets if target.folder.name == name)
+    table = read_table(layer_file(folder, layer))
+    assert dict(zip(table["experts"], table["damping"], strict=True)) == pytest.approx(wanted.damping, rel=1e-9)
+    assert {b: block.tokens[b] for b in wanted.weights} == dict(zip(table["experts"], table["tokens"], strict=True))
+    assert table["energy"][0] == pytest.approx(wanted.energy, rel=1e-5)
+    assert table["before"][0] == pytest.approx(wanted.before, rel=1e-3, abs=1e-6)
+    assert table["after"][0] == pytest.approx(wanted.after, rel=2e-3, abs=1e-6)
+    assert read_said(layer_file(folder, layer))["apart"] == pytest.approx(wanted.apart, rel=1e-3, abs=1e-6)
+    assert wanted.after < min(wanted.apart, wanted.before)
+
+
+def _ids(block, kept, found):
+    return np.arange(found.down[SHARED].shape[1]) if block == SHARED else kept.of(block)
+
+
+def blocks_in_turn(model, corpus, kept, columns, pruned=None):
+    """(layer, block) of a plan whose layers were solved in turn: what its kept neurons receive behind stored layers.
+
+    What the block should give is what takes the pruned model's hidden state to the source's. All from stock models; the
+    columns of a layer are put into the pruned one after its block was yielded.
+
+    columns: as `stored` gives them. pruned: a uniform checkpoint of a plan that removes experts.
+    """
+    source, other = _loaded(model), _loaded(pruned or model)
+    batches = batches_of(corpus)
+    with torch.no_grad():
+        for layer, neurons in kept.items():
+            mlp = other.model.layers[layer].mlp
+            wanted = _left(source, layer, batches)
+            pairs = []
+            for (x, y), left, aim in zip(*_left(other, layer, batches, mlp), wanted, strict=True):
+                pairs.append((x, aim - (left - y)))
+            yield layer, _block(source.model.layers[layer].mlp, mlp.gate, pairs, corpus, None)
+            for place, expert in enumerate(neurons.routed.tolist()):
+                ids = torch.from_numpy(neurons.of(expert).astype(np.int64))
+                own = source.model.layers[layer].mlp.experts.down_proj[expert][:, ids]
+                mlp.experts.down_proj[place].zero_()
+                mlp.experts.down_proj[place][:, ids] = columns.get((layer, expert), own)
+            if (layer, SHARED) in columns:
+                shared = getattr(mlp, "shared_experts", getattr(mlp, "shared_expert", None))
+                shared.down_proj.weight.copy_(columns[layer, SHARED])
+
+
+def _left(model, layer, batches, mlp=None):
+    """What leaves a layer, batch by batch; with `mlp`, pairs of what it received and gave before that."""
+    left, pairs = [], []
+    hooks = [model.model.layers[layer].register_forward_hook(lambda _, inputs, output: left.append(_first(output)))]
+    if mlp is not None:
+        hooks.append(mlp.register_forward_hook(lambda _, inputs, output: pairs.append((inputs[0], _first(output)))))
+    for tokens, mask, _ in batches:
+        model(tokens, attention_mask=None if mask is None else mask.long())
+    for hook in hooks:
+        hook.remove()
+    return left if mlp is None else (pairs, left)
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
 def recheck_jointly(task, folder, pool=None):
     """Verify the only plan of a task."""
     shared = {f.name: getattr(task, f.name) for f in dataclasses.fields(LayerSumTask)} | {"folder": folder}
     (target,) = task.targets
-    again = JointRecheckTask(
-        **shared, plan=target.plan, ridge=task.ridge, joint_ridge=task.joint_ridge, compensation=target.folder
-    )
+    kind = SequentialRecheckTask if isinstance(task, SequentialTask) else JointRecheckTask
+    again = kind(**shared, plan=target.plan, ridge=task.ridge, joint_ridge=task.joint_ridge, compensation=target.folder)
     cluster = {"tensor_parallel": task.ranks, "commit_seconds": 0}
     return recheck_model(pass_context(task.model, folder / "ledger", pool, **cluster), again)
