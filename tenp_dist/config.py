@@ -162,6 +162,11 @@ class Budget(Part):
         description="decoder layers that leave (methods that remove layers): a number, or a share of those with "
         "experts; default what retention asks for",
     )
+    expert_counts: Literal["per-layer", "global"] = Field(
+        "per-layer",
+        description="methods that remove experts: as many stay in every layer, or as many in the model as lose least "
+        "(to be measured in evaluation.grid: no layout holds them)",
+    )
     neuron_domains: Literal["scaled", "mean"] = Field(
         "scaled",
         description="adding an expert's neuron scores over domains: each scaled to length 1, or means over its tokens",

@@ -127,7 +127,9 @@ def by_method(
 def settings(method: str, lines: str = "") -> list[tuple[str, dict]]:
     """Lines of the table, those that say `lines`, and the budget keys of each: what a method has besides its name."""
     if method in ("reap", "hope"):
-        return [(method, {}), (f"{method}, pooled", {"expert_domains": "pooled"})]
+        found = [(method, {}), (f"{method}, pooled", {"expert_domains": "pooled"})]
+        found += [(f"{line}, global counts", {**keys, "expert_counts": "global"}) for line, keys in found]
+        return [one for one in found if lines in one[0]]
     if method in ("global", "obs"):
         found = [
             (f"{method}, align 16, 2 widths", {"align": 16, "max_widths": 2}),

@@ -53,6 +53,24 @@ def least_loss_set(losses_EE: np.ndarray, count: int, groups: int = 1) -> Remove
     return _described(losses_EE, best_E, lower_bound(losses_EE, count, groups))
 
 
+def every_count(losses_EE: np.ndarray, groups: int = 1) -> list[float]:
+    """The loss of the best set for every number of experts that each group can lose, from none to all.
+
+    Exact as in `least_loss_set`; beyond, a local optimum near the better of the sets that grow and shrink one by one.
+    """
+    size = len(losses_EE) // groups
+    if len(losses_EE) <= EXACT:
+        return [least_loss_set(losses_EE, each * groups, groups).loss for each in range(size + 1)]
+    grown, shrunk = [np.zeros(len(losses_EE), dtype=bool)], [np.ones(len(losses_EE), dtype=bool)]
+    for each in range(1, size + 1):
+        grown.append(_grown(losses_EE, each, groups, grown[-1]))
+        shrunk.append(_shrunk(losses_EE, size - each, groups, shrunk[-1]))
+    starts = (
+        min(pair, key=lambda removed_E: _loss(losses_EE, removed_E)) for pair in zip(grown, shrunk[::-1], strict=True)
+    )
+    return [_loss(losses_EE, _descended(losses_EE, start_E, groups)) for start_E in starts]
+
+
 def lower_bound(losses_EE: np.ndarray, count: int, groups: int = 1) -> float:
     """No set of `count` experts loses less. In time E^2 log E."""
     each, size = count // groups, len(losses_EE) // groups
@@ -118,10 +136,11 @@ def _alone(losses_EE: np.ndarray, each: int, groups: int) -> np.ndarray:
     return removed_E
 
 
-def _grown(losses_EE: np.ndarray, each: int, groups: int) -> np.ndarray:
-    """One after another, always the expert that adds least."""
-    removed_E, diagonal_E = np.zeros(len(losses_EE), dtype=bool), np.diagonal(losses_EE)
-    for _ in range(each * groups):
+def _grown(losses_EE: np.ndarray, each: int, groups: int, start_E: np.ndarray | None = None) -> np.ndarray:
+    """One after another, always the expert that adds least. start_E: those that have left, none if not given."""
+    removed_E = np.zeros(len(losses_EE), dtype=bool) if start_E is None else start_E.copy()
+    diagonal_E = np.diagonal(losses_EE)
+    for _ in range(each * groups - int(removed_E.sum())):
         full_G = removed_E.reshape(groups, -1).sum(axis=1) >= each
         added_E = 2 * (losses_EE @ removed_E) + diagonal_E
         added_E[removed_E | np.repeat(full_G, len(removed_E) // groups)] = np.inf
@@ -129,10 +148,11 @@ def _grown(losses_EE: np.ndarray, each: int, groups: int) -> np.ndarray:
     return removed_E
 
 
-def _shrunk(losses_EE: np.ndarray, each: int, groups: int) -> np.ndarray:
-    """From the set of all, one after another, always the expert without which it loses least."""
-    removed_E, diagonal_E = np.ones(len(losses_EE), dtype=bool), np.diagonal(losses_EE)
-    for _ in range(len(removed_E) - each * groups):
+def _shrunk(losses_EE: np.ndarray, each: int, groups: int, start_E: np.ndarray | None = None) -> np.ndarray:
+    """From a set, that of all if none is given, one after another, always the expert without which it loses least."""
+    removed_E = np.ones(len(losses_EE), dtype=bool) if start_E is None else start_E.copy()
+    diagonal_E = np.diagonal(losses_EE)
+    for _ in range(int(removed_E.sum()) - each * groups):
         done_G = removed_E.reshape(groups, -1).sum(axis=1) <= each
         saved_E = 2 * (losses_EE @ removed_E) - diagonal_E
         saved_E[~removed_E | np.repeat(done_G, len(removed_E) // groups)] = -np.inf

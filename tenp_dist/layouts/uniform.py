@@ -43,6 +43,14 @@ class Uniform(Layout):
     keeps_fused = True
 
     def refusal(self, budget: Budget, forms: Sequence[PlanForm]) -> JobError | None:
+        if any(form.counts_differ for form in forms):
+            return JobError(
+                "A uniform checkpoint has as many experts in every layer",
+                where="output.layouts",
+                found="budget.expert_counts: global, which no layout holds",
+                wanted="expert_counts: per-layer",
+                next_step="set budget.expert_counts to per-layer; global counts are measured in evaluation.grid",
+            )
         widths = [form.widths for form in forms if form.widths is not None]
         if len(widths) < len(forms):
             return JobError(

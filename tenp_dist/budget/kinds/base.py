@@ -27,6 +27,8 @@ FLOOR_KEYS = ("minimum_width", "minimum_layer_retention")
 """Keys of a budget that say how much stays whatever the scores decide."""
 LAYER_KEYS = ("drop_layers",)
 """Keys of a budget that say how many decoder layers leave."""
+COUNT_KEYS = ("expert_counts",)
+"""Keys of a budget that say how many experts every layer keeps of those that a model keeps."""
 STABILITY_KEYS = ("unstable",)
 """Keys of a budget that say which layers get more, by how much their importances fluctuate."""
 
@@ -38,11 +40,13 @@ class PlanForm:
     experts_leave: whether experts that are not kept leave the model, their router rows with them.
     widths: neurons of the experts that stay; None where the scores give every expert its own.
     layers_leave: whether whole decoder layers leave the model.
+    counts_differ: whether the scores give every layer a number of experts of its own.
     """
 
     experts_leave: bool
     widths: frozenset[int] | None
     layers_leave: bool = False
+    counts_differ: bool = False
 
 
 class LayerChoice(NamedTuple):

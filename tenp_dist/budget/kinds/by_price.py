@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import LAYER_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.kinds.base import COUNT_KEYS, LAYER_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
 from tenp_dist.budget.neuron_groups import best_groups, group_sums
 from tenp_dist.budget.protection import protected_experts
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
@@ -44,7 +44,7 @@ class ByPrice(PlanKind):
     @property
     def unused_keys(self) -> tuple[str, ...]:
         unstable = () if self.method.fluctuation else STABILITY_KEYS
-        return (*WHOLE_KEYS, "expert_domains", "neuron_domains", *LAYER_KEYS, *unstable)
+        return (*WHOLE_KEYS, "expert_domains", "neuron_domains", *COUNT_KEYS, *LAYER_KEYS, *unstable)
 
     @classmethod
     def plans_for(cls, method: Method) -> bool:

@@ -14,7 +14,15 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import FLOOR_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanForm, PlanKind
+from tenp_dist.budget.kinds.base import (
+    COUNT_KEYS,
+    FLOOR_KEYS,
+    STABILITY_KEYS,
+    WHOLE_KEYS,
+    LayerChoice,
+    PlanForm,
+    PlanKind,
+)
 from tenp_dist.budget.protection import protected_experts
 from tenp_dist.budget.sizes import LayerShape, MoeLayer, Shape
 from tenp_dist.budget.trapezoid import WASTE_LIMIT
@@ -39,6 +47,7 @@ class DropLayers(PlanKind):
         "max_widths",
         *FLOOR_KEYS,
         *STABILITY_KEYS,
+        *COUNT_KEYS,
         "neuron_domains",
         "never_routed",
     )

@@ -12,7 +12,15 @@ from fractions import Fraction
 
 import numpy as np
 
-from tenp_dist.budget.kinds.base import FLOOR_KEYS, LAYER_KEYS, STABILITY_KEYS, WHOLE_KEYS, LayerChoice, PlanKind
+from tenp_dist.budget.kinds.base import (
+    COUNT_KEYS,
+    FLOOR_KEYS,
+    LAYER_KEYS,
+    STABILITY_KEYS,
+    WHOLE_KEYS,
+    LayerChoice,
+    PlanKind,
+)
 from tenp_dist.budget.neuron_groups import best_groups
 from tenp_dist.budget.protection import protected_experts, protected_of_layer
 from tenp_dist.budget.selection import top_experts
@@ -49,7 +57,7 @@ class Narrow(PlanKind):
 
     @property
     def unused_keys(self) -> tuple[str, ...]:
-        others = (*FLOOR_KEYS, *STABILITY_KEYS, *LAYER_KEYS)
+        others = (*COUNT_KEYS, *FLOOR_KEYS, *STABILITY_KEYS, *LAYER_KEYS)
         return others if self.keeps_whole else (*WHOLE_KEYS, *others, "protect", "expert_domains")
 
     @property

@@ -1,18 +1,20 @@
 """Plans that remove whole experts: how many stay, and which ones.
 
 Every layer keeps floor(retention * E) experts; where a router works in equal groups of consecutive ids, every
-group keeps floor(retention * E / groups) of its own, so that the groups of what is left are equal again.
+group keeps floor(retention * E / groups) of its own, so that the groups of what is left are equal again. With
+`expert_counts: global` the model keeps floor(retention * N) of its N experts, and layers differ (`expert_counts.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
+from tenp_dist.budget import expert_counts
 from tenp_dist.budget.expert_sets import least_loss_set
 from tenp_dist.budget.kinds.base import (
     FLOOR_KEYS,
@@ -61,6 +63,15 @@ class Remove(PlanKind):
         return method.pair_losses is not None or (method.experts is not None and method.neurons is None)
 
     def sizes(self, layers: Sequence[MoeLayer]) -> Shape:
+        if self._by_scores and not self.method.weighs_layers:
+            raise BudgetError(
+                "The method's scores say nothing about one layer against another",
+                where="budget.expert_counts",
+                found=f"global with method {self.budget.method}",
+                wanted="a method whose scores are amounts that experts add up to: hope, reap, ean, easy-ep, man, msan, "
+                "gating or frequency",
+                next_step="set budget.expert_counts to per-layer, or use one of these",
+            )
         rho = self.budget.retention_exact
         kept = tuple(kept_experts(rho, layer.experts, layer.groups, layer.least, layer.layer) for layer in layers)
         protected = protected_experts(self.budget, layers)
@@ -69,7 +80,42 @@ class Remove(PlanKind):
         return Shape(layers=tuple(layers), whole=kept, narrow=(0,) * len(layers))
 
     def form(self, shape: Shape) -> PlanForm:
-        return PlanForm(experts_leave=True, widths=frozenset(layer.intermediate_size for layer in shape.layers))
+        widths = frozenset(layer.intermediate_size for layer in shape.layers)
+        return PlanForm(experts_leave=True, widths=widths, counts_differ=self._by_scores)
+
+    @property
+    def _by_scores(self) -> bool:
+        """Whether the scores say how many experts a layer keeps."""
+        return self.budget.expert_counts == "global"
+
+    def decided(
+        self, shape: Shape, statistics: Callable[[MoeLayer], LayerStatistics], contexts: Mapping[int, Context]
+    ) -> Shape:
+        if not self._by_scores:
+            return shape
+        curves = [self._curve(facts, statistics(facts), contexts[facts.layer]) for facts in shape.layers]
+        stay = math.floor(self.budget.retention_exact * shape.total_experts)
+        lost = expert_counts.least_losses(curves, shape.total_experts - stay)
+        return replace(shape, whole=tuple(one.experts - count for one, count in zip(shape.layers, lost, strict=True)))
+
+    def _curve(self, facts: MoeLayer, statistics: LayerStatistics, context: Context) -> np.ndarray:
+        """What the layer loses at every number of experts that leave, inf where too few would stay."""
+        first_E = protected_of_layer(self.budget, facts)
+        if self.method.pair_losses is None:
+            scores_E = self.method.expert_scores(statistics, context).numpy()
+            losses_K = expert_counts.of_scores(np.where(first_E, np.inf, scores_E), facts.groups)
+            whole = scores_E.sum()
+        else:
+            losses_K = expert_counts.of_pairs(self._losses(statistics, context, first_E), facts.groups)
+            whole = self.method.losses_of_pairs(statistics, context).sum()
+        protected = int(first_E.reshape(facts.groups, -1).sum(axis=1).max()) * facts.groups
+        return expert_counts.as_shares(losses_K, float(whole), facts.experts - max(facts.least, protected))
+
+    def _losses(self, statistics: LayerStatistics, context: Context, first_E: np.ndarray) -> np.ndarray:
+        """F, with more than any set without them loses for experts that are protected."""
+        losses_EE = self.method.losses_of_pairs(statistics, context).numpy().copy()
+        losses_EE[first_E, first_E] += 1 + 2 * np.abs(losses_EE).sum()
+        return losses_EE
 
     def choose(self, sizes: LayerShape, statistics: LayerStatistics, context: Context) -> LayerChoice:
         facts, method, kept = sizes.facts, self.method, sizes.whole
@@ -78,8 +124,7 @@ class Remove(PlanKind):
             scores_E = method.expert_scores(statistics, context).numpy()
             whole = best_experts(np.where(first_E, np.inf, scores_E), kept, facts.groups)
         else:
-            losses_EE = method.losses_of_pairs(statistics, context).numpy().copy()
-            losses_EE[first_E, first_E] += 1 + 2 * np.abs(losses_EE).sum()  # more than any set without it loses
+            losses_EE = self._losses(statistics, context, first_E)
             removed = least_loss_set(losses_EE, facts.experts - kept, facts.groups).experts
             whole = tuple(np.setdiff1d(np.arange(facts.experts), removed).tolist())
         return LayerChoice(whole, KeptNeurons.without_others(whole, facts.experts, facts.intermediate_size))
@@ -94,8 +139,9 @@ class Remove(PlanKind):
         return [rounding_warning(self.budget.retention_exact, sum(shape.whole), shape.total_experts)]
 
     def control(self) -> Budget:
-        """As many experts of every layer removed."""
-        return self.budget.model_copy(update={"method": "random-experts", "experts": None, "neurons": None})
+        """As many experts removed, of every layer equally many."""
+        drawn = {"method": "random-experts", "experts": None, "neurons": None, "expert_counts": "per-layer"}
+        return self.budget.model_copy(update=drawn)
 
 
 def _check_protected(layer: MoeLayer, protected_E: np.ndarray, kept: int) -> None:

@@ -23,4 +23,5 @@ METHOD = Method(
     source="baseline in REAP, arXiv 2510.13999; the mixing over domains is TENP Eq. 6",
     experts=output_norms,
     expert_statistics=("output_norm_sum",),
+    adds_up=True,
 )

@@ -24,4 +24,5 @@ METHOD = Method(
     source="EASY-EP, arXiv 2504.06792, domains as in the authors' code",
     experts=residual_change,
     expert_statistics=("easy_ep_sum",),
+    adds_up=True,
 )

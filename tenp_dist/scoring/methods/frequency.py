@@ -23,4 +23,5 @@ METHOD = Method(
     source="SEER-MoE, arXiv 2404.05089, counts; the mixing over domains is TENP Eq. 6",
     experts=routed_tokens,
     expert_statistics=("token_count",),
+    adds_up=True,
 )

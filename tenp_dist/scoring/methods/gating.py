@@ -23,4 +23,5 @@ METHOD = Method(
     source="SEER-MoE, arXiv 2404.05089, soft counts of dispatch weights (ours); the mixing is TENP Eq. 6",
     experts=dispatch_weight,
     expert_statistics=("gate_sum",),
+    adds_up=True,
 )

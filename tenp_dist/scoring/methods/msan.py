@@ -27,4 +27,5 @@ METHOD = Method(
         "token_count",
         "output_norm_squared_sum",
     ),
+    adds_up=True,
 )

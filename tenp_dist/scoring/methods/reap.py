@@ -28,4 +28,5 @@ METHOD = Method(
         "token_count",
         "gated_norm_sum",
     ),
+    adds_up=True,
 )

@@ -79,6 +79,8 @@ class Method:
         what two add to each other. A method that has it removes experts as a set (`budget/kinds/remove.py`).
     layers: what keeping the layer is worth, comparable across the model, float64 []. A method that has it removes whole
         layers (`budget/kinds/drop_layers.py`).
+    adds_up: whether expert scores are amounts, none negative, so that an expert's share of its layer's sum says what
+        the layer loses with it, and layers can be weighed against each other (`budget.expert_counts`).
     searched: whether stage `search` finds the experts, from the ranking on.
     """
 
@@ -98,7 +100,13 @@ class Method:
     layer_statistics: tuple[str, ...] = ()
     fluctuation: Ranking | None = None
     fluctuation_statistics: tuple[str, ...] = ()
+    adds_up: bool = False
     searched: bool = False
+
+    @property
+    def weighs_layers(self) -> bool:
+        """Whether what is lost with experts of one layer can be held against what is lost with those of another."""
+        return (self.adds_up or self.pair_losses is not None) and not self.searched
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -182,7 +190,7 @@ class Method:
         """
         self._has(self.experts, "experts", "budget.experts")
         ranking = other._has(other.experts, "experts", "budget.experts")
-        return replace(self, experts=ranking, expert_statistics=other.expert_statistics)
+        return replace(self, experts=ranking, expert_statistics=other.expert_statistics, adds_up=other.adds_up)
 
     def with_neurons_of(self, other: Method) -> Method:
         """The same with the neuron ranking of another method. Raises JobError as `with_experts_of` does."""

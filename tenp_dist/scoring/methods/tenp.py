@@ -28,4 +28,5 @@ METHOD = Method(
     neurons=neuron_projection,
     expert_statistics=("expert_importance_sum",),
     neuron_statistics=("token_count", "neuron_projection_sum"),
+    adds_up=True,
 )
