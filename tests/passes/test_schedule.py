@@ -172,3 +172,8 @@ def test_a_rank_takes_as_many_cores_as_still_let_every_shard_find_a_node():
         ([1, 1, 1], 1, 1, 1), ([2, 2], 1, 2, 1), ([3, 1], 2, 1, 1), ([16, 16], 2, 8, 2), ([0, 4], 2, 1, 2),
     ):  # fmt: skip
         assert cores_per_rank(nodes, shards, ranks) == cores, (nodes, shards, ranks)
+
+
+def test_places_of_layers_that_are_taken_twice_are_named_by_their_layers():
+    assert str(Unit(4, 5, (0,), visits=2)) == str(Unit(5, 6, (0,), visits=2)) == "layer 2, wave 0"
+    assert str(Unit(3, 7, (0, 1), visits=2)) == "layers 1-3, waves 0-1"
