@@ -18,6 +18,7 @@ from tenp_dist.checkpoint.families.table import row_of, stock_config
 from tenp_dist.checkpoint.formats.table import format_of
 from tenp_dist.checkpoint.fused import Fused, apart
 from tenp_dist.checkpoint.headers import Beginning, read_header, unreadable
+from tenp_dist.checkpoint.stated_once import stated_once
 from tenp_dist.errors import SourceError
 
 CONFIG_NAME = "config.json"
@@ -129,7 +130,11 @@ def _read_files(
 
 
 def read_config(folder: Path) -> dict:
-    """config.json under its family's own model_type (`stock_config`). Raises SourceError where it cannot be read."""
+    """config.json under its family's own model_type (`stock_config`), its stored form at the top (`stated_once`).
+
+    Raises:
+        SourceError: it cannot be read, or contradicts itself.
+    """
     path = Path(folder) / CONFIG_NAME
     if not Path(folder).is_dir():
         raise SourceError(
@@ -149,7 +154,7 @@ def read_config(folder: Path) -> dict:
             if cached
             else "download it, or give the folder of a finished checkpoint",
         )
-    return stock_config(_load_json(path))
+    return stated_once(stock_config(_load_json(path)), str(path))
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -38,6 +38,11 @@ _SIGNS = (
     Sign(r"\.(absmax|quant_map|quant_state\.[\w.]+)$", "The checkpoint is quantised with bitsandbytes", _UNQUANTISED),
     Sign(r"\.(qweight|qzeros)$", "The checkpoint is quantised with GPTQ or AWQ", _UNQUANTISED),
     Sign(
+        r"^language_model\.model\.blocks\.",
+        "The layers of the language model have the name of those of the tower, which transformers 5.23 gives them",
+        "call them `layers` instead of `blocks`, as they are published, in the files and the index",
+    ),
+    Sign(
         r"(?<!shared_)experts\.[a-z]\w*(\.weight)?$",
         "All experts of a layer lie in one tensor",
         "load the model with transformers 5 and save it with save_pretrained, which writes a tensor for every expert",

@@ -190,6 +190,8 @@ class Skeleton:
     def _read(self, path: str, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter of the model from its tensor, or from its parts."""
         stored = self._stored_parameter(path)
+        if stored.shared_by > 1:
+            raise NotImplementedError(f"{path} is a part of {stored.tensors[0]}, which nothing reads yet")
         stored.check(self.index, parameter.shape)
         tensor = own_zeros(parameter.shape, self._dtype_of(path))
         parts = tensor.chunk(len(stored.tensors), stored.axis) if len(stored.tensors) > 1 else (tensor,)

@@ -35,16 +35,19 @@ class StoredParameter:
     """Where a parameter of the model lies in the checkpoint.
 
     tensors: its tensor, or those that are its equal parts, in order.
-    axis: along which parts are joined.
+    axis: along which parts are joined, or the tensor is cut.
+    shared_by: how many parameters the tensor holds, of which this is one. Only towers have such, and no tower is read:
+        they are checked and copied.
     """
 
     tensors: tuple[str, ...]
     axis: int = 0
+    shared_by: int = 1
 
     def check(self, index: CheckpointIndex, shape: Sequence[int]) -> None:
         """Raise SourceError where a tensor is missing, or not of a shape that makes up the parameter's."""
         parts = len(self.tensors)
-        wanted = [size // parts if axis == self.axis else size for axis, size in enumerate(shape)]
+        wanted = [size * self.shared_by // parts if axis == self.axis else size for axis, size in enumerate(shape)]
         for name in self.tensors:
             check_shape(index.entry(name), wanted, index.folder)
 
@@ -65,12 +68,16 @@ def names_of_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     joins = [join for join in map(_join, converters) if join is not None]
     known = {None}.union(*(patterns for patterns, _ in joins))
+    cuts = {cut.source_patterns[0]: cut for cut in converters if _is_cut(cut)}
     found: dict[str, dict[str | None, str]] = {}
-    for name in tensors:
+    stored: dict[str, StoredParameter] = {}
+    for name in sorted(tensors):  # as transformers takes them: some of its rules count on the order
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         if parameter in parameters and pattern in known:
             _add_part(parameter, found.setdefault(parameter, {}), pattern, name)
-    stored = {name: made for name, parts in found.items() if (made := _stored(parts, joins)) is not None}
+        elif parameter in parameters and pattern in cuts:
+            stored |= _cut(parameter, name, cuts[pattern])
+    stored |= {name: made for name, parts in found.items() if (made := _stored(parts, joins)) is not None}
     tied = model.all_tied_weights_keys.items()
     return {parameter: stored[shared] for parameter, shared in tied if shared in stored} | stored
 
@@ -94,6 +101,20 @@ def _join(converter: WeightConverter) -> tuple[tuple[str, ...], int] | None:
 
     (operation, *others), patterns = converter.operations, tuple(converter.source_patterns)
     return (patterns, operation.dim) if isinstance(operation, Concatenate) and not others else None
+
+
+def _is_cut(converter: WeightConverter) -> bool:
+    """Whether a converter makes several parameters of one tensor, each of an equal part of it."""
+    from transformers.core_model_loading import Chunk
+
+    return isinstance(converter.operations[0], Chunk) and len(converter.target_patterns) > 1
+
+
+def _cut(parameter: str, name: str, converter: WeightConverter) -> dict[str, StoredParameter]:
+    """The parameters that a tensor is cut into. parameter: the first of them."""
+    first, *others = converter.target_patterns
+    parameters = [parameter, *(parameter.replace(first, other) for other in others)]
+    return {one: StoredParameter((name,), converter.operations[0].dim, len(parameters)) for one in parameters}
 
 
 def _stored(parts: Mapping[str | None, str], joins: Sequence[tuple[tuple[str, ...], int]]) -> StoredParameter | None:

@@ -57,6 +57,7 @@ FAMILIES = {
     "nemotron_h": "NemotronH",
     "qwen3_5_moe": "Qwen3_5Moe",
     "qwen3_vl_moe": "Qwen3VLMoe",
+    "kimi_k25": "KimiK25",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
@@ -68,7 +69,7 @@ WIDTH_KEYS = dict.fromkeys(
     "intermediate_size",
 )  # fmt: skip
 # families with towers beside their language model -> the part of the config that describes the latter
-SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe"), "text_config")
+SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25"), "text_config")
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"

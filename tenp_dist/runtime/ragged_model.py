@@ -83,6 +83,7 @@ class RaggedForCausalLM:
         super().__init__(config, *args, **kwargs)
         widths_of = config.expert_widths()
         inner, std = _decoder_of(self), config.get_text_config().initializer_range
+        _leave_experts(self.get_submodule(inner))
         for index, layer in enumerate(self.get_submodule(inner).layers):
             inside, stock = _experts_of(layer)
             if stock is not None:
@@ -133,6 +134,16 @@ def _decoder_of(model: nn.Module) -> str:
     return f"{prefix}.language_model" if hasattr(model.base_model, "language_model") else prefix
 
 
+def _leave_experts(decoder: nn.Module) -> None:
+    """Have a language model inside another bring no rules for experts: of two for a tensor, its own would hold."""
+    stock, family = type(decoder), decoder.config.model_type
+    rules = None if family.startswith(PREFIX) else get_checkpoint_conversion_mapping(family)
+    if rules is not None:
+        decoder.__class__ = type(f"Tenp{stock.__name__}", (stock,), {"__module__": __name__})
+        others = [rule for rule in rules if not _makes_experts(rule)]
+        register_checkpoint_conversion_mapping(decoder.__class__.__name__, others, overwrite=True)
+
+
 def _experts_of(layer: nn.Module) -> tuple[str, nn.Module | None]:
     """Name and module of a layer's routed experts, None if it is dense."""
     held = ((name, module) for name, module in layer.named_modules() if "down_proj" in module._parameters)
@@ -150,9 +161,16 @@ def _after_expert(pattern: str) -> str:
     return pattern.rpartition("*.")[2]
 
 
+# rules of stock families that mean a tower and say it of every tensor: saving would rename the language model's layers
+_OF_TOWERS = {"kimi_k25": ("blocks", "wqkv")}
+
+
 def _register_conversion(class_name: str, family: str) -> None:
     """The stock family's own rules, with buckets in the place of fused experts."""
     rules = get_checkpoint_conversion_mapping(family) or []
+    for rule in rules:
+        if rule._original_source_patterns[0] in _OF_TOWERS.get(family, ()):
+            rule.scope_prefix, rule.base_model_prefix = "vision_tower", "model"
     made = [_to_buckets(rule) if _makes_experts(rule) else rule for rule in rules if not _takes_fused(rule)]
     if not any(map(_makes_experts, made)):
         made += [_rule(name, [f"experts.*.{_stored(part)}" for part in PARAMETERS[name][0]]) for name in _APART]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.models import COMMON, EXPERTS, LATENT, NEURONS, SETTINGS
 
@@ -113,7 +114,7 @@ TOWERS: Mapping[str, dict] = {
         },
     },
     "kimi_k25": {
-        "text_config": GROUPED | LATENT | {"model_type": "deepseek_v3"},
+        "text_config": GROUPED | LATENT | {"model_type": "deepseek_v3", "q_lora_rank": 16},
         "vision_config": {
             "hidden_size": 16,
             "num_attention_heads": 2,
@@ -128,6 +129,8 @@ TOWERS: Mapping[str, dict] = {
     },
 }
 """Of those with towers beside their language model: sections of the config."""
+MISSAVED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
+"""What transformers 5.23 calls layers that it saves, in no published file, and what they are called there."""
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
     "jamba": "pre_ff_layernorm", "nemotron_h": "norm",
@@ -149,4 +152,14 @@ def save_family(folder: Path, family: str) -> Path:
         for tensor in model.state_dict().values():
             tensor.add_(torch.randn_like(tensor), alpha=0.1)
     model.save_pretrained(folder, max_shard_size="100KB")
+    if family in MISSAVED:
+        _renamed(folder, *MISSAVED[family])
     return folder
+
+
+def _renamed(folder: Path, old: str, new: str) -> None:
+    """The same files with another beginning of some tensors' names."""
+    for file in folder.glob("*.safetensors"):
+        save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(old, new))

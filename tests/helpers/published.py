@@ -113,6 +113,15 @@ def _qwen3_vl(folder: Path, config: Mapping) -> None:
     _rewritten(folder, {n: t.mT.contiguous() if ".mlp.experts." in n else t for n, t in tensors.items()})
 
 
+def _kimi_k25(folder: Path, config: Mapping) -> None:
+    """Kimi-K2.5: what joins the towers under names that transformers reads and does not write."""
+    others = {"model.mm_projector.": "mm_projector.", "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed."}
+    tensors = all_tensors(folder)
+    for old, new in others.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    _rewritten(folder, tensors)
+
+
 def _nemotron(folder: Path, config: Mapping) -> None:
     """Nemotron 3: the kinds of layers as a word, and their number."""
     values = json.loads((folder / "config.json").read_text())
@@ -144,6 +153,7 @@ PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "glm4_moe_lite": _numbered_mtp,
     "hy_v3": _numbered_mtp,
     "bailing_hybrid": _numbered_mtp,
+    "kimi_k25": _kimi_k25,
     "kimi_linear": _kimi_linear,
     "qwen3_next": _qwen3_next,
     "qwen3_5_moe_text": _named_mtp,

@@ -20,4 +20,10 @@ ROWS = (
     # Kimi-K2 says so in its `auto_map`
     deepseek_v3(model_type="deepseek_v3", aliases=("kimi_k2",), tensor_parallel=True),
     deepseek_v3(model_type="deepseek_v32"),
+    deepseek_v3(  # Kimi-K2.5, towers beside it
+        model_type="kimi_k25",
+        section="text_config",
+        layer="language_model.model.layers.{layer}.",
+        decoder="model.language_model",
+    ),
 )
