@@ -58,18 +58,22 @@ FAMILIES = {
     "qwen3_5_moe": "Qwen3_5Moe",
     "qwen3_vl_moe": "Qwen3VLMoe",
     "kimi_k25": "KimiK25",
+    "hunyuan_v1_moe": "HunYuanMoEV1",
+    "glm4v_moe": "Glm4vMoe",
+    "granitemoe_swa": "GraniteMoeSWA",
+    "aria_text": "AriaText",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
 WIDTH_KEYS = dict.fromkeys(
     (
         "olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba", "granitemoe",
-        "granitemoeshared", "granitemoehybrid", "gpt_oss",
+        "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "gpt_oss", "hunyuan_v1_moe", "aria_text",
     ),
     "intermediate_size",
 )  # fmt: skip
 # families with towers beside their language model -> the part of the config that describes the latter
-SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25"), "text_config")
+SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25", "glm4v_moe"), "text_config")
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"

@@ -67,8 +67,11 @@ def experts_by_definition(experts: torch.nn.Module) -> list[Gated]:
         ]
     if kind == "NemotronHExperts":
         return [WithoutGate(w, up, up, none) for w, up in zip(down, held["up_proj"], strict=True)]
+    first = held["gate_up_proj"]
+    if experts.is_transposed:
+        down, first = down.transpose(1, 2), first.transpose(1, 2)
     width = down.shape[2]
-    return [Gated(w, one[:width], one[width:], none) for w, one in zip(down, held["gate_up_proj"], strict=True)]
+    return [Gated(w, one[:width], one[width:], none) for w, one in zip(down, first, strict=True)]
 
 
 class Tap:

@@ -104,7 +104,12 @@ TOWERS: Mapping[str, dict] = {
         "vision_config": VISION | {"deepstack_visual_indexes": [0]},
     },
     "glm4v_moe": {
-        "text_config": GROUPED | {"head_dim": 8},
+        "text_config": GROUPED | {
+            "head_dim": 16, "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
+            },
+        },
         "vision_config": {
             "hidden_size": 16,
             "num_heads": 2,
@@ -127,7 +132,7 @@ TOWERS: Mapping[str, dict] = {
         "projection_hidden_size": 16,
         "tie_word_embeddings": False,
     },
-}
+}  # fmt: skip
 """Of those with towers beside their language model: sections of the config."""
 MISSAVED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
 """What transformers 5.23 calls layers that it saves, in no published file, and what they are called there."""

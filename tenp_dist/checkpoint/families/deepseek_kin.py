@@ -6,6 +6,12 @@ from tenp_dist.checkpoint.families.deepseek import deepseek_v3
 
 ROWS = (
     deepseek_v3(model_type="glm4_moe"),  # GLM-4.5, 4.6 and 4.7
+    deepseek_v3(  # GLM-4.5V and 4.6V, towers beside GLM-4.5
+        model_type="glm4v_moe",
+        section="text_config",
+        layer="model.language_model.layers.{layer}.",
+        decoder="model.language_model",
+    ),
     deepseek_v3(model_type="glm4_moe_lite"),  # GLM-4.7-Flash
     # GLM-5: a layer returns what its indexer chose; layers that take it from the one before are not scored yet
     deepseek_v3(model_type="glm_moe_dsa", layer_outputs=2, refused={"indexer_types": "shared"}),

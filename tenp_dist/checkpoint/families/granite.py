@@ -31,4 +31,13 @@ ROWS = (
         shared_matrices=shared,
         output_projections=("self_attn.o_proj", "mamba.out_proj"),
     ),
+    granite(
+        model_type="granitemoe_swa",
+        fused=(
+            FusedTensor("block_sparse_moe.experts.gate_up_proj", (GATE, UP)),
+            FusedTensor("block_sparse_moe.experts.down_proj", (DOWN,)),
+        ),
+        shared_experts="shared_mlp",
+        shared_matrices=shared,
+    ),
 )

@@ -9,10 +9,6 @@ _SCALED = f"{_OTHERWISE}: a token is multiplied by its weight before them, not a
 _WRAPPER = "its language model lies inside a multimodal checkpoint that no row tells of yet"
 
 REASONS: Mapping[str, str] = {
-    "granitemoe_swa": "no proof of it exists yet",
-    "aria_text": "no proof of it exists yet",
-    "hunyuan_v1_moe": "its config counts experts per layer in lists",
-    "glm4v_moe": _WRAPPER,
     "minimax_m3_vl_text": "its attention picks blocks of keys by an index whose scores no proof covers yet",
     "gemma4_text": "its router scales every expert, and its experts lie beside a dense block",
     "mistral4": "transformers does not have it among its causal language models",

@@ -12,6 +12,7 @@ from typing import Any
 
 from tenp_dist.checkpoint.families import (
     afmoe,
+    aria,
     cohere,
     deepseek,
     deepseek_kin,
@@ -34,7 +35,7 @@ from tenp_dist.runtime.ragged_config import unsealed
 
 FILES = (
     deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
-    nemotron,
+    nemotron, aria,
 )  # fmt: skip
 
 
