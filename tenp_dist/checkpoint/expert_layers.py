@@ -80,7 +80,7 @@ def expert_layers(index: CheckpointIndex, family: Family) -> ExpertLayers:
 def _check_forms(index: CheckpointIndex, family: Family) -> None:
     for key, form in family.refused.items():
         stated = family.text(index.config).get(key)
-        if form == ANY and stated is not None:
+        if form == ANY and stated:
             raise UnsupportedModelError(
                 f"Layers of {family.model_type} in a form that is not scored yet",
                 where=f"{index.folder / 'config.json'}: {_path(family, key)}",

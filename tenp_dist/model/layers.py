@@ -9,6 +9,7 @@ logits. No family has forward code of its own here.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +48,39 @@ class _Recorder(nn.Module):
             if isinstance(value, str | int | float) and not hasattr(self, name):
                 setattr(self, name, value)
         self.outputs = outputs
+        self.names = list(inspect.signature(type(layer).forward).parameters)[2:]  # behind self and hidden states
         self.arguments: dict[str, Any] = {}
         self.hidden: torch.Tensor | None = None
         self.inject: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor | tuple:
-        self.hidden, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **arguments: Any) -> torch.Tensor | tuple:
+        self.hidden, self.arguments = hidden_states, dict(zip(self.names, others, strict=False)) | arguments
         leaving = hidden_states if self.inject is None else self.inject
         return leaving if self.outputs == 1 else (leaving, *[None] * (self.outputs - 1))
+
+
+class _Decoded(nn.Module):
+    """Stands for all of a model but its head: whatever it is called with, it returns the same hidden states."""
+
+    def __init__(self, hidden_BSD: torch.Tensor):
+        super().__init__()
+        self.outputs = _Outputs(hidden_BSD)
+
+    def forward(self, **_arguments: Any) -> _Outputs:
+        return self.outputs
+
+
+class _Outputs:
+    """What transformers' models return, of which only hidden states are there."""
+
+    def __init__(self, hidden_BSD: torch.Tensor):
+        self.last_hidden_state = hidden_BSD
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class Frame:
@@ -97,9 +123,20 @@ class Frame:
         last.inject = inject
         try:
             with self._recording():
-                return self.model(inputs_embeds=inject, use_cache=False).logits[0]
+                if self.skeleton.family.decoder is None:
+                    return self.model(inputs_embeds=inject, use_cache=False).logits[0]
+                return self._head(self.skeleton.decoder(inputs_embeds=inject, use_cache=False).last_hidden_state)
         finally:
             last.inject = None
+
+    def _head(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] of a model with towers, which may not be called: some look for pictures in any input."""
+        name, whole = self.model.base_model_prefix, self.model.base_model
+        setattr(self.model, name, _Decoded(hidden_BSD))
+        try:
+            return self.model(inputs_embeds=hidden_BSD, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, name, whole)
 
     def _record(self, *, mask_BS: torch.Tensor | None, **inputs: torch.Tensor) -> torch.Tensor:
         """Have every recorder keep its layer's arguments; returns what enters the first layer."""

@@ -42,22 +42,22 @@ def restricted_router(skeleton: Skeleton, layer: int, module: nn.Module, kept: S
         yield
         return
     router = module.get_submodule(skeleton.family.router)
-    count = getattr(router, COUNT, None)
-    if count is None:
-        raise _unknown(router, f"no attribute {COUNT}")
+    count, counts = skeleton.num_experts, hasattr(router, COUNT)  # a few routers go by their rows alone
     check_groups(kept, count, skeleton.family.groups(skeleton.config_dict))
     held = _held(module, skeleton.router_parameters(layer))
     ids_K = torch.as_tensor(list(kept), dtype=torch.int64, device=next(router.parameters()).device)
     handle = router.register_forward_hook(lambda _router, _inputs, output: _own_ids(router, output, ids_K))
     try:
-        setattr(router, COUNT, len(ids_K))
+        if counts:
+            setattr(router, COUNT, len(ids_K))
         for where, name, tensor in held:
             rows = tensor.data.index_select(experts_axis(tensor.shape, count), ids_K)
             where[name] = nn.Parameter(rows, requires_grad=False) if isinstance(tensor, nn.Parameter) else rows
         yield
     finally:
         handle.remove()
-        setattr(router, COUNT, count)
+        if counts:
+            setattr(router, COUNT, count)
         for where, name, tensor in held:
             where[name] = tensor
 
@@ -86,6 +86,6 @@ def _unknown(router: nn.Module, found: str) -> UnsupportedModelError:
         "A router that experts cannot be removed from",
         where=type(router).__name__,
         found=found,
-        wanted="one row per expert, their number, and one tensor of chosen ids",
+        wanted="one row per expert, and one tensor of chosen ids",
         next_step="use a method that keeps every expert, tenp or enp",
     )

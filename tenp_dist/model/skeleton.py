@@ -21,6 +21,7 @@ from tenp_dist.checkpoint.families.base import DOWN, DOWN_BIAS, NEURON_AXIS, PAR
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
+from tenp_dist.model.buffers import restore_buffers
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.forms import in_one_form
 from tenp_dist.model.memory import own_zeros
@@ -59,7 +60,7 @@ class Skeleton:
         self._loaded: dict[int, nn.Module] = {}
         for number in self.moe_layers():
             in_one_form(self.experts_of(self.layers[number]), number)
-        _restore_rotary(self.decoder, device)
+        restore_buffers(self.decoder, device)
 
     @property
     def num_layers(self) -> int:
@@ -239,12 +240,3 @@ def _place(made: Mapping[str, torch.Tensor], part: str, row: int, width: int) ->
     rows = matrix if part in NEURON_AXIS else made["gate_up_proj_bias"][row]
     first = len(rows) - made["down_proj"].shape[2] if part in (UP, UP_BIAS) else 0
     return rows[first : first + width]
-
-
-def _restore_rotary(model: nn.Module, device: torch.device) -> None:
-    """Rotary tables are buffers that no checkpoint holds: compute them where the model runs."""
-    for name, module in list(model.named_modules()):
-        if "inv_freq" in module._buffers:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            with torch.device(device):
-                setattr(parent, name.rpartition(".")[2], type(module)(module.config))

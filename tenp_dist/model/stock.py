@@ -62,11 +62,12 @@ def decoder_of(model: PreTrainedModel, family: Family) -> nn.Module:
 
 def _check_forms(family: Family, stock: Any) -> None:
     for key, form in family.refused.items():
-        if form != ANY and form in (getattr(stock, key, None) or ()):  # ANY: `expert_layers` refuses it
+        value = getattr(stock.get_text_config(), key, None)
+        if value and (form == ANY or form in value):
             raise UnsupportedModelError(
                 f"Layers of {family.model_type} in a form that is not scored yet",
                 where=f"config.json: {key}",
-                found=form,
+                found=value if form == ANY else form,
                 wanted="layers that need nothing of the layer before but its hidden states",
                 next_step="choose a model of the family without such layers",
             )

@@ -10,6 +10,7 @@ from torch import nn
 
 from tenp_dist.calibration.corpus import Corpus
 from tenp_dist.errors import NumericalError
+from tenp_dist.model.buffers import leave
 from tenp_dist.model.experts import ExpertsState, Observer
 from tenp_dist.model.layers import Frame, Microbatch
 from tenp_dist.model.memory import own_copy
@@ -36,7 +37,7 @@ def embed_all(frame: Frame, batches: Sequence[Microbatch]) -> list[torch.Tensor]
     name = next(n for n, m in frame.model.named_modules() if m is frame.model.get_input_embeddings())
     frame.skeleton.load_module(name)
     hidden = [own_copy(frame.embed(batch)) for batch in batches]
-    frame.model.get_submodule(name).to("meta")
+    leave(frame.model.get_submodule(name))
     return hidden
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from tenp_dist.model.buffers import leave
 from tenp_dist.model.layers import Frame, Microbatch
 
 Loss = Literal["nll", "kl"]
@@ -51,7 +52,7 @@ def loaded_tail(frame: Frame) -> Iterator[None]:
         yield
     finally:
         for name in names:
-            frame.model.get_submodule(name).to("meta")
+            leave(frame.model.get_submodule(name))
 
 
 def loss_gradient(

@@ -62,6 +62,8 @@ FAMILIES = {
     "glm4v_moe": "Glm4vMoe",
     "granitemoe_swa": "GraniteMoeSWA",
     "aria_text": "AriaText",
+    "gemma4_text": "Gemma4Text",
+    "gemma4": "Gemma4",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
@@ -73,7 +75,7 @@ WIDTH_KEYS = dict.fromkeys(
     "intermediate_size",
 )  # fmt: skip
 # families with towers beside their language model -> the part of the config that describes the latter
-SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25", "glm4v_moe"), "text_config")
+SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25", "glm4v_moe", "gemma4"), "text_config")
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"

@@ -8,6 +8,7 @@ outputs included (Eq. 8-10).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,16 @@ class Gated:
 
     def y(self, x: torch.Tensor) -> torch.Tensor:
         return self.m(x) @ self.down.T + self.bias
+
+
+@dataclass
+class WithGelu(Gated):
+    """Gemma's: GELU by its approximation with tanh, https://arxiv.org/abs/1606.08415."""
+
+    def m(self, x: torch.Tensor) -> torch.Tensor:
+        gate = x @ self.gate.T
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+        return gate / 2 * (1 + torch.tanh(inner)) * (x @ self.up.T)
 
 
 @dataclass
@@ -70,8 +81,8 @@ def experts_by_definition(experts: torch.nn.Module) -> list[Gated]:
     first = held["gate_up_proj"]
     if experts.is_transposed:
         down, first = down.transpose(1, 2), first.transpose(1, 2)
-    width = down.shape[2]
-    return [Gated(w, one[:width], one[width:], none) for w, one in zip(down, first, strict=True)]
+    width, form = down.shape[2], WithGelu if kind == "Gemma4TextExperts" else Gated
+    return [form(w, one[:width], one[width:], none) for w, one in zip(down, first, strict=True)]
 
 
 class Tap:
@@ -108,7 +119,7 @@ class Tap:
 
 def _experts_of(layer: torch.nn.Module) -> torch.nn.Module | None:
     """The routed experts of a layer, None if it is dense."""
-    return next((module for name, module in layer.named_modules() if name.endswith(".experts")), None)
+    return next((module for name, module in layer.named_modules() if name.split(".")[-1] == "experts"), None)
 
 
 def brute_force_statistics(

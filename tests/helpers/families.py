@@ -84,6 +84,12 @@ OTHERS: Mapping[str, dict] = {
     },
     "aria_text": {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8} | ALONE,
     "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2, "head_dim": 8} | ALONE,
+    "gemma4_text": {
+        "num_experts": EXPERTS, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0, "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 30.0,
+        "attention_k_eq_v": True, "num_key_value_heads": 4, "num_global_key_value_heads": 2,
+    },
     "gpt_oss": {
         "num_local_experts": EXPERTS, "head_dim": 8, "sliding_window": 8, "swiglu_limit": 7.0,
     } | ALONE,
@@ -98,6 +104,13 @@ VISION = {
     "hidden_size": 16, "num_heads": 2, "depth": 1, "intermediate_size": 24, "out_hidden_size": 32, "patch_size": 2,
 }  # fmt: skip
 TOWERS: Mapping[str, dict] = {
+    "gemma4": {
+        "text_config": OTHERS["gemma4_text"] | {"use_bidirectional_attention": "vision", "pad_token_id": 0},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2, "position_embedding_size": 16,
+        },
+    },
     "qwen3_5_moe": {"text_config": {"num_experts": EXPERTS} | LINEAR, "vision_config": VISION},
     "qwen3_vl_moe": {
         "text_config": {"num_experts": EXPERTS, "head_dim": 8, "num_hidden_layers": 2},
@@ -138,7 +151,8 @@ MISSAVED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.l
 """What transformers 5.23 calls layers that it saves, in no published file, and what they are called there."""
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
-    "jamba": "pre_ff_layernorm", "nemotron_h": "norm",
+    "jamba": "pre_ff_layernorm", "nemotron_h": "norm", "gemma4": "pre_feedforward_layernorm",
+    "gemma4_text": "pre_feedforward_layernorm",
 }  # fmt: skip
 """Module whose input is the residual stream before the MoE block, where it is no norm named as usual."""
 

@@ -25,8 +25,10 @@ def published(folder: Path, target: Path, family: str) -> Path:
         (target / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "a.B"}}))
         PUBLISHED.get(family, lambda folder, config: None)(target, config)
         return target
-    rope = config.pop("rope_parameters", None) or {}
-    config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
+    rope = config.get("rope_parameters") or {}
+    if not any(isinstance(value, dict) for value in rope.values()):  # of types of layers: younger than the old keys
+        config.pop("rope_parameters", None)
+        config |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
     config |= {"torch_dtype": config.pop("dtype", "float32"), "eos_token_id": [1, 2], "auto_map": {"AutoConfig": "a.B"}}
     config.pop("tie_word_embeddings", None)  # left to the family's default, as many published configs leave it
     config |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}

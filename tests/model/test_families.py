@@ -275,8 +275,10 @@ def test_experts_lie_where_the_row_says(case):
 
 def refused_form(case, key) -> None:
     index = open_index(case.saved)
+    text = {**case.row.text(index.config), key: 16}
+    config = text if case.row.section is None else {**index.config, case.row.section: text}
     with pytest.raises(UnsupportedModelError, match=f"{case.name} in a form that is not scored yet") as caught:
-        expert_layers(replace(index, config={**index.config, key: 16}), case.row)
+        expert_layers(replace(index, config=config), case.row)
     assert key in str(caught.value.where) and caught.value.found == 16
 
 

@@ -82,12 +82,12 @@ def test_a_failure_inside_leaves_the_layer_as_it_was(tiny_model):
 def test_routers_of_another_form_are_refused(tiny_model):
     skeleton = Skeleton(tiny_model("qwen3_moe"), dtype=torch.float32, device=torch.device("cpu"))
     module = skeleton.load_layer(1, skeleton.read_layer(1))
-    module.mlp.gate = torch.nn.Linear(32, 8)
+    module.mlp.gate = torch.nn.Linear(32, 8, bias=False)
     with (
         pytest.raises(UnsupportedModelError, match="cannot be removed"),
         restricted_router(skeleton, 1, module, (1, 2)),
     ):
-        pass
+        module.mlp.gate(torch.zeros(3, 32))
 
 
 @pytest.mark.parametrize("ids", [(), (0, 0, 4), (4, 1), (0, 8), (-1, 4), (0, 1, 4)])

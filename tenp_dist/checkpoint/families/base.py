@@ -148,8 +148,8 @@ class Family:
         last that it holds for.
     step_key, dense_key: config keys of the rule that every so many layers have experts, and of the ids of layers that
         have none whatever that rule says.
-    refused: config key -> what no layer may be by it, ANY for a key that may not be set: forms of the family that are
-        not scored yet.
+    refused: config key -> what no layer may be by it, ANY for a key that may not be set, or only to 0: forms of the
+        family that are not scored yet.
     tensor_parallel: verified with more than one rank per shard.
     """
 

@@ -10,7 +10,6 @@ _WRAPPER = "its language model lies inside a multimodal checkpoint that no row t
 
 REASONS: Mapping[str, str] = {
     "minimax_m3_vl_text": "its attention picks blocks of keys by an index whose scores no proof covers yet",
-    "gemma4_text": "its router scales every expert, and its experts lie beside a dense block",
     "mistral4": "transformers does not have it among its causal language models",
     "mimo_v2_flash": "its rotary tables differ by the type of layer",
     "flint": "its attention has sinks, and no proof of how it is scored exists yet",
@@ -28,7 +27,6 @@ REASONS: Mapping[str, str] = {
     "qwen3_omni_moe": _WRAPPER,
     "qwen3_omni_moe_thinker": _WRAPPER,
     "minimax_m3_vl": _WRAPPER,
-    "gemma4": _WRAPPER,
     "aria": _WRAPPER,
     "ernie4_5_vl_moe": _WRAPPER,
     "step3p7": _WRAPPER,

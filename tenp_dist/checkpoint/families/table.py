@@ -18,6 +18,7 @@ from tenp_dist.checkpoint.families import (
     deepseek_kin,
     ernie,
     exaone,
+    gemma,
     gpt_oss,
     granite,
     hunyuan,
@@ -35,7 +36,7 @@ from tenp_dist.runtime.ragged_config import unsealed
 
 FILES = (
     deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
-    nemotron, aria,
+    nemotron, aria, gemma,
 )  # fmt: skip
 
 
