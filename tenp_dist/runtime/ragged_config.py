@@ -64,6 +64,9 @@ FAMILIES = {
     "aria_text": "AriaText",
     "gemma4_text": "Gemma4Text",
     "gemma4": "Gemma4",
+    "mimo_v2_flash": "MiMoV2Flash",
+    "laguna": "Laguna",
+    "mellum": "Mellum",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`

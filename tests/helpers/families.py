@@ -84,6 +84,24 @@ OTHERS: Mapping[str, dict] = {
     },
     "aria_text": {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 8} | ALONE,
     "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2, "head_dim": 8} | ALONE,
+    "mimo_v2_flash": {
+        "n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1, "num_hidden_layers": 3, "head_dim": 8,
+        "v_head_dim": 4, "sliding_window": 8, "num_key_value_heads": 2,
+        "layer_types": ["full_attention", *["sliding_attention"] * 2],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    },
+    "laguna": {
+        "num_experts": EXPERTS, "shared_expert_intermediate_size": 16, "num_hidden_layers": 3, "head_dim": 8,
+        "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_attention_heads_per_layer": [4, 8, 4], "moe_routed_scaling_factor": 2.5,
+    },
+    "mellum": {
+        "num_experts": EXPERTS, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma4_text": {
         "num_experts": EXPERTS, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0, "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8,

@@ -115,6 +115,13 @@ def _qwen3_vl(folder: Path, config: Mapping) -> None:
     _rewritten(folder, {n: t.mT.contiguous() if ".mlp.experts." in n else t for n, t in tensors.items()})
 
 
+def _mimo(folder: Path, config: Mapping) -> None:
+    """MiMo-V2-Flash: a dense prediction layer under a prefix of its own."""
+    tensors = {n: t for n, t in all_tensors(folder).items() if n.startswith("model.layers.0.")}
+    extra = {n.replace("model.layers.0.", "model.mtp.layers.0."): t for n, t in tensors.items()}
+    _add(folder, extra | {"model.mtp.layers.0.eh_proj.weight": torch.randn(32, 64)})
+
+
 def _kimi_k25(folder: Path, config: Mapping) -> None:
     """Kimi-K2.5: what joins the towers under names that transformers reads and does not write."""
     others = {"model.mm_projector.": "mm_projector.", "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed."}
@@ -156,6 +163,7 @@ PUBLISHED: Mapping[str, Callable[[Path, Mapping], None]] = {
     "hy_v3": _numbered_mtp,
     "bailing_hybrid": _numbered_mtp,
     "kimi_k25": _kimi_k25,
+    "mimo_v2_flash": _mimo,
     "kimi_linear": _kimi_linear,
     "qwen3_next": _qwen3_next,
     "qwen3_5_moe_text": _named_mtp,

@@ -11,11 +11,8 @@ _WRAPPER = "its language model lies inside a multimodal checkpoint that no row t
 REASONS: Mapping[str, str] = {
     "minimax_m3_vl_text": "its attention picks blocks of keys by an index whose scores no proof covers yet",
     "mistral4": "transformers does not have it among its causal language models",
-    "mimo_v2_flash": "its rotary tables differ by the type of layer",
     "flint": "its attention has sinks, and no proof of how it is scored exists yet",
     "minimax": "its linear attention keeps tables that no checkpoint holds",
-    "mellum": "its rotary tables differ by the type of layer",
-    "laguna": "its rotary tables differ by the type of layer",
     "beam": "its rotary tables differ by the type of layer",
     "deepseek_v4": "it routes by token id, and carries four residual streams",
     "llama4": _SCALED,

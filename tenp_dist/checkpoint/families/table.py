@@ -13,6 +13,7 @@ from typing import Any
 from tenp_dist.checkpoint.families import (
     afmoe,
     aria,
+    by_layer_type,
     cohere,
     deepseek,
     deepseek_kin,
@@ -36,7 +37,7 @@ from tenp_dist.runtime.ragged_config import unsealed
 
 FILES = (
     deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
-    nemotron, aria, gemma,
+    nemotron, aria, gemma, by_layer_type,
 )  # fmt: skip
 
 
