@@ -190,11 +190,11 @@ def save_family(folder: Path, family: str) -> Path:
             tensor.add_(torch.randn_like(tensor), alpha=0.1)
     model.save_pretrained(folder, max_shard_size="100KB")
     if family in MISSAVED:
-        _renamed(folder, *MISSAVED[family])
+        renamed(folder, *MISSAVED[family])
     return folder
 
 
-def _renamed(folder: Path, old: str, new: str) -> None:
+def renamed(folder: Path, old: str, new: str) -> None:
     """The same files with another beginning of some tensors' names."""
     for file in folder.glob("*.safetensors"):
         save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
