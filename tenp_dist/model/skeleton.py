@@ -202,8 +202,7 @@ class Skeleton:
 
     def _dtype_of(self, path: str) -> torch.dtype:
         kept = (self.model._keep_in_fp32_modules or set()) | (self.model._keep_in_fp32_modules_strict or set())
-        parts = path.split(".")
-        return torch.float32 if any(name in parts for name in kept) else self.dtype
+        return torch.float32 if any(f".{name}." in f".{path}." for name in kept) else self.dtype
 
     def _read_experts(
         self, layer: int, experts: FusedExperts, used: set[str], share: range | None

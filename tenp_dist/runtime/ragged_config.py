@@ -67,6 +67,10 @@ FAMILIES = {
     "mimo_v2_flash": "MiMoV2Flash",
     "laguna": "Laguna",
     "mellum": "Mellum",
+    "flint": "Flint",
+    "beam": "Beam",
+    "minimax_m3_vl_text": "MiniMaxM3VLText",
+    "minimax_m3_vl": "MiniMaxM3VL",
 }
 FIRST_CODE = ord("0")
 # config key of the width of an expert, where it is another than `moe_intermediate_size`
@@ -74,11 +78,14 @@ WIDTH_KEYS = dict.fromkeys(
     (
         "olmoe", "flex_olmo", "mixtral", "minimax_m2", "phimoe", "cohere2_moe", "jamba", "granitemoe",
         "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "gpt_oss", "hunyuan_v1_moe", "aria_text",
+        "minimax_m3_vl_text", "minimax_m3_vl",
     ),
     "intermediate_size",
 )  # fmt: skip
 # families with towers beside their language model -> the part of the config that describes the latter
-SECTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25", "glm4v_moe", "gemma4"), "text_config")
+SECTIONS = dict.fromkeys(
+    ("qwen3_5_moe", "qwen3_vl_moe", "kimi_k25", "glm4v_moe", "gemma4", "minimax_m3_vl"), "text_config"
+)
 SEAL = (
     "of a ragged checkpoint, whose experts have different widths: a stock model class would fill them with random "
     "numbers. Load it with AutoModelForCausalLM after `import tenp_dist`, or with trust_remote_code=True"

@@ -102,6 +102,22 @@ OTHERS: Mapping[str, dict] = {
         "num_experts": EXPERTS, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "minimax_m3_vl_text": ALONE | {
+        "num_local_experts": EXPERTS, "head_dim": 8, "num_hidden_layers": 3, "dense_intermediate_size": 48,
+        "shared_intermediate_size": 16, "index_n_heads": 4, "index_head_dim": 8, "index_block_size": 4,
+        "index_topk_blocks": 2, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    },
+    "flint": {
+        "num_experts": EXPERTS, "shared_expert_intermediate_size": 16, "num_hidden_layers": 3, "head_dim": 8,
+        "sliding_window": 8, "mlp_only_layers": [0],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "beam": {
+        "num_experts": EXPERTS, "num_hidden_layers": 3, "head_dim": 8, "sliding_window": 8, "n_group": 2,
+        "topk_group": 1, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "gemma4_text": {
         "num_experts": EXPERTS, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0, "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8,
@@ -122,6 +138,13 @@ VISION = {
     "hidden_size": 16, "num_heads": 2, "depth": 1, "intermediate_size": 24, "out_hidden_size": 32, "patch_size": 2,
 }  # fmt: skip
 TOWERS: Mapping[str, dict] = {
+    "minimax_m3_vl": {
+        "text_config": OTHERS["minimax_m3_vl_text"],
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "patch_size": 2,
+        },
+    },
     "gemma4": {
         "text_config": OTHERS["gemma4_text"] | {"use_bidirectional_attention": "vision", "pad_token_id": 0},
         "vision_config": {
@@ -170,7 +193,7 @@ MISSAVED = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.l
 RESIDUAL = {
     "flex_olmo": "mlp", "afmoe": "pre_mlp_layernorm", "cohere2_moe": "input_layernorm", "lfm2_moe": "ffn_norm",
     "jamba": "pre_ff_layernorm", "nemotron_h": "norm", "gemma4": "pre_feedforward_layernorm",
-    "gemma4_text": "pre_feedforward_layernorm",
+    "gemma4_text": "pre_feedforward_layernorm", "beam": "pre_feedforward_layernorm",
 }  # fmt: skip
 """Module whose input is the residual stream before the MoE block, where it is no norm named as usual."""
 

@@ -1,4 +1,4 @@
-"""Families whose rotary tables differ by the type of a layer: MiMo-V2-Flash, Laguna, Mellum."""
+"""Families whose rotary tables differ by the type of a layer, and Flint, whose attention has sinks as MiMo's has."""
 
 from __future__ import annotations
 
@@ -18,4 +18,12 @@ ROWS = (
     ),
     counted(model_type="laguna", router_tensors=("mlp.gate.", "mlp.experts.e_score_correction_bias")),
     counted(model_type="mellum"),
+    counted(model_type="flint", shared_experts="mlp.shared_expert"),
+    counted(
+        model_type="beam",
+        block_norm="pre_feedforward_layernorm",
+        group_scorers=2,
+        groups_key="n_group",
+        chosen_groups_key="topk_group",
+    ),
 )

@@ -9,11 +9,8 @@ _SCALED = f"{_OTHERWISE}: a token is multiplied by its weight before them, not a
 _WRAPPER = "its language model lies inside a multimodal checkpoint that no row tells of yet"
 
 REASONS: Mapping[str, str] = {
-    "minimax_m3_vl_text": "its attention picks blocks of keys by an index whose scores no proof covers yet",
     "mistral4": "transformers does not have it among its causal language models",
-    "flint": "its attention has sinks, and no proof of how it is scored exists yet",
     "minimax": "its linear attention keeps tables that no checkpoint holds",
-    "beam": "its rotary tables differ by the type of layer",
     "deepseek_v4": "it routes by token id, and carries four residual streams",
     "llama4": _SCALED,
     "llama4_text": _SCALED,
@@ -23,7 +20,6 @@ REASONS: Mapping[str, str] = {
     "jetmoe": _OTHERWISE,
     "qwen3_omni_moe": _WRAPPER,
     "qwen3_omni_moe_thinker": _WRAPPER,
-    "minimax_m3_vl": _WRAPPER,
     "aria": _WRAPPER,
     "ernie4_5_vl_moe": _WRAPPER,
     "step3p7": _WRAPPER,

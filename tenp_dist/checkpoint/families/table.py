@@ -25,6 +25,7 @@ from tenp_dist.checkpoint.families import (
     hunyuan,
     jamba,
     lfm2,
+    minimax_m3,
     mixtral,
     nemotron,
     olmo,
@@ -37,7 +38,7 @@ from tenp_dist.runtime.ragged_config import unsealed
 
 FILES = (
     deepseek, deepseek_kin, qwen, olmo, mixtral, ernie, afmoe, cohere, exaone, hunyuan, jamba, lfm2, granite, gpt_oss,
-    nemotron, aria, gemma, by_layer_type,
+    nemotron, aria, gemma, by_layer_type, minimax_m3,
 )  # fmt: skip
 
 
