@@ -50,7 +50,7 @@ class Train(Part):
     when: Literal["before", "after"] = Field(
         "before",
         description="before: the whole model, with a penalty on what the layers that leave do, TRSP's stage 2; after: "
-        "the pruned model",
+        "the pruned model, whatever the method took out of it",
     )
     penalty: float | None = Field(
         None,

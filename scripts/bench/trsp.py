@@ -56,7 +56,7 @@ def main(model, calibration, selection, leave, penalty, after, samples, measured
     curves, variants = {}, {"source": Variant(), "none": Variant(plan)}
     for name, form in forms.items():
         folder = out / name.replace(", ", "-").replace(" ", "-")
-        curves[name] = _train(model, texts[0], folder, tuple(leave), {**asked, **form}, compute)
+        curves[name] = _train(model, texts[0], folder, plan, tuple(leave), {**asked, **form}, compute)
         variants[name] = Variant(plan, training=folder)
     nll = _measured(model, texts[1], out / "evaluation", variants, compute)
     click.echo(f"\nlayers {', '.join(map(str, leave))} leave, {asked}")
@@ -65,9 +65,10 @@ def main(model, calibration, selection, leave, penalty, after, samples, measured
         click.echo(f"{name:<24} {nll[name] - nll['source']:>10.4f} {curves.get(name, '')}")
 
 
-def _train(model: Path, corpus: Path, folder: Path, leaving, asked: dict, compute) -> str:
+def _train(model: Path, corpus: Path, folder: Path, plan: Path, leaving, asked: dict, compute) -> str:
     from tenp_dist.artifacts import digest_of, file_digest
     from tenp_dist.checkpoint.source import open_source
+    from tenp_dist.evaluation.variants import Variant
     from tenp_dist.job_parts import Train
     from tenp_dist.run_files import training_state
     from tenp_dist.training.merge import merge_layer
@@ -76,13 +77,14 @@ def _train(model: Path, corpus: Path, folder: Path, leaving, asked: dict, comput
     source = open_source(model)
     key = digest_of([asked, leaving, file_digest(corpus), source.fingerprint])
     training = Training(
-        model, corpus, folder, key, compute, source.facts.num_layers, leaving, Train.model_validate(asked), {}
-    )
+        model, corpus, folder, key, compute, source.facts.num_layers, leaving, Variant(plan),
+        Train.model_validate(asked), {},
+    )  # fmt: skip
     started, context = time.monotonic(), _context(source, folder / "ledger.jsonl")
     done = training.run(lambda number: context)
     seconds = (time.monotonic() - started) / max(len(done.curve), 1)
     for layer, small in training.small_set().items():
-        merge_layer((source.index, training_state(folder), folder, key), layer, small)
+        merge_layer((source.index, None, training_state(folder), folder, key), layer, small)
     return f"{_ends(done.curve, 'loss')} {_ends(done.curve, 'change')} {seconds:>9.2f}"
 
 

@@ -11,6 +11,11 @@ Files in reading order:
 - `random_vectors`: whether a solution holds, tried on random vectors without the sums.
 - `recheck_pass`: the pass that checks: all experts on random vectors, some by solving them again.
 
+A layer of the source as a plan and its compensation make it:
+
+- `planned_layer`: what they make of it, and the layer while it is so; training and evaluation take it from here.
+- `planned_layers`: the same of several plans in turn.
+
 A layer as one system (`output.compensate: joint`):
 
 - `joint_features`, `joint_block`: what its experts hand to W_down, and one microbatch through its block.
@@ -21,7 +26,6 @@ A layer as one system (`output.compensate: joint`):
 
 The same layer after layer (`output.compensate_on: pruned`):
 
-- `planned_layers`: a layer of the source as a plan and its compensation make it.
 - `sequential_pass`: the pass that solves a layer on what the solved layers before it give.
 - `sequential_recheck`: the pass that checks it.
 """

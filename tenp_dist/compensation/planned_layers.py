@@ -1,4 +1,4 @@
-"""A decoder layer of the source as a plan makes it, and as it was compensated: for passes over the source's weights."""
+"""Layers of the source under several plans in turn, for passes over its weights: the last one read is kept."""
 
 from __future__ import annotations
 
@@ -11,27 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenp_dist.checkpoint.compensated import full_width_down, open_compensated
-from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.checkpoint.kept import KeptNeurons
-from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.compensation.planned_layer import LayerForm, Solved, mask_of, own_down, planned_layer, read_solved
 from tenp_dist.model.experts import FusedExperts
-from tenp_dist.model.merged_experts import MergedExperts, merged_experts, planned_router, replaced_experts
-from tenp_dist.model.skeleton import Skeleton
+from tenp_dist.model.merged_experts import MergedExperts, merged_experts
 from tenp_dist.passes.layer_ops import run_layer
 from tenp_dist.passes.layer_step import OpenShard
-
-
-@dataclass(frozen=True)
-class Solved:
-    """What is compensated of a layer, on one rank.
-
-    down_EDF: W_down of its experts at full width, dropped columns zero.
-    shared: the shared experts with theirs, None where it is the source's.
-    """
-
-    down_EDF: torch.Tensor
-    shared: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -80,16 +65,19 @@ class PlannedLayers:
             name: of the plan. kept: what it keeps of the layer, None for all. compensation: folder of its compensated
                 W_down, None for the source's.
         """
-        shard = self._shard
-        experts = shard.skeleton.experts_of(module)
-        state = {**shard.share, "mask_EF": self._mask(kept, experts)}
-        with (
-            planned_router(shard.skeleton, layer, module, kept),
-            replaced_experts(experts, self._merged_of(name, layer, kept, experts)),
-        ):
-            solved = self._solved_of(name, layer, kept, experts, compensation)  # over the merged experts' columns
-            with _replaced(shard.skeleton, module, experts, solved):
-                yield Planned(state, solved)
+        skeleton = self._shard.skeleton
+        form = self._form(name, layer, kept, compensation, skeleton.experts_of(module))
+        with planned_layer(skeleton, layer, module, form):
+            yield Planned({**self._shard.share, "mask_EF": form.mask_EF}, form.solved)
+
+    def _form(
+        self, name: str, layer: int, kept: KeptNeurons | None, compensation: Path | None, experts: FusedExperts | None
+    ) -> LayerForm:
+        merged = self._merged_of(name, layer, kept, experts)
+        solved = None
+        if compensation is not None and kept is not None and experts is not None:
+            solved = self._solved_of(name, layer, kept, own_down(experts, merged), compensation)
+        return LayerForm(kept, mask_of(kept, experts, self._shard.held), merged, solved)
 
     def _merged_of(
         self, name: str, layer: int, kept: KeptNeurons | None, experts: FusedExperts | None
@@ -104,56 +92,10 @@ class PlannedLayers:
         return self._merged[1]
 
     def _solved_of(
-        self, name: str, layer: int, kept: KeptNeurons | None, experts: FusedExperts | None, folder: Path | None
+        self, name: str, layer: int, kept: KeptNeurons, down_EDF: torch.Tensor, folder: Path
     ) -> Solved | None:
-        if folder is None or kept is None or experts is None:
-            return None
         if self._solved[0] != (name, layer):
             self._solved = (None, None)
-            with TensorReader(open_compensated(folder, layer)) as reader:
-                skeleton, held = self._shard.skeleton, self._shard.share.get("experts")
-                full = full_width_down(reader, skeleton.family, layer, kept, experts.down_proj, held)
-                self._solved = ((name, layer), Solved(full, _solved_shared(skeleton, layer, reader)))
+            solved = read_solved(self._shard.skeleton, layer, folder, kept, down_EDF, self._shard.held)
+            self._solved = ((name, layer), solved)
         return self._solved[1]
-
-    def _mask(self, kept: KeptNeurons | None, experts: FusedExperts | None) -> torch.Tensor | None:
-        """A plan's mask of the experts that this rank holds, [E, F]; removed experts need none."""
-        if kept is None or kept.experts is not None or experts is None:
-            return None
-        held = self._shard.held
-        down_EDF = experts.down_proj
-        mask_EF = kept.mask(down_EDF.shape[2])[held.start : held.stop]
-        return torch.from_numpy(mask_EF).to(down_EDF.device)
-
-
-def _solved_shared(skeleton: Skeleton, layer: int, reader: TensorReader) -> nn.Module | None:
-    """The layer's shared experts with a compensated W_down, None where theirs is the source's; whole on every rank."""
-    name = skeleton.family.shared_down(layer)
-    if name not in reader.index.tensors:
-        return None
-    shared = skeleton.load_part(layer, skeleton.family.shared_experts)
-    assert shared is not None, f"{name} is compensated, and no module has it"
-    weight = shared.get_submodule(skeleton.family.shared_matrices[DOWN]).get_parameter("weight")
-    weight.copy_(reader.tensor(name))
-    return shared
-
-
-@contextlib.contextmanager
-def _replaced(
-    skeleton: Skeleton, module: nn.Module, experts: FusedExperts | None, solved: Solved | None
-) -> Iterator[None]:
-    """Inside the context the layer has the W_down that were solved."""
-    if experts is None or solved is None:
-        yield
-        return
-    path, own = skeleton.family.shared_experts, experts.down_proj
-    shared = module.get_submodule(path) if solved.shared is not None else None
-    experts.down_proj = nn.Parameter(solved.down_EDF, requires_grad=False)
-    if solved.shared is not None:
-        module.set_submodule(path, solved.shared)
-    try:
-        yield
-    finally:
-        experts.down_proj = own
-        if shared is not None:
-            module.set_submodule(path, shared)

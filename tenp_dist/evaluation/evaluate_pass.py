@@ -22,7 +22,7 @@ from tenp_dist.evaluation.variants import Streams, Variant
 from tenp_dist.model.memory import own_copy
 from tenp_dist.model.replaced import replaced
 from tenp_dist.passes.hidden_states import Hidden, HiddenStateFiles
-from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants
+from tenp_dist.passes.layer_ops import all_finite, check_finite, of_variants, run_layer
 from tenp_dist.passes.layer_step import LayerStep, OpenShard
 from tenp_dist.passes.pass_task import PassTask
 from tenp_dist.run_files import HIDDEN
@@ -85,11 +85,14 @@ class EvaluateStep(LayerStep):
         if kept is not None and kept.layer_leaves:
             return
         folder = self.task.variants[name].compensation
-        with self._retrained(name, layer, module):
-            solved = self._planned.run(name, layer, module, wave, states, kept, folder)
+        with (
+            self._planned.open(name, layer, module, kept, folder) as planned,
+            self._retrained(name, layer, module),  # training went on from what is compensated
+        ):
+            run_layer(shard.frame, layer, module, shard.batches[wave], states, planned.state)
         variants = self._streams.within(name, layer + 1)
-        if solved is not None and not all_finite(states):
-            self._check_compensated(solved.down_EDF, layer, variants)
+        if planned.solved is not None and not all_finite(states):
+            self._check_compensated(planned.solved.down_EDF, layer, variants)
         check_finite(states, shard.skeleton, layer, module, shard.share, variants)
 
     def _check_compensated(self, down_EDF: torch.Tensor, layer: int, variants: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ class NamedPlan:
     tensors: its plan.safetensors.
     document: what plan.json says.
     compensated: whether it is measured with compensated weights, and with which.
+    solved: folder of these, where they are there already.
     training: folder of trained tensors that it is measured with, None for the source's.
     """
 
@@ -45,6 +46,7 @@ class NamedPlan:
     tensors: Path
     document: Mapping[str, Any]
     compensated: Compensate = False
+    solved: Path | None = None
     training: Path | None = None
 
     @property

@@ -68,6 +68,11 @@ class GradientTask(PassTask):
     def turned(self) -> int:
         return self.layers
 
+    @property
+    def copied(self) -> float:
+        """What is made of a layer's weights, beside those that are read, as a share of the layer."""
+        return 0.0
+
     def up(self) -> BoundaryTask:
         """The way up."""
         own = {field.name: getattr(self, field.name) for field in fields(PassTask)}
@@ -203,7 +208,7 @@ def run_gradients(context: PassContext, task: GradientTask) -> GradientSummary:
     finished = task.unfinished() >= task.layers
     up = task.up()
     if not finished:
-        check_room(context, up)
+        check_room(context, up, task.copied)
     first = run_pass(_half(context, 0), up, finished=finished)
     back = run_pass(_half(context, 1), task, finished=finished)
     loss, tokens = _losses(task)

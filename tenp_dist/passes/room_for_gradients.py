@@ -21,15 +21,16 @@ from tenp_dist.passes.run_pass import PassContext
 _OF_TOKEN = 24  # attention with its projections, norms, shared experts
 
 
-def check_room(context: PassContext, task: PassTask) -> None:
-    """Refuse what cannot fit.
+def check_room(context: PassContext, task: PassTask, copied: float = 0.0) -> None:
+    """Refuse what cannot fit. copied: see `GradientTask`.
 
     Raises:
         DiskFullError: the boundaries do not.
         ClusterError: a layer and the graph of a microbatch do not.
     """
     _check_disk(task, len(context.nbytes))
-    needed, found = memory_needed(context, task), memory_per_rank(context.pool, context.cluster, task.compute.device)
+    needed = memory_needed(context, task, copied)
+    found = memory_per_rank(context.pool, context.cluster, task.compute.device)
     if 0 < found < needed:
         raise ClusterError(
             "A layer and the graph of a microbatch do not fit the memory of a rank",
@@ -40,15 +41,18 @@ def check_room(context: PassContext, task: PassTask) -> None:
         )
 
 
-def memory_needed(context: PassContext, task: PassTask) -> int:
-    """Bytes that a rank needs, about: two layers, a microbatch with its graph, a chunk of logits with theirs."""
+def memory_needed(context: PassContext, task: PassTask, copied: float = 0.0) -> int:
+    """Bytes that a rank needs, about: two layers, a microbatch with its graph, a chunk of logits with theirs.
+
+    copied: what is made of a layer beside, as a share of it.
+    """
     family, config = family_and_config(open_index(task.model).config)
     width, itemsize = family.hidden_size(config), task.compute.torch_dtype.itemsize
     length = read_corpus(task.corpus).tokens_NS.shape[1]
     tokens = max(1, task.compute.batch_tokens // length) * length
     slot = family.top_k(config) * (3 * width + 6 * family.expert_width(config))
     graph = tokens * (_OF_TOKEN * width + slot) * itemsize
-    layers = 2 * max(context.nbytes) // task.ranks
+    layers = int((2 + copied) * max(context.nbytes)) // task.ranks
     return layers + max(graph, 5 * 4 * min(CHUNK_ELEMENTS, tokens * family.vocab_size(config)))
 
 

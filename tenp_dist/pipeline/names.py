@@ -80,7 +80,7 @@ STAGES = (
     ),
     StageName(
         "train",
-        "Train norms and low-rank changes before layers leave, or after; write training/layer_*.safetensors.",
+        "Train norms and low-rank changes of the pruned model, or before layers leave; write training/layer_*.",
         ("JOB.yaml --set train.when=after", "JOB.yaml --set train.penalty=0.1 --overwrite"),
     ),
     StageName(

@@ -11,17 +11,17 @@ def check_training(job: Job) -> None:
     """Refuse what training cannot do for the rest of the job.
 
     Raises:
-        JobError: nothing leaves that could be penalised, the method is not one that removes layers, weights would be
-            compensated too, or a layer is shared by several ranks.
+        JobError: no layer leaves that could be penalised, or a layer is shared by several ranks.
     """
     if job.train is None:
         return
-    if not kind_of(job.budget).layers_leave:
+    if job.train.when == "before" and not kind_of(job.budget).layers_leave:
         raise JobError(
-            f"Method {job.budget.method} removes no layers, and only a model that loses some is trained",
-            where="train",
-            wanted="budget.method trsp, greedy, block-influence or another that removes layers",
-            next_step="leave train out, or choose such a method",
+            f"Method {job.budget.method} removes no layers, whose change alone is penalised before they leave",
+            where="train.when",
+            found="before",
+            wanted="after, which trains the pruned model, or a method that removes layers",
+            next_step="set train.when to after",
         )
     if job.cluster.tensor_parallel > 1:
         raise JobError(

@@ -121,7 +121,8 @@ def _around_training(run: Run) -> list[NamedPlan]:
     if not run.job.train:
         return []
     files = run.files
-    plan = NamedPlan("untrained", files.plan, files.plan_tensors, read_plan(files.run_dir))
+    plan = NamedPlan("untrained", files.plan, files.plan_tensors, read_plan(files.run_dir)).compensate(run.compensate)
+    plan = replace(plan, solved=files.compensation_folder) if plan.compensated else plan
     trained = replace(plan, name="trained", training=files.training_folder)
     return [plan] if _asked(run).checkpoint else [plan, trained]
 
@@ -169,7 +170,7 @@ def _needs(run: Run) -> Sequence[str]:
         needs += ["score", *needed_by(*budgets_of(run)), *chosen, *(["search"] if asked.grid else [])]
     if asked.checkpoint:
         needs += ["plan", "write"]
-    return needs + (["plan", "train"] if run.job.train and not asked.checkpoint else [])
+    return needs + (["plan", "compensate", "train"] if run.job.train and not asked.checkpoint else [])
 
 
 def _not_asked(run: Run) -> JobError | None:

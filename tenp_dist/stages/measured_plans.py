@@ -67,10 +67,10 @@ def _variants_of(
     folder: of the stage. Equal plans share a folder in its `compensation/`, which holds W_down of their narrow
     experts; the stage removes it when it has its figures.
     """
-    home: dict[str, Path] = {}
+    home = {plan.name: plan.solved for plan in plans if plan.solved}
     forms = _forms(plans)
     for number, form in enumerate(forms):
-        own = [plan for plan in plans if plan.compensated == form]
+        own = [plan for plan in plans if plan.compensated == form and not plan.solved]
         name = COMPENSATION if form is True else f"{COMPENSATION}.{form}"
         home |= {plan.name: folder / COMPENSATION / _folder_name(plan) for plan in own}
         targets = {home[plan.name]: Target(plan.tensors, home[plan.name]) for plan in own}
@@ -82,8 +82,8 @@ def _variants_of(
 
 
 def _forms(plans: Sequence[NamedPlan]) -> list[Compensate]:
-    """How some plan is compensated."""
-    return list(dict.fromkeys(plan.compensated for plan in plans if plan.compensated))
+    """How some plan is to be compensated."""
+    return list(dict.fromkeys(plan.compensated for plan in plans if plan.compensated and not plan.solved))
 
 
 def _folder_name(plan: NamedPlan) -> str:

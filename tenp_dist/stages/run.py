@@ -24,7 +24,7 @@ from tenp_dist.checkpoint.index import CheckpointIndex
 from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
-from tenp_dist.checkpoint.trained import open_trained
+from tenp_dist.checkpoint.trained import open_trained, over_compensated
 from tenp_dist.config import AUTO, COMPENSATE, Budget, Compensate, Job
 from tenp_dist.depth.files import with_choices
 from tenp_dist.elimination.files import read_planning
@@ -115,9 +115,11 @@ class Run:
     @property
     def solved(self) -> CheckpointIndex | None:
         """What takes other values than the source's, compensated or trained; None where the job asks for neither."""
-        if self.job.train:
-            return open_trained(self.files.training_folder)
-        return open_compensated(self.files.compensation_folder) if self.compensate else None
+        compensated = open_compensated(self.files.compensation_folder) if self.compensate else None
+        if not self.job.train:
+            return compensated
+        trained = open_trained(self.files.training_folder)
+        return trained if compensated is None else over_compensated(trained, compensated)
 
     def make_plan(self, budget: Budget) -> Plan:
         """A plan from the stored scores; with what the search found where the method has one.

@@ -1,4 +1,4 @@
-"""train: a small set of weights, before the layers of the plan leave or after, merged into tensors for the writer."""
+"""train: a small set of weights, of the model before layers leave it or of the pruned one, merged for the writer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, drop_leftovers, file_digest, write_json
 from tenp_dist.budget.plan_files import read_plan
+from tenp_dist.checkpoint.compensated import open_compensated
 from tenp_dist.checkpoint.fewer_layers import staying
 from tenp_dist.checkpoint.kept import leaving_layers, read_kept
 from tenp_dist.errors import JobError
+from tenp_dist.evaluation.variants import Variant
 from tenp_dist.job_parts import Train
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.run_files import HIDDEN, LAYER_FILES, training_state
@@ -34,6 +36,7 @@ def train(run: Run, context: StageContext) -> Output:
     read_plan(files.run_dir)  # its two files belong together
     leaving, folder = leaving_layers(read_kept(files.plan_tensors)), files.training_folder
     compute = run.compute(context, run.job.score.batch_tokens)
+    pruned = Variant(files.plan_tensors, files.compensation_folder if run.compensate else None)
     training = Training(
         model=run.model,
         corpus=files.calibration,
@@ -42,6 +45,7 @@ def train(run: Run, context: StageContext) -> Output:
         compute=compute,
         layers=run.source.facts.num_layers,
         leaving=leaving,
+        pruned=pruned,
         asked=asked,
         shares={domain: float(weight) for domain, weight in run.domain_weights.items()},
     )
@@ -81,7 +85,9 @@ def _merge(run: Run, context: StageContext, training: Training) -> int:
         path.unlink()
     drop_leftovers(folder)
     small, leaving = training.small_set(), training.leaving
-    shared = context.pool.share((run.source.index, training_state(folder), folder, context.key))
+    solved = training.form.compensation
+    compensated = None if solved is None else open_compensated(solved)
+    shared = context.pool.share((run.source.index, compensated, training_state(folder), folder, context.key))
     return sum(
         context.pool.map(merge_layer, [(shared, layer, small[layer]) for layer in staying(training.layers, leaving)])
     )
@@ -101,7 +107,7 @@ def _gist(summary: Mapping[str, Any]) -> str:
 STAGE = RunStage(
     title="Train a small set",
     run=train,
-    needs=reads("inspect", "fetch", "calibrate", "plan"),
+    needs=reads("inspect", "fetch", "calibrate", "plan", "compensate"),
     fields=train_fields,
     not_asked=lambda run: None if run.job.train else _no_training(run),
     owns=("training", "training.json"),

@@ -3,8 +3,9 @@
 What becomes less: the mean NLL of predicted tokens, each by the weight of its domain, + lambda2 times the sum over the
 layers that leave of the mean over tokens, weighted alike, of |x_out - x_in| / |x_in|. (TRSP, arXiv 2505.18232, says
 norm(X_out - X_in) and not how it is normalised; per token, and as a share of what enters, taken as given, is ours:
-lambda2 then means the same in every layer and model.) In memory there is what `passes/backward.py` has, and the small
-set of a layer with its gradients.
+lambda2 then means the same in every layer and model.) A pruned model runs as its plan and its compensated weights say
+(`compensation/planned_layer.py`), and what trains is changed on top of these. In memory there is what
+`passes/backward.py` has, and the small set of a layer with its gradients.
 
 B sequences of S tokens, D model width.
 """
@@ -21,7 +22,10 @@ import torch
 from torch import nn
 
 from tenp_dist.artifacts import atomic_write
+from tenp_dist.checkpoint.kept import read_kept
+from tenp_dist.compensation.planned_layer import LayerForm, planned_layer, read_form
 from tenp_dist.errors import NumericalError
+from tenp_dist.evaluation.variants import Variant
 from tenp_dist.model.experts import ExpertsState
 from tenp_dist.model.layers import Microbatch
 from tenp_dist.model.replaced import replaced
@@ -39,6 +43,7 @@ class TrainTask(GradientTask):
 
     state: file with the weights that the step begins with.
     rank: of the projections' changes.
+    form: of the model that trains; as it is where layers leave later.
     gone: layers that are not in the model any more: what enters them leaves them.
     leaving: layers whose change is penalised.
     penalty: what the change of one token costs, in the sum of the tokens' losses.
@@ -47,10 +52,19 @@ class TrainTask(GradientTask):
 
     state: Path = Path()
     rank: int = 0
+    form: Variant = field(default_factory=Variant)
     gone: tuple[int, ...] = ()
     leaving: tuple[int, ...] = ()
     penalty: float = 0.0
     shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def copied(self) -> float:
+        """Merged experts are copies of a layer's; compensated W_down are one of their three matrices."""
+        if self.form.plan is None:
+            return 0.0
+        merges = any(kept.merging is not None for kept in read_kept(self.form.plan).values())
+        return merges + (self.form.compensation is not None) / 3
 
     def layer_gradient(self, shard: OpenShard) -> SmallSetGradients:
         return SmallSetGradients(self, shard)
@@ -99,6 +113,7 @@ class SmallSetGradients(LayerGradient[Sums]):
     def __init__(self, task: TrainTask, shard: OpenShard):
         self.task, self.shard = task, shard
         self._opened: tuple[int, list[SmallWeight], dict[str, torch.Tensor]] = (-1, [], {})  # of the layer in work
+        self._form: tuple[int, LayerForm] = (-1, LayerForm())  # of the layer in work
 
     def begin(self, layer: int, module: nn.Module) -> Sums:
         zeros = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self._small(layer)[1].items()}
@@ -108,14 +123,15 @@ class SmallSetGradients(LayerGradient[Sums]):
         if layer in self.task.gone:
             return TrainForward(hidden_BSD)
         small, parts = self._small(layer)
-        weights = {
-            one.key: one.changed(module.get_parameter(one.key), [parts[name] for name in one.names]) for one in small
-        }
-        experts = self.shard.skeleton.experts_of(module)
+        skeleton, form = self.shard.skeleton, self._form_of(layer, module)
+        experts = skeleton.experts_of(module)
         if experts is not None:
-            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, **self.shard.share)
-        with replaced(module, weights):
-            output_BSD = self.shard.frame.run_layer(layer, module, batch, hidden_BSD)
+            experts.tenp_state = ExpertsState(valid_T=batch.valid_T, mask_EF=form.mask_EF, **self.shard.share)
+        with planned_layer(skeleton, layer, module, form):
+            own = {one.key: module.get_parameter(one.key) for one in small}
+            weights = {one.key: one.changed(own[one.key], [parts[name] for name in one.names]) for one in small}
+            with replaced(module, weights):
+                output_BSD = self.shard.frame.run_layer(layer, module, batch, hidden_BSD)
         if experts is not None:
             experts.tenp_state = None
         if layer not in self.task.leaving:
@@ -146,6 +162,24 @@ class SmallSetGradients(LayerGradient[Sums]):
         about = {"key": self.task.file_key, "changed": sums.changed}
         with atomic_write(self.task.file(layer)) as stream:
             stream.write(save(tensors, metadata={"tenp": json.dumps(about)}))
+
+    def _form_of(self, layer: int, module: nn.Module) -> LayerForm:
+        """What the plan makes of a layer; the last one is kept, and no more."""
+        if self._form[0] != layer:
+            self._form = (-1, LayerForm())
+            with torch.no_grad():
+                self._form = (
+                    layer,
+                    read_form(
+                        self.shard.skeleton,
+                        layer,
+                        module,
+                        self.task.form.plan,
+                        self.task.form.compensation,
+                        self.shard.held,
+                    ),
+                )
+        return self._form[1]
 
     def _small(self, layer: int) -> tuple[Sequence[SmallWeight], dict[str, torch.Tensor]]:
         """What trains of a layer, and its values, by which gradients are asked for; nothing of one that is gone."""

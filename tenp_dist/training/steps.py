@@ -14,6 +14,7 @@ from tenp_dist.calibration.corpus import Corpus, read_corpus, write_corpus
 from tenp_dist.calibration.in_turn import sequences_of
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.checkpoint.reader import TensorReader
+from tenp_dist.evaluation.variants import Variant
 from tenp_dist.job_parts import Train
 from tenp_dist.passes.compute import Compute, open_skeleton
 from tenp_dist.passes.run_pass import PassContext
@@ -35,6 +36,7 @@ class Training:
     compute: how workers compute.
     layers: decoder layers of the model.
     leaving: those that leave under the plan.
+    pruned: the model under the plan, with the weights that the job compensates.
     asked: of the job.
     shares: domain -> its weight.
     """
@@ -46,6 +48,7 @@ class Training:
     compute: Compute
     layers: int
     leaving: tuple[int, ...]
+    pruned: Variant
     asked: Train
     shares: Mapping[str, float]
 
@@ -53,6 +56,11 @@ class Training:
     def gone(self) -> tuple[int, ...]:
         """Layers that have left before training begins."""
         return self.leaving if self.asked.when == "after" else ()
+
+    @property
+    def form(self) -> Variant:
+        """The form of the model that trains."""
+        return self.pruned if self.asked.when == "after" else Variant()
 
     def small_set(self) -> dict[int, list[SmallWeight]]:
         """Layer -> what trains of it; nothing of layers that are gone."""
@@ -117,6 +125,7 @@ class Training:
             layers=self.layers,
             state=training_state(self.folder),
             rank=self.asked.rank,
+            form=self.form,
             gone=self.gone,
             leaving=() if self.gone else self.leaving,
             penalty=self.asked.lambda2 * predicted,

@@ -48,9 +48,9 @@ def source_of(model, mtp):
     return without_mtp(open_source(model)) if mtp == "drop" else open_source(model)
 
 
-def write(model, kept, folder, layout, mtp="keep", **changes):
+def write(model, kept, folder, layout, mtp="keep", compensated=None, **changes):
     options = {"shard_size": SHARD_SIZE, "key": "key", "progress": lambda step: None} | changes
-    pruned = Pruned(source_of(model, mtp), kept, retention="0.4")
+    pruned = Pruned(source_of(model, mtp), kept, retention="0.4", compensated=compensated)
     return write_layout(InProcessPool(), LAYOUTS[layout], pruned, Attempt(folder=folder, **options))
 
 

@@ -107,7 +107,7 @@ def test_without_steps_it_is_what_the_first_stage_gives(job_file, tenp, tmp_path
         ({"train": {"when": "after", "penalty": 0.1}}, "penalty is of layers that have not left yet"),
         ({"train": {"when": "during"}}, "'before' or 'after'"),
         ({"train": {"rank": -1}}, "greater than or equal to 0"),
-        ({"train": {}, "budget": {"method": "tenp"}}, "removes no layers"),
+        ({"train": {}, "budget": {"method": "tenp"}}, "set train.when to after"),
         ({"train": {}, "cluster": {"tensor_parallel": 2}}, "does not share a layer among ranks"),
     ],
 )

@@ -9,6 +9,7 @@ adds magnitudes over tokens and not over weights; a layer's share of the budget 
 a layer the neurons of all experts compete by the fused importance. As published, layers that fluctuate most lose most
 (`budget.unstable: prune`); explored on one trained MoE the opposite was better, and is the default. Shared experts
 stay: no layout holds narrower ones. Whole experts are ranked too, for `budget.experts`; `saap-experts` removes them.
+The recovery is the job's part `train` with `when: after` (`training/`).
 """
 
 from __future__ import annotations
