@@ -86,6 +86,7 @@ def build_job(values: Mapping[str, Any], *, base: Path, where: object = "job") -
             "model_cache": job.model_cache and _resolve(base, job.model_cache),
             "run_dir": _resolve(base, job.run_dir),
             "calibration": _resolve_sources(base, job.calibration),
+            "search": job.search.model_copy(update={"items": job.search.items and _resolve(base, job.search.items)}),
             "benchmark": job.benchmark and _resolve_benchmark(base, job.benchmark),
             "evaluation": job.evaluation and _resolve_plans(base, _resolve_sources(base, job.evaluation)),
         }

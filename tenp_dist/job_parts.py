@@ -80,6 +80,9 @@ class Train(Part):
         return given if self.when == "before" else 0.0
 
 
+ACCURACY: Literal["accuracy"] = "accuracy"
+
+
 class Search(Part):
     """How method eep looks for the experts to keep and to merge."""
 
@@ -115,11 +118,17 @@ class Search(Part):
     active: tuple[int, ...] | None = Field(
         None, min_length=1, description="numbers of experts that a token may go to; default as in the source"
     )
-    fitness: Literal["nll", "kl"] = Field(
-        "nll", description="what is least in the best individual: NLL of the text, or divergence from the source"
+    fitness: Literal["nll", "kl", "accuracy"] = Field(
+        "nll",
+        description="what decides: NLL of the text or divergence from the source, the least; accuracy on `items`",
+    )
+    items: Path | None = Field(
+        None, description="jsonl for fitness accuracy: prompt, choices and the right one's number, or prompt and answer"
     )
     sequences: int | None = Field(
-        None, ge=1, description="calibration sequences a domain that fitness is measured on; default all not set aside"
+        None,
+        ge=1,
+        description="calibration sequences a domain, or items, that fitness is measured on; default all not set aside",
     )
     development: int = Field(20, ge=1, description="best individuals that are measured again on the text set aside")
 
@@ -127,6 +136,10 @@ class Search(Part):
     def _possible(self) -> Search:
         if self.active is not None and min(self.active) < 1:
             raise ValueError(f"active must be numbers above 0, found {min(self.active)}")
+        if (self.items is not None) != (self.fitness == ACCURACY):
+            raise ValueError(
+                f"fitness {ACCURACY} and items go together, found fitness {self.fitness} and items {self.items}"
+            )
         return self
 
 

@@ -169,8 +169,13 @@ class SearchFiles:
 
     @property
     def fitness_text(self) -> Path:
-        """Tokens that fitness is measured on."""
+        """Tokens that fitness is measured on; of items, with what is said of them beside it."""
         return self.folder / "fitness.arrow"
+
+    @property
+    def development_text(self) -> Path:
+        """The same of the development split, where it is of items."""
+        return self.folder / "development.arrow"
 
     @property
     def chosen(self) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,11 +36,13 @@ class VariantsTask(PassTask):
     number: of the pass.
     variants: by name.
     layers: how many the model has.
+    items: file of the items that the tokens are (`calibration/items.py`), None for text.
     """
 
     number: int = 0
     variants: Mapping[str, Variant] = field(default_factory=dict)
     layers: int = 0
+    items: Path | None = None
 
     def step(self, shard: OpenShard) -> EvaluateStep:
         return EvaluateStep(self, shard)

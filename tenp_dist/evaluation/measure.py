@@ -20,11 +20,13 @@ import torch
 
 from tenp_dist.artifacts import digest_of
 from tenp_dist.calibration.corpus import read_corpus
+from tenp_dist.calibration.items import stored_items
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import open_index
 from tenp_dist.errors import WorkerLost
+from tenp_dist.evaluation.answers import Answers
 from tenp_dist.evaluation.evaluate_pass import VariantsTask
-from tenp_dist.evaluation.metrics import Box, Metrics, States, compare, open_tail
+from tenp_dist.evaluation.metrics import Box, Metrics, States, open_tail
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.passes.compute import Compute
 from tenp_dist.passes.hidden_states import tensor_name
@@ -50,11 +52,12 @@ class EvaluateTask:
     """What an evaluation is asked for.
 
     passes: the first holds the variant `source`, whose checkpoint also gives the head.
-    corpus: file of the held-out tokens.
+    corpus: file of the held-out tokens, or of items.
     folder: for hidden states, until the figures are made.
     key: of the evaluate stage.
     compute: how workers compute.
     waves, ranks: see `PassTask`.
+    items: whether the tokens are items, whose answers count.
     """
 
     passes: Sequence[VariantsPass]
@@ -64,6 +67,7 @@ class EvaluateTask:
     compute: Compute
     waves: int = DEFAULT_WAVES
     ranks: int = 1
+    items: bool = False
 
     def pass_tasks(self) -> list[VariantsTask]:
         """What the workers of each pass need; compute must be without `auto`."""
@@ -84,6 +88,7 @@ class EvaluateTask:
             number=number,
             variants=one.variants,
             layers=_num_layers(one.checkpoint),
+            items=self.corpus if self.items else None,
         )
 
     def waves_within(self, host_memory: int | None) -> int:
@@ -100,7 +105,10 @@ class EvaluateTask:
         return max(self.waves, -(-nbytes // host_memory))
 
 
-def evaluate_model(context: PassContext, task: EvaluateTask) -> Metrics:
+Figures = Metrics | Answers
+
+
+def evaluate_model(context: PassContext, task: EvaluateTask) -> Figures:
     """Run all passes on the context's shards, then the tail in one worker. The hidden states stay: see `drop_hidden`.
 
     Args:
@@ -137,17 +145,17 @@ def _shifted(context: PassContext, before: int, total: int) -> PassContext:
     return replace(context, progress=lambda step: context.progress(replace(step, done=before + step.done, total=total)))
 
 
-def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
+def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Figures:
     """`run_tail` in one worker, started again where it is lost: what it reads is stored."""
     losses = 0
     while True:
         try:
             gpus = int(passes[0].compute.device == "cuda")
             for event in context.pool.stream(run_tail, passes, context.pool.threads, gpus=gpus):
-                if isinstance(event, Metrics):
+                if not isinstance(event, Progress):
                     return event
                 context.progress(replace(event, retries=losses))
-            raise AssertionError("the tail yields its metrics last")
+            raise AssertionError("the tail yields its figures last")
         except WorkerLost as error:
             losses += 1
             where = "final hidden states"
@@ -155,8 +163,8 @@ def _tail_on(context: PassContext, passes: Sequence[VariantsTask]) -> Metrics:
 
 
 @torch.inference_mode()
-def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress | Metrics]:
-    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the Metrics last.
+def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress | Figures]:
+    """Norm and head over the final hidden states of all passes, microbatch by microbatch; the figures last.
 
     threads: CPU threads of this worker, which has its node to itself: all that the pool lets one worker have.
     """
@@ -165,7 +173,8 @@ def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress 
     corpus = read_corpus(first.corpus)
     batches = microbatches(corpus, compute.batch_tokens, compute.device)
     waves = split_waves(len(batches), first.waves)
-    frame, metrics = open_tail(first.model, compute), Metrics(corpus.domains)
+    frame = open_tail(first.model, compute)
+    figures = Metrics(corpus.domains) if first.items is None else Answers.of(stored_items(first.items), batches)
     leaders = [_final_streams(one) for one in passes]
     for wave, numbers in enumerate(waves):
         with contextlib.ExitStack() as files:
@@ -175,11 +184,11 @@ def run_tail(passes: Sequence[VariantsTask], threads: int) -> Iterator[Progress 
                 final |= {name: partial(_read_box, stored, name, compute.device) for name in streams.values()}
             for count, i in enumerate(numbers, start=1):  # each may take minutes, with many variants
                 started = time.monotonic()
-                compare(metrics, frame, {i: batches[i]}, final)
-                metrics.check_finite()
+                figures.add(frame, i, batches[i], final)
+                figures.check_finite()
                 done, tokens = wave + count / len(numbers), batches[i].tokens_BS.numel() * len(final)
                 yield Progress(done, len(waves), tokens, time.monotonic() - started, "norm and head")
-    yield metrics.shared({name: leader for streams in leaders for name, leader in streams.items()})
+    yield figures.shared({name: leader for streams in leaders for name, leader in streams.items()})
 
 
 def _final_streams(one: VariantsTask) -> dict[str, str]:

@@ -54,6 +54,10 @@ class Metrics:
     def of(self, variant: str, domain: int) -> _Sums:
         return self.sums.setdefault((variant, domain), _Sums())
 
+    def add(self, frame: Frame, number: int, batch: Microbatch, final: Mapping[str, States]) -> None:
+        """Take in a microbatch: `compare`."""
+        compare(self, frame, {number: batch}, final)
+
     def shared(self, leaders: Mapping[str, str]) -> Metrics:
         """The same with the figures of `leaders[variant]` for every variant, in the order of `leaders`."""
         pairs = [(name, i) for name in leaders for i in range(len(self.domains)) if (leaders[name], i) in self.sums]
@@ -116,7 +120,7 @@ def compare(metrics: Metrics, frame: Frame, batches: Mapping[int, Microbatch], f
         positions_BS = _predicting(batch)
         targets_BS = batch.tokens_BS[:, 1:]
         rows, columns = positions_BS.shape
-        for box in boxes((rows, columns), _chunk(frame)):
+        for box in boxes((rows, columns), chunk_positions(frame)):
             here = positions_BS[box]
             if bool(here.any()):
                 states = {name: partial(_chosen, read, number, box, here) for name, read in final.items()}
@@ -144,7 +148,8 @@ def _predicting(batch: Microbatch) -> torch.Tensor:
     return batch.mask_BS[:, 1:] & batch.mask_BS[:, :-1]
 
 
-def _chunk(frame: Frame) -> int:
+def chunk_positions(frame: Frame) -> int:
+    """Positions whose logits exist at a time."""
     return max(1, _TAIL_ELEMENTS // frame.skeleton.vocab_size)
 
 

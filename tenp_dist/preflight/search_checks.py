@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tenp_dist.budget.sizes import Shape
+from tenp_dist.calibration.items import build_items, read_items
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import Job
-from tenp_dist.errors import BudgetError, JobError
+from tenp_dist.errors import BudgetError, CalibrationError, JobError
 from tenp_dist.layouts.table import layouts_of
 from tenp_dist.scoring.methods import registry
 
@@ -18,6 +20,7 @@ def check_search(job: Job, source: Source, shapes: Sequence[Shape]) -> None:
     Raises:
         JobError: a mapped router where a checkpoint is asked for, or more groups than layers.
         BudgetError: tokens cannot go to so many experts.
+        CalibrationError: items of another form, too long, or too few.
     """
     if not registry.of_budget(job.budget).searched:
         return
@@ -39,6 +42,8 @@ def check_search(job: Job, source: Source, shapes: Sequence[Shape]) -> None:
             wanted=f"at most {len(facts.moe_layers)}",
             next_step="leave it out for a group per layer",
         )
+    if asked.items is not None:
+        _check_items(job, source, asked.items)
     most = min(facts.top_k, *(min(shape.whole) for shape in shapes))
     if asked.active is not None and max(asked.active) > most:
         raise BudgetError(
@@ -48,3 +53,16 @@ def check_search(job: Job, source: Source, shapes: Sequence[Shape]) -> None:
             wanted=f"at most {most}",
             next_step="give smaller numbers, or leave it out",
         )
+
+
+def _check_items(job: Job, source: Source, path: Path) -> None:
+    items = read_items(path)
+    if len(items) < 2:
+        raise CalibrationError(
+            "Too few items",
+            where=path,
+            found=len(items),
+            wanted="one to measure fitness on and one to decide on, at least",
+            next_step="give more items",
+        )
+    build_items(path, items, source.folder, source.facts.vocab_size, job.calibration.sequence_length)

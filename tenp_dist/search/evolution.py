@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from tenp_dist.search.children import Born, Policy, children, first_individuals
 from tenp_dist.search.individuals import Individual
-from tenp_dist.search.parents import Scored
+from tenp_dist.search.parents import Scored, point_of
 from tenp_dist.search.space import Space
 
 Figures = Mapping[str, Any]
@@ -83,7 +83,7 @@ class Evolution:
                 found = [by_name[name] for name in names], source
                 store.end(number, *found)
             figures, source = found
-            policy = replace(policy, point=source["nll"] / 100)
+            policy = replace(policy, point=point_of(self.fitness, source))
             new = [
                 Scored(name, individual, origin, own[self.fitness], own)
                 for name, (individual, origin), own in zip(names, born, figures, strict=True)

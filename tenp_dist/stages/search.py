@@ -14,13 +14,10 @@ from typing import Any
 from tenp_dist.artifacts import SCHEMA_VERSION, digest_of, write_json
 from tenp_dist.budget.kinds.table import kind_of
 from tenp_dist.budget.protection import protected_of_layer
-from tenp_dist.calibration.corpus import read_corpus, write_corpus
-from tenp_dist.calibration.shortened import first_sequences
 from tenp_dist.checkpoint.kept import write_kept
 from tenp_dist.errors import JobError, StaleError
 from tenp_dist.evaluation.measure import EvaluateTask, VariantsPass, drop_hidden, evaluate_model
 from tenp_dist.evaluation.metrics import SOURCE
-from tenp_dist.evaluation.selection import weighted_mean
 from tenp_dist.evaluation.variants import Variant
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.progress import Progress
@@ -39,12 +36,11 @@ from tenp_dist.stages.base import RunStage, reads, weight_fields
 from tenp_dist.stages.plan import plan_fields
 from tenp_dist.stages.run import Run
 from tenp_dist.stages.score import score_fields
-
-FIGURES = ("nll", "kl", "top1_agreement")
+from tenp_dist.stages.search_text import criterion, figures_of, item_fields, search_text
 
 
 def search_fields(run: Run) -> dict[str, Any]:
-    asked = run.job.search.model_dump(mode="json")
+    asked = run.job.search.model_dump(mode="json", exclude={"items"}) | item_fields(run)
     return plan_fields(run) | score_fields(run) | {"search": asked, "weights": weight_fields(run)}
 
 
@@ -55,17 +51,17 @@ def search(run: Run, context: StageContext) -> Output:
     context.replace()
     store = FileStore(files.search, space)
     store.claim(context.key)
-    text, development = _texts(run)
-    meter = _Meter(run, context, space)
-    evolution = Evolution(space, _policy(run), seeds, fitness=asked.fitness)
+    text, least = search_text(run), criterion(run)
+    meter = _Meter(run, context, space, text.items)
+    evolution = Evolution(space, _policy(run), seeds, fitness=least)
     generations, scored = [], list[Scored]()
-    for one in evolution.run(asked.passes - 1, store, partial(meter.measure, text)):
+    for one in evolution.run(asked.passes - 1, store, partial(meter.measure, text.fitness)):
         generations.append(one)
         scored += one.scored
         meter.tell(one, scored)
     tried = candidates(scored, asked.development)
-    figures, source = meter.measure(development, asked.passes - 1, {one.name: one.individual for one in tried})
-    found = document(space, generations, tried, figures, source, asked.fitness)
+    figures, source = meter.measure(text.development, asked.passes - 1, {one.name: one.individual for one in tried})
+    found = document(space, generations, tried, figures, source, least)
     chosen = next(one for one in tried if one.name == found["chosen"]["individual"])
     return _store(run, context, kept_of(space, chosen.individual), found)
 
@@ -137,15 +133,6 @@ def _policy(run: Run) -> Policy:
     return Policy(asked.individuals, max(1, pruning), local, run.job.budget.seed, point=0.0)
 
 
-def _texts(run: Run) -> tuple[Path, Path]:
-    """The text that fitness is measured on, and that of the development split."""
-    files, count = run.files, run.job.search.sequences
-    if count is None:
-        return files.calibration, files.selection_text
-    write_corpus(files.search.fitness_text, first_sequences(read_corpus(files.calibration), count))
-    return files.search.fitness_text, files.selection_text
-
-
 @dataclass(frozen=True)
 class _Meter:
     """Measures individuals, a pass at a time, and tells how it goes.
@@ -153,11 +140,13 @@ class _Meter:
     run: the job and its files.
     context: of the stage.
     space: what individuals are made of.
+    items: whether they are asked items.
     """
 
     run: Run
     context: StageContext
     space: Space
+    items: bool = False
 
     def measure(
         self, corpus: Path, number: int, individuals: Mapping[str, Individual]
@@ -169,13 +158,19 @@ class _Meter:
             write_kept(plans[name], kept_of(self.space, individual), {"search": self.context.key})
         variants = {SOURCE: Variant(), **{name: Variant(plan) for name, plan in plans.items()}}
         task = EvaluateTask(
-            [VariantsPass(self.run.model, variants)], corpus, files.folder, self.context.key, compute, waves=self._waves
+            [VariantsPass(self.run.model, variants)],
+            corpus,
+            files.folder,
+            self.context.key,
+            compute,
+            waves=self._waves,
+            items=self.items,
         )
         where = self.run.pass_context(self.context, "search", compute)
         summary = evaluate_model(replace(where, progress=partial(self._within, number)), task).summary()
         drop_hidden(task)
         shutil.rmtree(files.work, ignore_errors=True)
-        found = {name: self._figures(own) for name, own in summary.items()}
+        found = {name: figures_of(self.run, own) for name, own in summary.items()}
         source = found.pop(SOURCE)
         return found, source
 
@@ -188,9 +183,6 @@ class _Meter:
         """One where a single shard takes all waves through a layer anyway: experts are merged once then."""
         return self.run.job.score.waves if self.run.job.cluster.shards > 1 else 1
 
-    def _figures(self, own: Mapping[str, Any]) -> dict[str, float]:
-        return {name: weighted_mean(own, name, self.run.domain_weights) for name in FIGURES}
-
     def _within(self, number: int, step: Progress) -> None:
         passes = self.run.job.search.passes
         self.context.progress(replace(step, done=number + step.done / step.total, total=passes))
@@ -198,7 +190,7 @@ class _Meter:
     def tell(self, generation: Generation, scored: Sequence[Scored]) -> None:
         """Say what is the best so far."""
         asked = self.run.job.search
-        words = best_words(asked.passes, scored, generation, asked.fitness)
+        words = best_words(asked.passes, scored, generation, criterion(self.run))
         self.context.progress(Progress(generation.number + 1, asked.passes, 0, 0.0, message=words))
 
 
