@@ -12,6 +12,7 @@ Files in reading order:
 - `partial_sums`: what a rank has summed so far; how the ranks' sums become a layer's score file.
 - `score_pass`: the pass.
 - `gradient_statistics`: sums of what gradients say of neurons and experts, `gradient_files` how they are stored.
+- `shared_gradients`: the same of shared experts' neurons.
 - `gradient_pass`: the pass up and back that makes them.
 - `uncertainty`: several importances as one, and how much it fluctuates over text.
 - `domains`: scores of several domains made comparable and added.

@@ -1,8 +1,9 @@
 """Sums of gradients on disk, a file a layer and rank.
 
 `gradients/layer_00003.safetensors` (with several ranks one file each, of consecutive experts) holds the statistics of
-`gradient_statistics.py`, where the layer has experts, and `gradient_norm_squared_sum` [N]: over a domain's tokens, the
-squared length of the gradient by what left the layer, dense ones too.
+`gradient_statistics.py`, where the layer has experts, those of `shared_gradients.py`, where it has shared ones, and
+`gradient_norm_squared_sum` [N]: over a domain's tokens, the squared length of the gradient by what left the layer,
+dense ones too.
 """
 
 from __future__ import annotations
@@ -52,8 +53,19 @@ def made_from(path: Path) -> str | None:
         return None
 
 
+def stored_names(folder: Path, layer: int) -> set[str]:
+    """Sums that are there of a layer."""
+    from safetensors import safe_open
+
+    path = next(iter(sorted(folder.glob(f"{layer_name(layer)}.*safetensors"))), None)
+    if path is None:
+        return set()
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
 def read_gradients(folder: Path, layer: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Name -> float64 [N, E] or [N, E, F] of a layer, all ranks' experts together; `NORM` is [N].
+    """Name -> float64 [N, E], [N, E, F] or [N, J] of a layer, of all ranks together; `NORM` is [N].
 
     Raises:
         StaleError: the layer is not there.

@@ -5,13 +5,16 @@ It is a pass of its own, up and back (`passes/backward.py`), and only jobs whose
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tenp_dist.artifacts import drop_leftovers
+from tenp_dist.checkpoint.families.base import DOWN
 from tenp_dist.errors import NumericalError
 from tenp_dist.model.experts import Dispatch, ExpertsState
 from tenp_dist.model.layers import Microbatch
@@ -22,6 +25,7 @@ from tenp_dist.passes.run_pass import PassContext
 from tenp_dist.run_files import LAYER_FILES, layer_file
 from tenp_dist.scoring.gradient_files import made_from, write_gradients
 from tenp_dist.scoring.gradient_statistics import add_gradients, no_gradients
+from tenp_dist.scoring.shared_gradients import SHARED_GRADIENTS, add_shared, no_shared
 from tenp_dist.scoring.statistics import LayerStatistics
 
 
@@ -41,9 +45,14 @@ class NeuronGradientTask(GradientTask):
 
 @dataclass(frozen=True)
 class RoutedForward(Forward):
-    """A layer's forward, and what its experts computed on the way; None of a dense layer."""
+    """A layer's forward, and what was computed on the way.
+
+    dispatch: of its experts, None of a dense layer.
+    shared_BSJ: what W_down of its shared experts got, None where there are none.
+    """
 
     dispatch: Dispatch | None = None
+    shared_BSJ: torch.Tensor | None = None
 
 
 @dataclass
@@ -52,6 +61,20 @@ class GradientSums:
 
     statistics: LayerStatistics | None
     norm_N: torch.Tensor
+
+
+@contextlib.contextmanager
+def _inputs_of(part: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """What a module gets inside the context, call by call; nothing of None."""
+    seen: list[torch.Tensor] = []
+    if part is None:
+        yield seen
+        return
+    handle = part.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 class _Kept:
@@ -76,17 +99,29 @@ class NeuronGradients(LayerGradient[GradientSums]):
         if experts is None:
             return GradientSums(None, norm_N)
         held, _, neurons = experts.down_proj.shape
-        return GradientSums(no_gradients(domains, held, neurons, experts.down_proj.device), norm_N)
+        statistics = no_gradients(domains, held, neurons, experts.down_proj.device)
+        down = self._shared_down(module)
+        if down is not None:
+            shared = no_shared(domains, down.get_parameter("weight").shape[1], experts.down_proj.device)
+            statistics = replace(statistics, tensors={**statistics.tensors, **shared})
+        return GradientSums(statistics, norm_N)
 
     def forward(self, layer: int, module: nn.Module, batch: Microbatch, hidden_BSD: torch.Tensor) -> RoutedForward:
         experts, kept = self.shard.skeleton.experts_of(module), _Kept()
         if experts is not None:
             experts.tenp_state = ExpertsState(valid_T=batch.valid_T, observer=kept, **self.shard.share)
-        output_BSD = self.shard.frame.run_layer(layer, module, batch, hidden_BSD)
+        with _inputs_of(None if experts is None else self._shared_down(module)) as shared:
+            output_BSD = self.shard.frame.run_layer(layer, module, batch, hidden_BSD)
         if experts is not None:
             experts.tenp_state = None
-        wanted = () if kept.dispatch is None else (kept.dispatch.m_SF,)
-        return RoutedForward(output_BSD, wanted, dispatch=kept.dispatch)
+        wanted = () if kept.dispatch is None else (kept.dispatch.m_SF, *shared)
+        return RoutedForward(output_BSD, wanted, dispatch=kept.dispatch, shared_BSJ=shared[0] if shared else None)
+
+    def _shared_down(self, module: nn.Module) -> nn.Module | None:
+        """W_down of a layer's shared experts; where ranks share the layer, DeepSpeed divides its inputs among them."""
+        family = self.shard.skeleton.family
+        path = f"{family.shared_experts}.{family.shared_matrices[DOWN]}"
+        return next((part for name, part in module.named_modules() if name == path), None)
 
     def add(self, layer: int, batch: Microbatch, passed: Backward, sums: GradientSums) -> None:
         squared_T = passed.leaving_BSD.double().square().sum(dim=-1).flatten()
@@ -94,16 +129,20 @@ class NeuronGradients(LayerGradient[GradientSums]):
         if sums.statistics is not None:
             assert isinstance(passed.forward, RoutedForward) and passed.forward.dispatch is not None
             add_gradients(sums.statistics, batch.domain, passed.forward.dispatch, passed.wanted[0])
+            shared_BSJ = passed.forward.shared_BSJ
+            if shared_BSJ is not None:
+                m_TJ, gradient_TJ = (part.flatten(0, -2) for part in (shared_BSJ, passed.wanted[1]))
+                add_shared(sums.statistics, batch.domain, m_TJ, gradient_TJ)
 
     def finish(self, layer: int, sums: GradientSums) -> None:
         shard, task = self.shard, self.task
         for name, tensor in sums.statistics.tensors.items() if sums.statistics else ():
             bad = ~torch.isfinite(tensor)
             if bool(bad.any()):
-                expert = shard.held.start + int(bad.nonzero()[0][1])
+                expert = f"expert {shard.held.start + int(bad.nonzero()[0][1])}"
                 raise NumericalError(
                     "NaN or Inf in the sums of gradients",
-                    where=f"layer {layer}, expert {expert}: {name}",
+                    where=f"layer {layer}, {'shared experts' if name in SHARED_GRADIENTS else expert}: {name}",
                     next_step="check the checkpoint's download of this expert; score in float32 if it is fine",
                 )
         path = task.file(layer, shard.rank)

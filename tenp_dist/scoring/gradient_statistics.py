@@ -55,8 +55,13 @@ _OVER_TOKENS = (
 )
 
 
+def batch_count(unit: str) -> str:
+    """The statistic that counts batches. unit: `neuron`, `expert` or `shared`."""
+    return "shared_batch_count" if unit == "shared" else "batch_count"
+
+
 def importance_sum(unit: str, importance: str) -> str:
-    """The statistic that sums an importance over batches. unit: `neuron` or `expert`."""
+    """The statistic that sums an importance over batches. unit: `neuron`, `expert` or `shared`."""
     names = {"vector": "batch_vector", "element": "saliency_abs", "second": "saliency_squared"}
     return f"{unit}_{names[importance]}_sum"
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from tenp_dist.scoring.domains import DomainWeights, domain_rows
-from tenp_dist.scoring.gradient_statistics import IMPORTANCES, importance_sum, product_sum
+from tenp_dist.scoring.gradient_statistics import IMPORTANCES, batch_count, importance_sum, product_sum
 from tenp_dist.scoring.statistics import LayerStatistics
 
 SAME = tuple((name, name) for name in IMPORTANCES)
@@ -54,13 +54,19 @@ class Batches:
 def batches_of(
     statistics: LayerStatistics, unit: str, weights: DomainWeights, pairs: Sequence[tuple[str, str]] = SAME
 ) -> Batches:
-    """The importances of a layer's structures. unit: `neuron` or `expert`. pairs: of which covariances are wanted."""
-    means = [_mixed(statistics, importance_sum(unit, name), weights) for name in IMPORTANCES]
+    """The importances of a layer's structures.
+
+    Args:
+        unit: `neuron`, `expert` or `shared`.
+        pairs: of which covariances are wanted.
+    """
+    counted = batch_count(unit)
+    means = [_mixed(statistics, importance_sum(unit, name), counted, weights) for name in IMPORTANCES]
     sizes = [float(ordered_sum(mean_X)) / mean_X.numel() or 1.0 for mean_X in means]
     scale = dict(zip(IMPORTANCES, sizes, strict=True))
     scaled = {name: mean_X / scale[name] for name, mean_X in zip(IMPORTANCES, means, strict=True)}
     covariance = {
-        (one, other): _mixed(statistics, product_sum(unit, one, other), weights) / (scale[one] * scale[other])
+        (one, other): _mixed(statistics, product_sum(unit, one, other), counted, weights) / (scale[one] * scale[other])
         - scaled[one] * scaled[other]
         for one, other in pairs
     }
@@ -108,12 +114,15 @@ def ordered_sum(values: torch.Tensor) -> torch.Tensor:
     return values.flatten().sort().values.sum()
 
 
-def _mixed(statistics: LayerStatistics, name: str, weights: DomainWeights) -> torch.Tensor:
-    """A sum over batches as the mean over a domain's batches, domains averaged by their weights, [X]."""
+def _mixed(statistics: LayerStatistics, name: str, counted: str, weights: DomainWeights) -> torch.Tensor:
+    """A sum over batches as the mean over a domain's batches, domains averaged by their weights, [X].
+
+    counted: the statistic that counts the batches.
+    """
     rows = domain_rows(statistics, weights)
     total = sum(weight for _, weight in rows)
     mixed_X = torch.zeros_like(statistics[name][0])
     for row, weight in rows:
-        count_E = statistics["batch_count"][row].clamp_min(1)
+        count_E = statistics[counted][row].clamp_min(1)
         mixed_X += statistics[name][row] / count_E.reshape(-1, *[1] * (mixed_X.dim() - 1)) * (weight / total)
     return mixed_X

@@ -8,8 +8,10 @@ from typing import Any
 from tenp_dist.artifacts import digest_of, file_digest
 from tenp_dist.errors import JobError
 from tenp_dist.pipeline.stage import Output, StageContext
+from tenp_dist.scoring.gradient_files import read_gradients, stored_names
 from tenp_dist.scoring.gradient_pass import NeuronGradientTask, gradient_files, score_gradients
 from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS
+from tenp_dist.scoring.shared_gradients import shared_to_routed
 from tenp_dist.stages.base import RunStage, bits_fields, reads
 from tenp_dist.stages.eliminate import budgets_of, needed_by
 from tenp_dist.stages.run import Run
@@ -43,9 +45,21 @@ def gradients(run: Run, context: StageContext) -> Output:
             "layers": task.layers,
             "tokens": done.back.tokens,
             "tokens_per_second": round(done.back.tokens / seconds) if seconds else None,
+            "shared_to_routed": _shared_to_routed(run),
             "nll": {domain: loss / done.tokens[domain] for domain, loss in done.loss.items() if done.tokens[domain]},
         },
     )
+
+
+def _shared_to_routed(run: Run) -> dict[str, float]:
+    """Layer -> how much more a neuron of its shared experts means than one of a routed expert; those that have some."""
+    found: dict[str, float] = {}
+    for layer in run.source.facts.moe_layers:
+        names = stored_names(run.files.gradients, layer) & {"shared_saliency_abs_sum", "neuron_saliency_abs_sum"}
+        ratio = shared_to_routed(read_gradients(run.files.gradients, layer, sorted(names)))
+        if ratio is not None:
+            found[str(layer)] = round(ratio, 3)
+    return found
 
 
 def _not_asked(run: Run) -> JobError | None:

@@ -25,6 +25,7 @@ class PlainGradients:
     embedded: gradient by what entered the first layer.
     change: layer -> what it added to what entered it.
     neurons: (layer, expert) -> what its tokens say.
+    shared: layer -> what all tokens say of its shared experts' neurons.
     """
 
     loss: float
@@ -32,6 +33,7 @@ class PlainGradients:
     embedded: torch.Tensor
     change: dict[int, torch.Tensor] = field(default_factory=dict)
     neurons: dict[tuple[int, int], RoutedNeurons] = field(default_factory=dict)
+    shared: dict[int, RoutedNeurons] = field(default_factory=dict)
 
 
 def plain_gradients(model_folder: Path, batches, *, dtype=torch.float32) -> list[PlainGradients]:
@@ -69,6 +71,7 @@ def _tap(layer) -> list:
 def _of_batch(model, taps, tokens, mask) -> PlainGradients:
     states: dict[int, torch.Tensor] = {}
     entered: dict[int, torch.Tensor] = {}
+    shared: dict[int, torch.Tensor] = {}
     hooks = []
     for i, layer in enumerate(model.model.layers):
         taps[i].clear()
@@ -80,6 +83,13 @@ def _of_batch(model, taps, tokens, mask) -> PlainGradients:
         def enters(module, inputs, i=i):
             entered[i] = inputs[0].detach()
 
+        def asked(module, inputs, i=i):
+            inputs[0].retain_grad()
+            shared[i] = inputs[0]
+
+        for name, part in layer.named_modules():
+            if name in ("mlp.shared_experts.down_proj", "mlp.shared_expert.down_proj"):
+                hooks.append(part.register_forward_pre_hook(asked))
         hooks.append(layer.register_forward_pre_hook(enters))
         hooks.append(layer.register_forward_hook(leaves))
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
@@ -99,4 +109,7 @@ def _of_batch(model, taps, tokens, mask) -> PlainGradients:
     }
     change = {i: s.detach() - entered[i] for i, s in states.items()}
     leaving = {i: s.grad for i, s in states.items()}
-    return PlainGradients(float(loss.detach()), leaving, embedded.grad, change, neurons)
+    of_shared = {
+        i: RoutedNeurons(m.detach().flatten(0, -2)[valid], m.grad.flatten(0, -2)[valid]) for i, m in shared.items()
+    }
+    return PlainGradients(float(loss.detach()), leaving, embedded.grad, change, neurons, of_shared)

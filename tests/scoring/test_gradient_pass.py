@@ -15,9 +15,13 @@ from helpers.scoring import COMPUTE, FAMILIES, batches_of, moe_layers, pass_cont
 from tenp_dist.calibration.corpus import write_corpus
 from tenp_dist.errors import StaleError
 from tenp_dist.scoring import gradient_files
-from tenp_dist.scoring.gradient_files import NORM, read_gradients
+from tenp_dist.scoring.gradient_files import NORM, read_gradients, stored_names
 from tenp_dist.scoring.gradient_pass import NeuronGradientTask, score_gradients
 from tenp_dist.scoring.gradient_statistics import GRADIENT_STATISTICS, NEURON_GRADIENTS, PAIRS
+from tenp_dist.scoring.shared_gradients import SHARED_GRADIENTS, shared_to_routed
+from tenp_dist.scoring.statistics import LayerStatistics
+from tenp_dist.scoring.uncertainty import batches_of as importances_of
+from tenp_dist.scoring.uncertainty import fused
 
 EXPERTS, NEURONS = 8, 24
 
@@ -55,8 +59,33 @@ def by_definition(model, corpus) -> dict[int, dict[str, torch.Tensor]]:
             for expert in range(EXPERTS):
                 neurons = one.neurons[layer, expert]
                 _add(sums, domain, expert, neurons.m_TF.double(), neurons.grad_TF.double())
-        found[layer] = sums
+        found[layer] = sums | _of_shared(batches, plain, layer)
     return found
+
+
+def _of_shared(batches, plain, layer: int) -> dict[str, torch.Tensor]:
+    """Statistic -> its sums over batches [2, J], nothing where the layer has no shared experts."""
+    sums: dict[str, torch.Tensor] = {}
+    for (_, _, domain), one in zip(batches, plain, strict=True):
+        if layer not in one.shared:
+            return {}
+        a_TJ = (one.shared[layer].m_TF * one.shared[layer].grad_TF).double()
+        batch = {"vector": a_TJ.sum(dim=0).abs(), "element": a_TJ.abs().sum(dim=0), "second": (a_TJ**2).sum(dim=0)}
+        added = {f"shared_batch_{x}_{y}_sum": batch[x] * batch[y] for x, y in PAIRS}
+        added |= {"shared_saliency_sum": a_TJ.sum(dim=0), "shared_batch_vector_sum": batch["vector"]}
+        added |= {"shared_saliency_abs_sum": batch["element"], "shared_saliency_squared_sum": batch["second"]}
+        added["shared_batch_count"] = torch.ones(a_TJ.shape[1], dtype=torch.float64)
+        for name, value in added.items():
+            sums.setdefault(name, torch.zeros(2, len(value), dtype=torch.float64))[domain] += value
+    return sums
+
+
+def neurons_fused(found) -> torch.Tensor:
+    """The fused importance of shared experts' neurons, [J]."""
+    batches = importances_of(LayerStatistics(("first", "second"), found), "shared", {"first": 3, "second": 1})
+    scores_J = fused(batches.mean_3X, batches.variance_3)
+    assert bool(torch.isfinite(scores_J).all())
+    return scores_J
 
 
 def _add(sums, domain: int, expert: int, m_TF: torch.Tensor, d_TF: torch.Tensor) -> None:
@@ -83,9 +112,13 @@ def test_sums_are_those_of_the_model_in_one_piece(family, tiny_model, tmp_path):
     model, corpus = tiny_model(family), random_corpus(256, sequences=8, padded=True)
     task, batches = summed(model, tmp_path, corpus=corpus), batches_of(corpus)
     for layer, wanted in by_definition(model, corpus).items():
-        found = read_gradients(task.folder, layer, GRADIENT_STATISTICS)
+        found = read_gradients(task.folder, layer, wanted)
+        assert wanted.keys() == {*GRADIENT_STATISTICS, *SHARED_GRADIENTS} == stored_names(task.folder, layer) - {NORM}
         for name, tensor in wanted.items():
             assert (found[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), (layer, name)
+        ratio = wanted["shared_saliency_abs_sum"].sum(0).mean() / wanted["neuron_saliency_abs_sum"].sum(0).mean()
+        assert shared_to_routed(found) == pytest.approx(float(ratio), rel=1e-5)
+        assert neurons_fused(found).shape == wanted["shared_saliency_sum"].shape[1:]
     plain = plain_gradients(model, batches)
     for layer in range(task.layers):
         norm_N = torch.zeros(2, dtype=torch.float64)
@@ -151,7 +184,7 @@ def test_ranks_say_what_one_says(ranks, tiny_model, tmp_path):
     for model in models:
         folder = task_of(tmp_path, model, ranks).folder
         for layer, wanted in by_definition(model, corpus).items():
-            found = read_gradients(folder, layer, GRADIENT_STATISTICS)
+            found = read_gradients(folder, layer, wanted)
             for name, tensor in wanted.items():
                 assert (found[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), (model.name, layer, name)
 

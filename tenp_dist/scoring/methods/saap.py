@@ -8,8 +8,9 @@ expert's neuron (gate row, up row, W_down column), whose first-order terms are m
 adds magnitudes over tokens and not over weights; a layer's share of the budget is `budget/widths/shares.py`, and inside
 a layer the neurons of all experts compete by the fused importance. As published, layers that fluctuate most lose most
 (`budget.unstable: prune`); explored on one trained MoE the opposite was better, and is the default. Shared experts
-stay: no layout holds narrower ones. Whole experts are ranked too, for `budget.experts`; `saap-experts` removes them.
-The recovery is the job's part `train` with `when: after` (`training/`).
+stay whole: no layout holds narrower ones, though their neurons are summed too (`scoring/shared_gradients.py`). Whole
+experts are ranked too, for `budget.experts`; `saap-experts` removes them. The recovery is the job's part `train` with
+`when: after` (`training/`).
 """
 
 from __future__ import annotations
