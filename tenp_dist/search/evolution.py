@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from tenp_dist.search.children import Born, Policy, children, first_individuals
 from tenp_dist.search.individuals import Individual
-from tenp_dist.search.parents import Scored, point_of
+from tenp_dist.search.parents import Scored, point_of_loss
 from tenp_dist.search.space import Space
 
 Figures = Mapping[str, Any]
@@ -56,12 +56,14 @@ class Evolution:
     policy: how it spends its passes; the worth of a point is set once the source was measured.
     seeds: first individuals.
     fitness: the figure that is an individual's fitness, the lower the better.
+    point: what the source measured -> one metric point of it.
     """
 
     space: Space
     policy: Policy
     seeds: Sequence[Born]
     fitness: str
+    point: Callable[[Figures], float] = point_of_loss
 
     def run(self, passes: int, store: Store, measure: Measure) -> Iterator[Generation]:
         """The passes one after another, fewer where nothing new can be drawn; what is stored is not repeated."""
@@ -83,7 +85,7 @@ class Evolution:
                 found = [by_name[name] for name in names], source
                 store.end(number, *found)
             figures, source = found
-            policy = replace(policy, point=point_of(self.fitness, source))
+            policy = replace(policy, point=self.point(source))
             new = [
                 Scored(name, individual, origin, own[self.fitness], own)
                 for name, (individual, origin), own in zip(names, born, figures, strict=True)

@@ -34,9 +34,14 @@ class Scored:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def point_of(fitness: str, source: Mapping[str, Any]) -> float:
-    """One metric point. fitness: the figure. source: what the source measured."""
-    return 0.01 if fitness == "error" else source["nll"] / 100
+def point_of_loss(source: Mapping[str, Any]) -> float:
+    """One metric point of a loss. source: what the source measured."""
+    return source["nll"] / 100
+
+
+def point_of_share(source: Mapping[str, Any]) -> float:
+    """One metric point of a share of errors."""
+    return 0.01
 
 
 def ranked(scored: Sequence[Scored]) -> list[Scored]:

@@ -28,7 +28,7 @@ from tenp_dist.search.evolution import Evolution, Generation
 from tenp_dist.search.individuals import Individual, kept_of
 from tenp_dist.search.likeness import router_likeness
 from tenp_dist.search.outcome import RANKING, best_words, candidates, document
-from tenp_dist.search.parents import Scored
+from tenp_dist.search.parents import Scored, point_of_loss, point_of_share
 from tenp_dist.search.population import FileStore
 from tenp_dist.search.seeds import seed, seed_budgets
 from tenp_dist.search.space import Space, check_locked, depth_groups, make_places
@@ -53,7 +53,8 @@ def search(run: Run, context: StageContext) -> Output:
     store.claim(context.key)
     text, least = search_text(run), criterion(run)
     meter = _Meter(run, context, space, text.items)
-    evolution = Evolution(space, _policy(run), seeds, fitness=least)
+    point = point_of_share if text.items else point_of_loss
+    evolution = Evolution(space, _policy(run), seeds, fitness=least, point=point)
     generations, scored = [], list[Scored]()
     for one in evolution.run(asked.passes - 1, store, partial(meter.measure, text.fitness)):
         generations.append(one)
