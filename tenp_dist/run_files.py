@@ -11,6 +11,7 @@
       selection/, selection.json      plans tried for an `auto` budget, and what was chosen
       search/, search.json            individuals of method eep's search, and which one was chosen
       plan.json, plan.safetensors     the plan, for people and for the writer
+      synthetic/                      a plan from scores that nobody measured, for `write --dry-run`
       compensation/, compensation.json   new W_down of narrow experts, and what that changed
       training/, training.json        new norms and projections, where the job trains; the curve of it
       checkpoint/<layout>/            the pruned model
@@ -248,6 +249,11 @@ class RunFiles:
     @property
     def gradients(self) -> Path:
         return self.run_dir / "gradients"
+
+    @property
+    def synthetic_folder(self) -> Path:
+        """The two files of a plan that stands for none."""
+        return self.run_dir / "synthetic"
 
     @property
     def layers_folder(self) -> Path:

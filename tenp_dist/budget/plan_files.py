@@ -17,12 +17,18 @@ from tenp_dist.config import AUTO
 from tenp_dist.errors import StaleError
 from tenp_dist.run_files import PLAN_JSON, PLAN_TENSORS
 
+SYNTHETIC = "synthetic_scores"
+"""Key of plan.json that real plans do not have."""
 
-def describe(plan: Plan, *, source_fingerprint: str, scores_digest: str) -> dict[str, Any]:
-    """The content of plan.json."""
+
+def describe(
+    plan: Plan, *, source_fingerprint: str, scores_digest: str, synthetic: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of plan.json. synthetic: what to say of scores that nobody measured, None for real ones."""
     budget, shape = plan.budget, plan.shape
     return {
         "schema_version": SCHEMA_VERSION,
+        **({} if synthetic is None else {SYNTHETIC: dict(synthetic)}),
         "method": budget.method,
         "source_fingerprint": source_fingerprint,
         "scores_digest": scores_digest,
@@ -81,15 +87,25 @@ def _describe_layer(plan: LayerPlan) -> dict[str, Any]:
     }
 
 
-def write_plan(folder: Path, plan: Plan, *, source_fingerprint: str, scores_digest: str) -> list[Path]:
+def write_plan(
+    folder: Path,
+    plan: Plan,
+    *,
+    source_fingerprint: str,
+    scores_digest: str,
+    synthetic: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Write plan.safetensors, then plan.json; returns both paths. Each file carries what ties it to the other.
+
+    synthetic: as in `describe`.
 
     Raises:
         DiskFullError: no space left.
     """
-    document = describe(plan, source_fingerprint=source_fingerprint, scores_digest=scores_digest)
+    document = describe(plan, source_fingerprint=source_fingerprint, scores_digest=scores_digest, synthetic=synthetic)
     origin = {
         "schema_version": SCHEMA_VERSION,
+        **({} if synthetic is None else {SYNTHETIC: dict(synthetic)}),
         "source_fingerprint": source_fingerprint,
         "scores_digest": scores_digest,
         "plan_digest": digest_of(document),
@@ -121,13 +137,16 @@ def _readable(document: Mapping[str, Any]) -> str:
     return "{\n  " + ",\n  ".join(lines) + "\n}\n"
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
+def read_plan(folder: Path, *, synthetic: bool = False) -> dict[str, Any]:
     """The content of plan.json, once it is known to belong to the plan.safetensors beside it.
 
+    synthetic: whether one from scores that nobody measured will do.
+
     Raises:
-        StaleError: a file is missing or unreadable, of another schema, or the two are not of one plan.
+        StaleError: a file is missing or unreadable, of another schema, or the two are not of one plan; or it was made
+            from synthetic scores.
     """
-    return read_plan_pair(Path(folder) / PLAN_JSON, Path(folder) / PLAN_TENSORS)
+    return read_plan_pair(Path(folder) / PLAN_JSON, Path(folder) / PLAN_TENSORS, synthetic=synthetic)
 
 
 def plan_pair(path: Path) -> tuple[Path, Path]:
@@ -136,7 +155,7 @@ def plan_pair(path: Path) -> tuple[Path, Path]:
     return text, text.with_suffix(".safetensors")
 
 
-def read_plan_pair(text: Path, tensors: Path) -> dict[str, Any]:
+def read_plan_pair(text: Path, tensors: Path, *, synthetic: bool = False) -> dict[str, Any]:
     """`read_plan` of files of any name."""
     for path in (text, tensors):
         if not path.is_file():
@@ -150,7 +169,21 @@ def read_plan_pair(text: Path, tensors: Path) -> dict[str, Any]:
         raise _stale(f"The plan has schema version {version}", text, f"schema version {SCHEMA_VERSION}")
     if _plan_digest(tensors) != digest_of(document):
         raise _stale("plan.json and plan.safetensors are not of one plan", text.parent, "two files written together")
+    if not synthetic:
+        refuse_synthetic(document, text)
     return document
+
+
+def refuse_synthetic(document: Mapping[str, Any], where: Path) -> None:
+    """Raises StaleError for a plan from scores that nobody measured. document: the content of a plan.json."""
+    if SYNTHETIC in document:
+        raise StaleError(
+            "The plan was made from synthetic scores, which nobody measured",
+            where=where,
+            found=f"{SYNTHETIC}: seed {document[SYNTHETIC].get('seed')}",
+            wanted="a plan from the scores of the model",
+            next_step="run `tenp-dist score` and `tenp-dist plan`; `tenp-dist write --dry-run` takes synthetic plans",
+        )
 
 
 def _plan_digest(path: Path) -> str | None:

@@ -15,6 +15,7 @@ import click
 
 from tenp_dist import __version__
 from tenp_dist.cli import launch
+from tenp_dist.cli.dry_run import dry_run_options, synthetic_option
 from tenp_dist.cli.estimate import estimate
 from tenp_dist.cli.outcome import exit_on_error, with_examples
 from tenp_dist.cli.rank_experts import rank_experts
@@ -152,7 +153,12 @@ def _add_command(name: str, names: list[str] | None, text: str, examples: Sequen
     def run(**options: Any) -> None:
         _execute(names, **options)
 
-    more = {"evaluate": _plans_option, "verify": _full_option}.get(name)
+    more = {
+        "plan": synthetic_option,
+        "write": dry_run_options,
+        "verify": _full_option,
+        "evaluate": _plans_option,
+    }.get(name)
     command = more(run) if more else run
     cli.command(name, help=with_examples(name, text, examples))(_options(command))
 

@@ -139,7 +139,7 @@ def print_summary(job: Job, stages: Mapping[str, Mapping[str, Any]]) -> None:
     console = Console(highlight=False)
     console.print()
     if "plan" in stages:
-        _print_plan(console, stages)
+        print_plan(console, stages)
     elif "calibrate" in stages:
         _print_sources(console, stages["calibrate"].get("sources", ()))
     if "evaluate" in stages:
@@ -169,7 +169,8 @@ def _print_sources(console: Console, sources: Sequence[Mapping[str, Any]]) -> No
     console.print()
 
 
-def _print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:
+def print_plan(console: Console, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the plan keeps, and the sizes of what was written by it, as far as `stages` tell."""
     plan = stages["plan"]
     retention, experts = plan["retention"], plan["experts"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

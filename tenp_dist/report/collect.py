@@ -32,6 +32,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tenp_dist.artifacts import read_json
+from tenp_dist.budget.plan_files import refuse_synthetic
 from tenp_dist.checkpoint.facts import Facts
 from tenp_dist.errors import StaleError
 from tenp_dist.layouts.table import sorted_names
@@ -67,11 +68,12 @@ def collect(run_dir: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of `report.json` for the run in `run_dir`.
 
     Raises:
-        StaleError: `facts.json` or `plan.json` is missing, or they are of different models.
+        StaleError: `facts.json` or `plan.json` is missing, or they are of different models, or the plan of none.
     """
     files = RunFiles(run_dir)
     facts = Facts.from_plain(_required(files.facts, "inspect"))
     plan = _required(files.plan, "plan")
+    refuse_synthetic(plan, files.plan)
     if plan["source_fingerprint"] != facts.fingerprint:
         raise StaleError(
             "The plan was made from another model",

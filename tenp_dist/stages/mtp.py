@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from tenp_dist.budget.unscored import keep_by_norm
@@ -31,11 +32,10 @@ def mtp_kept(
     Raises:
         NumericalError: NaN or Inf in a weight.
     """
-    layers, count = mtp_expert_layers(source), source.facts.num_experts
-    kept_layers = [neurons for neurons in kept.values() if not neurons.layer_leaves]
-    if not layers or not kept_layers:
+    layers, count, like = mtp_expert_layers(source), source.facts.num_experts, _like(kept)
+    if not layers or like is None:
         return {}
-    like, groups = kept_layers[0], source.family.groups(source.index.config)
+    groups = source.family.groups(source.index.config)
     starts = range(0, count, _EXPERTS)
     shared = pool.share(source)
     tasks = [(shared, layer, range(start, min(start + _EXPERTS, count))) for layer in layers for start in starts]
@@ -46,6 +46,20 @@ def mtp_kept(
         )
         for layer in layers
     }
+
+
+def mtp_sizes(source: Source, kept: Mapping[int, KeptNeurons], neuron_groups: int = 1) -> dict[int, KeptNeurons]:
+    """As many neurons and experts as `mtp_kept` keeps, no weight read: which ones is not known."""
+    layers, facts, like = mtp_expert_layers(source), source.facts, _like(kept)
+    if like is None:
+        return {}
+    alike_EF, groups = np.zeros((facts.num_experts, facts.intermediate_size)), source.family.groups(source.index.config)
+    return {layer.number: keep_by_norm(alike_EF, like, groups, neuron_groups) for layer in layers}
+
+
+def _like(kept: Mapping[int, KeptNeurons]) -> KeptNeurons | None:
+    """A scored layer that prediction layers are to be like."""
+    return next((neurons for neurons in kept.values() if not neurons.layer_leaves), None)
 
 
 def _read_norms(source: Source, layer: LayerNames, experts: Sequence[int]) -> tuple[int, int, torch.Tensor]:

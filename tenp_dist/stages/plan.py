@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tenp_dist.artifacts import digest_of, file_digest
-from tenp_dist.budget.plan_files import read_plan
+from tenp_dist.budget.plan import Plan
+from tenp_dist.budget.plan_files import SYNTHETIC, read_plan
 from tenp_dist.config import Budget
 from tenp_dist.layouts.engine_widths import block_warnings
 from tenp_dist.layouts.table import layout_warnings, plan_settings
@@ -32,18 +33,29 @@ def plan_fields(run: Run) -> dict[str, Any]:
 
 
 def plan_model(run: Run, context: StageContext) -> Output:
+    plan = planned(run)
+    context.replace()
+    files = run.store_plan(run.files.run_dir, plan, context.digests)
+    digest = digest_of({path.name: file_digest(path) for path in files})
+    return Output(files, digest, plan_summary(read_plan(run.files.run_dir)))
+
+
+def planned(run: Run) -> Plan:
+    """The plan of the run's budget, with what its layouts have to say of it. Raises as `Run.make_plan` does, and
+    UnsupportedModelError as `check_layers_stay_the_same`."""
     plan = run.make_plan(run.budget)
     missing = layout_warnings(run.job, plan.shape, len(run.written_source.facts.mtp_layers))
     missing += block_warnings(run.job, run.source, plan.shape)
     plan = replace(plan, warnings=(*missing, *plan.warnings))
     check_layers_stay_the_same(run, plan.leaving_layers)
-    context.replace()
-    files = run.store_plan(run.files.run_dir, plan, context.digests)
-    document = read_plan(run.files.run_dir)
+    return plan
+
+
+def plan_summary(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of plan.json people are shown."""
     keys = ("retention", "experts", "narrow_width", "leftover_neurons", "warnings")
-    digest = digest_of({path.name: file_digest(path) for path in files})
-    left = {"leaving_layers": list(plan.leaving_layers)} if plan.leaving_layers else {}
-    return Output(files, digest, {key: document[key] for key in keys} | left)
+    more = [key for key in (SYNTHETIC, "leaving_layers") if key in document]
+    return {key: document[key] for key in (*keys, *more)}
 
 
 def _gist(summary: Mapping[str, Any]) -> str:

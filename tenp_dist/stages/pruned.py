@@ -11,15 +11,21 @@ from tenp_dist.layouts.base import Pruned
 from tenp_dist.stages.run import Run
 
 
-def pruned_by(run: Run, kept: Mapping[int, KeptNeurons]) -> Pruned:
-    """What the run's checkpoints are made from. kept: MoE layer -> what its plan keeps."""
+def pruned_by(run: Run, kept: Mapping[int, KeptNeurons], *, values: bool = True) -> Pruned:
+    """What the run's checkpoints are made from.
+
+    Args:
+        kept: MoE layer -> what its plan keeps.
+        values: whether numbers are wanted, or names and shapes alone: compensated ones need not be there then.
+    """
     source, retention, leaving = run.written_source, str(run.job.budget.retention), leaving_layers(kept)
+    values_of = run.solved if values else None
     if not leaving:
         groups = run.job.budget.neuron_groups
-        return Pruned(source, kept, retention, run.solved, run.form, neuron_groups=groups)
+        return Pruned(source, kept, retention, values_of, run.form, neuron_groups=groups)
     fewer = without_layers(source, leaving)
     form = output_form(fewer, run.job.output.dtype)
-    solved = run.solved and tensors_of_fewer(run.solved, source.family, leaving)
+    solved = values_of and tensors_of_fewer(values_of, source.family, leaving)
     return Pruned(fewer, kept_of_fewer(kept), retention, solved, form, whole=source)
 
 

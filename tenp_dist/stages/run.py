@@ -43,6 +43,7 @@ from tenp_dist.progress import Ledger
 from tenp_dist.run_files import RunFiles
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LAYER_CHOICES, LayerStatistics, read_statistics
+from tenp_dist.scoring.synthetic import SyntheticScores
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Run:
     job: what was asked for.
     source: the checkpoint to prune, opened once.
     origin: where it comes from if the job names no folder.
+    synthetic: scores that stand for those of the run directory, where nothing is to be measured.
     """
 
     job: Job
     source: Source
     origin: Origin | None = None
+    synthetic: SyntheticScores | None = None
 
     @property
     def model(self) -> Path:
@@ -121,8 +124,14 @@ class Run:
         trained = open_trained(self.files.training_folder)
         return trained if compensated is None else over_compensated(trained, compensated)
 
+    def with_synthetic_scores(self) -> Run:
+        """The same run with scores drawn by the budget's seed in place of stored ones."""
+        facts, seed = self.source.facts, self.job.budget.seed
+        sizes = (tuple(facts.moe_layers), facts.num_experts, facts.intermediate_size)
+        return replace(self, synthetic=SyntheticScores(seed, tuple(self.domain_weights), *sizes))
+
     def make_plan(self, budget: Budget) -> Plan:
-        """A plan from the stored scores; with what the search found where the method has one.
+        """A plan from the run's scores; with what the search found where the method has one.
 
         Raises:
             BudgetError: as `make_plan` of `budget/`, or no search was made for this budget.
@@ -130,7 +139,7 @@ class Run:
         settled = settle(budget, self.layers, lambda layer: self._peaks[layer])
         statistics = self.statistics(settled.budget)
         plan = make_plan(settled.budget, self.layers, statistics, domain_weights=self.domain_weights)
-        if registry.of_budget(budget).searched:
+        if registry.of_budget(budget).searched and not self.synthetic:
             self._check_searched(budget)
             plan = with_kept(plan, read_kept(self.files.search.chosen))
         return replace(plan, warnings=(*settled.warnings, *plan.warnings))
@@ -154,12 +163,16 @@ class Run:
         return {facts.layer: self._peaks_of(facts.layer) for facts in self.layers}
 
     def _peaks_of(self, layer: int) -> np.ndarray:
+        if self.synthetic:
+            return contribution_peaks(self.synthetic.of_layer(layer, (PEAK_STATISTIC,)), layer)
         path = self.files.scores.layer(layer)
         return contribution_peaks(read_statistics(path, (PEAK_STATISTIC,), weight_norm=False), layer)
 
     def statistics(self, budget: Budget) -> Callable[[int], LayerStatistics]:
         """layer -> its statistics, only those that the budget's method reads."""
-        names = planning_statistics(budget)
+        names, drawn = planning_statistics(budget), self.synthetic
+        if drawn:
+            return lambda layer: drawn.of_layer(layer, names)
         files, summed = self.files, [name for name in names if name not in LAYER_CHOICES]
 
         def read(layer: int) -> LayerStatistics:

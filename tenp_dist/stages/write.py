@@ -7,7 +7,7 @@ command finds it, keeps the shards that are complete and writes the rest.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -15,24 +15,15 @@ from typing import Any
 
 from tenp_dist.artifacts import atomic_write, digest_of, drop_leftovers, free_bytes, read_json, write_json
 from tenp_dist.budget.plan_files import read_plan
-from tenp_dist.checkpoint.expert_parallel import FileSets, files_by_rank
-from tenp_dist.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index
-from tenp_dist.checkpoint.joined import rejoined
+from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.kept import KeptNeurons, read_kept
-from tenp_dist.checkpoint.output_form import routed_matrices
 from tenp_dist.checkpoint.reader import TensorReader, opened
 from tenp_dist.checkpoint.recipes import Inputs, OutputTensor
-from tenp_dist.checkpoint.side_files import left_behind, side_files
-from tenp_dist.checkpoint.source import Source
-from tenp_dist.checkpoint.writer import (
-    OutputShard,
-    assign_shards,
-    finish_checkpoint,
-    shard_bytes,
-    write_shard,
-)
+from tenp_dist.checkpoint.side_files import left_behind
+from tenp_dist.checkpoint.writer import OutputShard, finish_checkpoint, shard_bytes, write_shard
 from tenp_dist.errors import DiskFullError, OutputError
 from tenp_dist.layouts.base import Layout, Pruned
+from tenp_dist.layouts.outline import outline_of
 from tenp_dist.pipeline.stage import Output, StageContext
 from tenp_dist.pool.base import Pool
 from tenp_dist.progress import Progress
@@ -172,13 +163,8 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     folder, source = attempt.folder, pruned.source
     if layout.prunes_mtp:
         pruned = replace(pruned, mtp=mtp_kept(pool, source, pruned.kept, pruned.neuron_groups))
-    tensors = pruned.form.tensors(source, layout.tensors(pruned), _solved(pruned))
-    if layout.keeps_fused:
-        tensors = rejoined(pruned.form.fused(source), tensors)
-    routed = (pruned.whole or source).facts.parameters.routed
-    sets = _file_sets(tensors, source, attempt)
-    shards = sets.shards
-    config, extra = {**layout.config(pruned), **pruned.form.config_entry}, layout.extra_files(source)
+    outline = outline_of(layout, pruned, attempt.shard_size, attempt.ranks)
+    shards = outline.shards
     ours = attempt.goes_on
     if not ours and not attempt.overwrite:
         _check_empty(folder)
@@ -187,29 +173,13 @@ def write_layout(pool: Pool, layout: Layout, pruned: Pruned, attempt: Attempt) -
     attempt.replace()
     _claim(folder, attempt.key, ours)
     _write_shards(pool, pruned, due, attempt)
-    for name, text in extra.items():
+    for name, text in outline.texts.items():
         with atomic_write(folder / name) as stream:
             stream.write(text.encode())
     drop_leftovers(folder)  # of writers that were killed and replaced
-    carried = {name: path for name, path in side_files(source.folder).items() if layout.carries(path)}
-    finish_checkpoint(folder, shards, config, carried, sets.metadata)
-    names = [shard.file for shard in shards] + [INDEX_NAME, "config.json", *extra, *carried]
-    nbytes = sum(shard.nbytes for shard in shards)
-    files, bits = [folder / name for name in names], _effective_bits(source, tensors, routed)
-    return Written(files, nbytes, len(shards), len(shards) - len(due), bits)
-
-
-def _effective_bits(source: Source, tensors: Sequence[OutputTensor], parameters: int) -> float:
-    """Bits that the checkpoint spends on a parameter of routed experts. parameters: all, those that went included."""
-    routed = set(routed_matrices(source))
-    nbytes = sum(tensor.nbytes for tensor in tensors if tensor.recipe.source in routed)
-    return 8 * nbytes / parameters
-
-
-def _file_sets(tensors: Sequence[OutputTensor], source: Source, attempt: Attempt) -> FileSets:
-    if attempt.ranks is None:
-        return FileSets(assign_shards(tensors, attempt.shard_size), {})
-    return files_by_rank(tensors, source.family, source.facts.num_layers, attempt.ranks, attempt.shard_size)
+    finish_checkpoint(folder, shards, outline.config, outline.carried, outline.metadata)
+    files = [folder / name for name in outline.files]
+    return Written(files, outline.nbytes, len(shards), len(shards) - len(due), outline.effective_bits)
 
 
 Shared = tuple[CheckpointIndex, Mapping[int, KeptNeurons], CheckpointIndex | None]
@@ -227,11 +197,6 @@ def _write_one(shared: Shared, folder: Path, shard: OutputShard[OutputTensor]) -
     index, kept, compensated = shared
     with TensorReader(index) as reader, opened(compensated) as columns:
         return write_shard(folder, shard, Inputs(reader, kept, columns))
-
-
-def _solved(pruned: Pruned) -> Collection[str]:
-    """Names of the source's tensors that take compensated values."""
-    return () if pruned.compensated is None else pruned.compensated.tensors.keys()
 
 
 def _check_empty(folder: Path) -> None:
