@@ -115,7 +115,17 @@ ELSEWHERE = {
     "needs a registry": ["docker push registry.example/tenp-dist:0.1.0"],
     "installs": ["pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
-    "tests/estimate/test_estimate.py runs it": ["tenp-dist estimate JOB.yaml --cluster MACHINES.yaml"],
+    "tests/estimate/test_estimate.py runs it": [
+        "tenp-dist estimate JOB.yaml --cluster MACHINES.yaml",
+        "tenp-dist estimate JOB.yaml --cluster cluster/machines/h100.yaml --nodes 2",
+    ],
+    "tests/stages/test_dry_run.py runs it": [
+        "tenp-dist plan JOB.yaml --synthetic-scores",
+        "tenp-dist write JOB.yaml --dry-run",
+    ],
+    "tests/layouts/test_deepseek_v3_bytes.py runs it": [
+        "python scripts/make_sparse_checkpoint.py --like deepseek-v3 models/DeepSeek-V3",
+    ],
     "tests/stages/test_search_stage.py runs it": ["tenp-dist search JOB.yaml"],
     "tests/stages/test_removed_layers.py runs it": ["tenp-dist layers JOB.yaml"],
     "tests/stages/test_trained_runs.py runs it": ["tenp-dist train JOB.yaml"],
