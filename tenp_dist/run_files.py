@@ -20,7 +20,7 @@
       evaluation/, evaluation.json    tokens, plans and hidden states of the evaluation, and its figures
       benchmark/, benchmark.json      figures of every model on tasks, and both side by side
       report/                         the page and the numbers behind it
-      stages/                         a record and a ledger of every stage, the journal, the lock
+      stages/                         a record and a ledger of every stage, the journal, the lock, the split chosen
       logs/                           a log of every worker
 
 A stage that carries tokens through layers has a folder of its own; what such a folder holds is named here too.
@@ -373,6 +373,11 @@ class RunFiles:
     def ledger(self, stage: str) -> Path:
         """Finished and lost units of a stage, a line each."""
         return self.stages / f"{stage}.ledger.jsonl"
+
+    @property
+    def split(self) -> Path:
+        """How the run is spread over nodes, where the job leaves that open."""
+        return self.stages / ".split.json"
 
     @property
     def journal(self) -> Path:

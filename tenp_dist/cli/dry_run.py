@@ -126,8 +126,8 @@ def _draw(document: Mapping[str, Any], *, synthetic: bool) -> None:
 def _files(layout: Mapping[str, Any]) -> Iterator[str]:
     files = layout["files"]
     for file in files[:_SHOWN]:
-        first, *_, last = (*file["tensors"], *file["tensors"])
-        yield f"{file['file']}  {file['bytes']:,} bytes, {len(file['tensors']):,} tensors, {first} to {last}"
+        names = list(file["tensors"])
+        yield f"{file['file']}  {file['bytes']:,} bytes, {len(names):,} tensors, {names[0]} to {names[-1]}"
     if len(files) > _SHOWN:
         yield f"and {len(files) - _SHOWN} more"
     yield ", ".join(layout["other_files"])

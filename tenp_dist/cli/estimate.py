@@ -45,8 +45,10 @@ def estimate(
         from tenp_dist.estimate.machines import read_machines
         from tenp_dist.job_file import load_job
         from tenp_dist.stages.run_job import checked_run
+        from tenp_dist.stages.split import asked_of
 
-        found = estimated(checked_run(load_job(job, overrides, run_dir)), read_machines(machines, nodes))
+        run = checked_run(load_job(job, overrides, run_dir))
+        found = estimated(asked_of(run), read_machines(machines, nodes))
         if as_json:
             click.echo(json.dumps(found.plain(), indent=2))
         else:

@@ -67,6 +67,9 @@ class View(Listener):
 
         return make
 
+    def decided(self, words: str) -> None:
+        self.console.print(f"[dim]{words}[/dim]")
+
     def skipped(self, stage: Stage, record: StageRecord) -> None:
         self.number += 1
         self.console.print(f"{self._label(stage)} [dim]already done[/dim]")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tenp_dist.errors import ClusterError, UnsupportedModelError
 from tenp_dist.estimate.machines import Machines
 from tenp_dist.estimate.memory import CONTEXT, PROCESS, Memory, Split, rank_memory
 from tenp_dist.estimate.times import Clock, StageTime
-from tenp_dist.estimate.work import Work
+from tenp_dist.estimate.work import Asked, Work
 from tenp_dist.passes.ranks import check_parallel
-from tenp_dist.stages.run import Run
+from tenp_dist.passes.schedule import Mode
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Estimate:
         return asdict(self) | {"seconds": self.seconds}
 
 
-def estimate(run: Run, machines: Machines) -> Estimate:
+def estimate(run: Asked, machines: Machines) -> Estimate:
     """The fastest split that fits; what the job's `cluster` names stays as it is.
 
     Raises:
@@ -69,18 +69,28 @@ def estimate(run: Run, machines: Machines) -> Estimate:
     return best
 
 
-def splits(run: Run, machines: Machines) -> Iterator[Split]:
-    """All that the job leaves open: ranks that fill a node and suit the model, shards for which there is room."""
+def splits(run: Asked, machines: Machines) -> Iterator[Split]:
+    """All that the job leaves open: ranks that fill a node and suit the model, shards for which there is room.
+
+    A node without accelerators is room for one shard: its cores work on one as well as on several.
+    """
     cluster, given = run.job.cluster, run.job.cluster.model_fields_set
     fixed = "tensor_parallel" in given
     for ranks in [cluster.tensor_parallel] if fixed else _divisors(machines.workers if machines.accelerators else 1):
         with contextlib.nullcontext() if fixed else contextlib.suppress(UnsupportedModelError):
             check_parallel(run.source.family, run.source.index.config, ranks)
-            room = machines.nodes * max(1, machines.workers // ranks)
+            room = machines.nodes * max(1, machines.accelerators // ranks)
             most = min(room, run.source.facts.num_layers)
             for shards in [cluster.shards] if "shards" in given else range(1, most + 1):
-                for mode in ("streaming", "resident") if cluster.mode == "auto" else (cluster.mode,):
+                for mode in _modes(cluster.mode, shards):
                     yield Split(shards, ranks, mode)
+
+
+def _modes(asked: Literal["auto"] | Mode, shards: int) -> tuple[Mode, ...]:
+    """Those to try; a shard that is alone gains nothing from holding its layers (`passes/placement.py`)."""
+    if asked != "auto":
+        return (asked,)
+    return ("streaming", "resident") if shards > 1 else ("streaming",)
 
 
 def _divisors(number: int) -> list[int]:

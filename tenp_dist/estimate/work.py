@@ -12,17 +12,30 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tenp_dist.checkpoint.output_form import output_form
-from tenp_dist.config import JOINT, PRUNED
+from tenp_dist.checkpoint.source import Source
+from tenp_dist.config import JOINT, PRUNED, Job
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.passes.placement import active_bytes, layer_bytes
 from tenp_dist.preflight.disk_space import bytes_needed, streams, tokens_of
-from tenp_dist.stages.catalogue import stages_of
-from tenp_dist.stages.run import Run
 
 _OVER_NETWORK = ("fetch", "publish")
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "out_proj.weight", "dense.weight")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is estimated.
+
+    job: what is to be done.
+    source: the checkpoint to prune.
+    stages: names of the job's stages, in order.
+    """
+
+    job: Job
+    source: Source
+    stages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,19 +77,30 @@ class Pass:
 class Work:
     """What a run does.
 
+    run: what is asked for.
     itemsize: bytes of a number in the compute dtype.
     """
 
-    run: Run
+    run: Asked
     itemsize: int
 
     @cached_property
     def stages(self) -> tuple[str, ...]:
         """Those of the job but for what comes and goes over the network, whose rate nobody states."""
-        return tuple(stage.name for stage in stages_of(self.run) if stage.name not in _OVER_NETWORK)
+        return tuple(stage for stage in self.run.stages if stage not in _OVER_NETWORK)
 
     def layers(self, sequence_length: int) -> list[Layer]:
         """Decoder layers, for tokens in sequences of so many."""
+        if sequence_length not in self._layers:
+            self._layers[sequence_length] = self._counted(sequence_length)
+        return self._layers[sequence_length]
+
+    @cached_property
+    def _layers(self) -> dict[int, list[Layer]]:
+        """Those that were counted already, for every split is tried on them."""
+        return {}
+
+    def _counted(self, sequence_length: int) -> list[Layer]:
         facts = self.run.source.facts
         loaded = layer_bytes(facts, self.itemsize)
         parameters = active_bytes(facts, 1)  # that a token meets

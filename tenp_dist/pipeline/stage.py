@@ -84,6 +84,9 @@ class Stage:
 class Listener:
     """What a pipeline tells while it works; the command line draws it. Does nothing itself."""
 
+    def decided(self, words: str) -> None:
+        """What was chosen for the place where work runs."""
+
     def skipped(self, stage: Stage, record: StageRecord) -> None: ...
 
     def started(self, stage: Stage) -> None: ...

@@ -26,7 +26,7 @@ class InProcessPool:
     def gpus(self) -> int:
         import torch
 
-        return torch.cuda.device_count()
+        return min(1, torch.cuda.device_count())  # one process works on one
 
     @property
     def node_gpus(self) -> list[int]:

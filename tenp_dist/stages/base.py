@@ -55,7 +55,7 @@ def layouts_gist(summary: Mapping[str, Any]) -> str:
 
 def bits_fields(run: Run) -> dict[str, Any]:
     """What of the cluster changes the last bits of a figure."""
-    return {name: getattr(run.job.cluster, name) for name in ("device", "tensor_parallel", "threads")}
+    return {name: getattr(run.cluster, name) for name in ("device", "tensor_parallel", "threads")}
 
 
 def weight_fields(run: Run) -> dict[str, str]:

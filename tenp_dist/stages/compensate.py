@@ -74,7 +74,7 @@ def tokens_again(run: Run, context: StageContext) -> dict[str, Any]:
         "key": context.key,
         "compute": run.compute(context, job.score.batch_tokens),
         "waves": job.score.waves,
-        "ranks": job.cluster.tensor_parallel,
+        "ranks": run.cluster.tensor_parallel,
         "ridge": float(job.output.ridge),
         "moe": run.source.facts.moe_layers,
         "weights": {domain: float(weight) for domain, weight in run.domain_weights.items()},

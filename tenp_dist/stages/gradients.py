@@ -30,7 +30,7 @@ def gradients(run: Run, context: StageContext) -> Output:
         context.key,
         compute,
         waves=job.score.waves,
-        ranks=job.cluster.tensor_parallel,
+        ranks=run.cluster.tensor_parallel,
         layers=run.source.facts.num_layers,
     )
     context.replace()

@@ -92,7 +92,7 @@ def _learnt(
         key=context.key,
         compute=compute,
         layers=run.source.facts.num_layers,
-        ranks=run.job.cluster.tensor_parallel,
+        ranks=run.cluster.tensor_parallel,
         sequences=asked.sequences,
         seed=asked.seed,
         weights=run.domain_weights,

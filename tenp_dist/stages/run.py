@@ -25,7 +25,7 @@ from tenp_dist.checkpoint.kept import read_kept
 from tenp_dist.checkpoint.output_form import OutputForm, output_form
 from tenp_dist.checkpoint.source import Source, open_source
 from tenp_dist.checkpoint.trained import open_trained, over_compensated
-from tenp_dist.config import AUTO, COMPENSATE, Budget, Compensate, Job
+from tenp_dist.config import AUTO, COMPENSATE, Budget, Cluster, Compensate, Job
 from tenp_dist.depth.files import with_choices
 from tenp_dist.elimination.files import read_planning
 from tenp_dist.errors import BudgetError
@@ -44,6 +44,9 @@ from tenp_dist.run_files import RunFiles
 from tenp_dist.scoring.methods import registry
 from tenp_dist.scoring.statistics import LAYER_CHOICES, LayerStatistics, read_statistics
 from tenp_dist.scoring.synthetic import SyntheticScores
+
+SPLIT_KEYS = ("shards", "tensor_parallel", "mode")
+"""Keys of `cluster` that are chosen for the nodes of a run where the job does not name them (`split.py`)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,24 @@ class Run:
     @cached_property
     def files(self) -> RunFiles:
         return RunFiles(self.job.run_dir)
+
+    @property
+    def cluster(self) -> Cluster:
+        """What the job says of its cluster, with what was chosen of the rest for the nodes of this run.
+
+        `resident` is left to what memory is free once a pass begins, for a node may be lost until then.
+        """
+        cluster, path = self.job.cluster, self.files.split
+        chosen = read_json(path)["chosen"] if path.is_file() else {}
+        named = cluster.model_fields_set
+        taken = {key: value for key, value in chosen.items() if key not in named and value != "resident"}
+        return cluster.model_copy(update=taken)
+
+    @property
+    def split_words(self) -> str | None:
+        """What was chosen, for people; None where the job leaves nothing open."""
+        path = self.files.split
+        return read_json(path)["words"] if path.is_file() else None
 
     @cached_property
     def layers(self) -> list[MoeLayer]:
@@ -197,7 +218,7 @@ class Run:
         facts, itemsize = self.source.facts, compute.torch_dtype.itemsize
         nbytes, active = layer_bytes(facts, itemsize), active_bytes(facts, itemsize)
         ledger = Ledger(self.files.ledger(stage))
-        return PassContext(context.pool, self.job.cluster, nbytes, ledger, context.progress, active)
+        return PassContext(context.pool, self.cluster, nbytes, ledger, context.progress, active)
 
 
 def open_run(job: Job) -> Run:

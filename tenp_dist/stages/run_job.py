@@ -16,6 +16,7 @@ from tenp_dist.preflight.job_checks import check_job
 from tenp_dist.preflight.node_checks import with_node_checks
 from tenp_dist.stages.catalogue import stages_of, why_not_asked
 from tenp_dist.stages.run import Run, open_run
+from tenp_dist.stages.split import with_split
 
 MakePool = Callable[[], Pool]
 
@@ -69,8 +70,10 @@ def run_stages(
         error = why_not_asked(run, name)
         if error is not None:
             raise error
+    told = listener or Listener()
     make_pool = with_node_checks(pool or ray_pool_maker(run.job), run.job, run.source)
-    return PipelineRunner(run.job.run_dir, stages, make_pool, listener or Listener(), overwrite=overwrite).run(chosen)
+    make_pool = with_split(make_pool, run, told.decided)
+    return PipelineRunner(run.job.run_dir, stages, make_pool, told, overwrite=overwrite).run(chosen)
 
 
 def _job_of(job: Job | Path | str | Mapping[str, Any]) -> Job:

@@ -50,6 +50,8 @@ def score(run: Run, context: StageContext) -> Output:
     }
     summary |= {
         "shards": done.shards,
+        "ranks": run.cluster.tensor_parallel,
+        **({"split": words} if (words := run.split_words) else {}),
         "resumed": round(done.resumed_share, 3),
         "first_content": {run.source.fingerprint: first},
     }

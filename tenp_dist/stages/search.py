@@ -182,7 +182,7 @@ class _Meter:
     @property
     def _waves(self) -> int:
         """One where a single shard takes all waves through a layer anyway: experts are merged once then."""
-        return self.run.job.score.waves if self.run.job.cluster.shards > 1 else 1
+        return self.run.job.score.waves if self.run.cluster.shards > 1 else 1
 
     def _within(self, number: int, step: Progress) -> None:
         passes = self.run.job.search.passes

@@ -22,14 +22,15 @@ from tenp_dist.estimate.times import Clock
 from tenp_dist.estimate.work import Layer, Pass, Work
 from tenp_dist.job_file import load_job
 from tenp_dist.stages.run_job import checked_run
+from tenp_dist.stages.split import asked_of
 
 MACHINES = {"cores": 4, "host_memory": "10GB", "read": "1MB", "write": "1MB", "flops": 1e9, "start": 0}
 
 
 @pytest.fixture
 def run(job_file):
-    """run(**parts) -> the checked run of a small job with these parts."""
-    return lambda **parts: checked_run(load_job(job_file(**parts)))
+    """run(**parts) -> what a small job with these parts asks for."""
+    return lambda **parts: asked_of(checked_run(load_job(job_file(**parts))))
 
 
 def test_operations_of_a_layer_are_those_of_its_matrices(run, tiny_model):

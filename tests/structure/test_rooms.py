@@ -10,7 +10,7 @@ ROOMS = [
     "errors", "artifacts", "job_values", "job_parts",
     "config", "job_file", "run_files", "progress", "runtime", "checkpoint", "origins", "calibration",
     "model", "pool", "pipeline", "passes", "scoring", "compensation", "elimination", "budget", "layouts", "evaluation",
-    "depth", "training", "search", "benchmark", "report", "comparison", "preflight", "stages", "estimate", "launch",
+    "depth", "training", "search", "benchmark", "report", "comparison", "preflight", "estimate", "stages", "launch",
     "cli",
 ]  # fmt: skip
 FILES = [path for path in SOURCES if path != PACKAGE / "__init__.py"]
