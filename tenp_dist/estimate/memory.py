@@ -52,22 +52,29 @@ class Memory:
 
 
 def rank_memory(work: Work, split: Split) -> Memory:
-    """At the pass that needs the most."""
+    """At the pass that needs the most: shards that keep their layers let go of them where a pass streams."""
     job, facts = work.run.job, work.run.source.facts
     loaded = [layer.loaded for layer in work.layers(1)]
+    weights, held, sums = 2 * max(loaded), "two of the largest layer", max(_held(work, split, t) for t in (False, True))
     if split.mode == "resident":
         shards = cut_layers(job.cluster.model_copy(update={"shards": split.shards}), loaded)
-        weights, held = max(sum(loaded[layer] for layer in shard) for shard in shards), "the largest shard"
-    else:
-        weights, held = 2 * max(loaded), "two of the largest layer"
+        largest, own = max(sum(loaded[layer] for layer in shard) for shard in shards), _held(work, split, False)
+        streams = any(one.turns for one in work.passes)
+        if not streams or largest // split.ranks + own >= weights // split.ranks + _held(work, split, True):
+            weights, held, sums = largest, "the largest shard", own
     batch, length = job.score.batch_tokens, job.calibration.sequence_length
     sequences = max(1, batch // length) * length
     expert = facts.top_k * (3 * facts.intermediate_size + 2 * facts.hidden_size) / split.ranks
     microbatch = int(sequences * work.itemsize * (expert + 6 * facts.hidden_size + 4 * work.attention_width))
-    sums = max(one.held for one in work.passes) * facts.num_experts // split.ranks
     hidden = max(one.tokens * one.streams for one in work.passes) * facts.hidden_size * work.itemsize
     text = (
         f"{held} / {split.ranks} ranks + {sequences:,} tokens x (top-{facts.top_k} x (3 F + 2 D) / ranks + 6 D + 4 A) "
         f"x {work.itemsize} B + {facts.num_experts} experts' sums / ranks"
     )
     return Memory(weights // split.ranks, microbatch, sums, hidden, text)
+
+
+def _held(work: Work, split: Split, turns: bool) -> int:
+    """Bytes of sums of a rank in passes that always stream, or in the others."""
+    each = max((one.sums.held for one in work.passes if one.turns is turns), default=0)
+    return each * work.run.source.facts.num_experts // split.ranks

@@ -82,12 +82,12 @@ class Clock:
         form = (
             f"{one.tokens * one.streams:,} tokens at {self.rank_flops * self.split.ranks / 1e12:,.2f} TFLOP/s a shard"
         )
-        if self.split.mode == "streaming":
-            reads = [self.read_seconds(layer, 1) * one.streams for layer in layers]
+        if self.split.mode == "streaming" or one.turns:
+            reads = [self.read_seconds(layer, 1) * one.reads for layer in layers]
             seconds = sum(max(pair) for pair in zip(reads, compute, strict=True)) + reads[0]
             return seconds, f"sum over layers of max(read {sum(reads):,.0f} s, compute {sum(compute):,.0f} s); {form}"
         shards, waves = self.split.shards, job.score.waves
-        reads = [self.read_seconds(layer, self.nodes_used) * one.streams for layer in layers]
+        reads = [self.read_seconds(layer, self.nodes_used) * one.reads for layer in layers]
         seconds = sum(reads) + sum(compute) / shards * (waves + shards - 1) / waves
         return seconds, f"read {sum(reads):,.0f} s + compute {sum(compute):,.0f} s / S (W + S - 1) / W; {form}"
 
@@ -95,12 +95,20 @@ class Clock:
         """Of one layer for all tokens, on the ranks of one shard."""
         facts = self.work.run.source.facts
         rate = self.rank_flops * self.split.ranks
-        extra = one.routed_extra * facts.top_k if moe else 0.0
-        flops = one.tokens * ((layer.dense + layer.routed) * one.streams + extra)
-        solve = one.solve * facts.num_experts if moe else 0.0
+        flops = one.tokens * (layer.dense + layer.routed) * one.streams
+        if not moe:
+            return flops / rate + one.tokens * one.streams * self.exchange_seconds()
+        slots, exact = one.tokens * facts.top_k, rate * self.exact
+        flops += slots * one.routed_extra
+        single = slots * one.sums.float32 / (exact if self.machines.accelerators else rate)
+        double = (slots * one.sums.float64 + one.sums.solve * facts.num_experts) / exact
+        return flops / rate + single + double + one.tokens * one.streams * self.exchange_seconds()
+
+    @property
+    def exact(self) -> float:
+        """Rate of float64 as a share of `flops`; of float32 too on accelerators, which sum with all of its digits."""
         slow = self.machines.solve_flops or self.machines.flops / FLOAT64
-        seconds = flops / rate + solve / (rate * slow / self.machines.flops)
-        return seconds + one.tokens * one.streams * self.exchange_seconds()
+        return slow / self.machines.flops
 
     def exchange_seconds(self) -> float:
         """For a token in a layer: attention, shared expert and routed output, summed over ranks in float32 each."""

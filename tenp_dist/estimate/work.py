@@ -1,8 +1,8 @@
 """What a job does, counted from headers: bytes and operations of every layer, and how often tokens go through them.
 
 A multiply and an add are two operations. An expert costs a token 6 D F; 2 D F more where it is scored (every neuron's
-share of the output is `y @ W_down`, Eq. 8), 2 F^2 where its Gram matrix is summed, 2 F K where K of its neurons are
-refitted. Attention costs 4 S per token and channel of its output beside its matrices.
+share of the output is `y @ W_down`, Eq. 8), 2 F^2 where its Gram matrix is summed; `refits.py` has what compensation
+takes. Attention costs 4 S per token and channel of its output beside its matrices.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from functools import cached_property
 from tenp_dist.checkpoint.output_form import output_form
 from tenp_dist.checkpoint.source import Source
 from tenp_dist.config import JOINT, PRUNED, Job
+from tenp_dist.estimate.refits import NOTHING, Sums, apart, apart_checked, joint, joint_checked
 from tenp_dist.evaluation.selection import candidates
 from tenp_dist.layouts.base import output_sizes
 from tenp_dist.layouts.table import layouts_of, written_source
 from tenp_dist.passes.placement import active_bytes, layer_bytes
 from tenp_dist.preflight.disk_space import bytes_needed, streams, tokens_of
 
+_GRADIENTS = 3  # plain passes that one up and back takes as long as, about (scripts/bench/gradients.py)
 _OVER_NETWORK = ("fetch", "publish")
 _OUTPUT_PROJECTIONS = ("o_proj.weight", "out_proj.weight", "dense.weight")
 
@@ -59,18 +61,20 @@ class Pass:
 
     stage: whose pass it is.
     tokens: of one stream.
-    streams: forms of the model that go side by side.
-    routed_extra: operations of a routed token and expert beside the forward.
-    solve: float64 operations of every expert once the tokens are through.
-    held: bytes of sums of every expert while a layer is at work.
+    streams: forms of the model that go through it.
+    reads: models that are read: plans and controls are made of one that is in memory.
+    routed_extra: operations of a routed token and expert beside the forward, in the compute dtype.
+    sums: what else is made of them.
+    turns: whether layers come one after another in any mode, and several shards take turns (`passes/layer_sums.py`).
     """
 
     stage: str
     tokens: int
     streams: int = 1
+    reads: int = 1
     routed_extra: float = 0.0
-    solve: float = 0.0
-    held: int = 0
+    sums: Sums = NOTHING
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,21 +152,22 @@ class Work:
         neurons, hidden = facts.intermediate_size, facts.hidden_size
         kept = int(neurons * job.budget.retention)
         tokens = tokens_of(job.calibration)
-        solve = kept**3 / 3 + 2.0 * kept**2 * hidden
-        refit = Pass("compensate", tokens, 1, 2.0 * neurons * kept, solve, 4 * neurons * kept)
         if "score" in self.stages:
-            yield Pass("score", tokens, routed_extra=2.0 * hidden * neurons, held=8 * 4 * neurons)
+            yield Pass("score", tokens, routed_extra=2.0 * hidden * neurons, sums=Sums(held=8 * 4 * neurons))
         if "eliminate" in self.stages:
             solve = 2.0 * neurons**3 + 2.0 * neurons**2 * hidden
-            yield Pass("eliminate", tokens, 1, 2.0 * neurons**2, solve, 8 * neurons**2)
+            yield Pass("eliminate", tokens, sums=Sums(2.0 * neurons**2, 0.0, solve, 16 * neurons**2), turns=True)
+        if "gradients" in self.stages:
+            yield from [Pass("gradients", tokens, turns=True)] * _GRADIENTS
         if "select" in self.stages:
             share = int(tokens * job.selection_share)
             yield Pass("select", share, 1 + len(job.forms) * len(candidates(job.budget)))
         if "compensate" in self.stages:
-            yield refit
             forwards = 3 if job.output.compensate_on == PRUNED else 1  # of the source; twice of the pruned model
-            if JOINT in job.forms:
-                yield Pass("compensate", tokens, forwards, 4.0 * hidden * kept)
-            yield Pass("verify", tokens, forwards)
+            makes, checks = (joint, joint_checked) if JOINT in job.forms else (apart, apart_checked)
+            yield Pass("compensate", tokens, forwards, sums=makes(facts, kept), turns=True)
+            yield Pass("verify", tokens, forwards, sums=checks(facts, kept), turns=True)
         if job.evaluation is not None and "evaluate" in self.stages:
-            yield Pass("evaluate", tokens_of(job.evaluation), streams(job, job.evaluation, self.run.source))
+            models = 1 + job.evaluation.checkpoint  # what was written is a model of its own, at most as large
+            measured = streams(job, job.evaluation, self.run.source)
+            yield Pass("evaluate", tokens_of(job.evaluation), measured, models)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from helpers.jobs import evaluation
 from helpers.paths import ROOT
 from helpers.refusals import refused
 from helpers.sparse import sparse_checkpoint
@@ -18,6 +19,7 @@ from tenp_dist.errors import ClusterError, JobError
 from tenp_dist.estimate.choose import estimate
 from tenp_dist.estimate.machines import Machines, read_machines
 from tenp_dist.estimate.memory import Split, rank_memory
+from tenp_dist.estimate.refits import PASSES, Sums, joint
 from tenp_dist.estimate.times import Clock
 from tenp_dist.estimate.work import Layer, Pass, Work
 from tenp_dist.job_file import load_job
@@ -60,8 +62,60 @@ def test_passes_of_a_job(run):
     neurons, hidden = facts.intermediate_size, facts.hidden_size
     assert {one.tokens for one in passes.values()} == {tokens}
     assert passes["score"].routed_extra == 2 * hidden * neurons
-    assert passes["eliminate"].routed_extra == 2 * neurons**2
-    assert passes["compensate"].routed_extra == 2 * neurons * (neurons // 2)
+    assert passes["eliminate"].sums.float32 == 2 * neurons**2
+    kept = neurons // 2
+    apart = passes["compensate"].sums
+    assert (apart.float32, apart.held) == (2 * neurons * kept, 4 * neurons * kept)
+    # Cholesky, W_C G_CS, the correction, and twice W_S times G_SS: 2 D W (F - W) + 2 D W^2 three times
+    assert apart.solve == pytest.approx(kept**3 / 3 + 2 * hidden * kept * (neurons - kept) + 6 * hidden * kept**2)
+    assert [name for name, one in passes.items() if one.turns] == ["eliminate", "compensate", "verify"]
+    assert passes["verify"].sums.float64 == 2 * neurons**2  # all 8 experts are in the sample
+
+
+def test_a_layer_solved_as_one_system(run):
+    """8 experts of 12 kept neurons: 96 features, whose normal matrix is made; larger ones are met in products only."""
+    job = {"budget": {"retention": "0.5"}, "output": {"compensate": "joint"}}
+    facts = run().source.facts
+    passes = {one.stage: one.sums for one in Work(run(**job), 4).passes}
+    added = 2 * 96 * (96 + facts.hidden_size) / facts.top_k
+    assert passes["compensate"].float64 == pytest.approx(added) and passes["compensate"].float32 == 2 * 24 * 12
+    large = joint(replace(facts, num_experts=1024), 12)
+    assert large.float64 == 0 and large.float32 == 2 * 24 * 12 + 12 * (24 + 2 * 32 + 4 * 32 * PASSES)
+    assert large.held == 4 * 24 * 12 + 8 * 12 * (7 * 32 + 12)
+
+
+def test_passes_that_stream_take_turns_in_any_mode(run):
+    """Two resident shards of one machine: half of the cores at work, one layer after another."""
+    job = {"budget": {"retention": "0.5"}, "output": {"compensate": True}}
+    own = Clock(Work(run(**job), 4), Machines(**MACHINES | {"read": "1TB"}), Split(2, 1, "resident"))
+    passes = {one.stage: one for one in own.work.passes}
+    one, layers = passes["compensate"], own.work.layers(32)
+    alone = [own.layer_seconds(layer, one, moe=number > 0) for number, layer in enumerate(layers)]
+    assert own.one_pass(one)[0] == pytest.approx(sum(alone), rel=1e-3)
+    assert own.one_pass(passes["score"])[0] < own.one_pass(replace(passes["score"], turns=True))[0]
+
+
+def test_an_evaluation_reads_source_and_checkpoint(run, text_files):
+    """Source, checkpoint and control: three streams of two models; plans and controls are made of the source."""
+    work = Work(run(evaluation=evaluation(text_files)), 4)
+    one = next(one for one in work.passes if one.stage == "evaluate")
+    assert (one.streams, one.reads) == (3, 2)
+    own = Clock(work, Machines(**MACHINES | {"flops": 1e15}), Split(1, 1, "streaming"))
+    layers = own.work.layers(32)
+    wanted = 2 * (sum(layer.stored for layer in layers) + layers[0].stored) / 1e6
+    assert own.one_pass(one)[0] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_sums_of_a_rank_lie_beside_two_layers_or_beside_a_shard(run):
+    """The largest of both: compensation lets go of a shard's layers."""
+    asked = run(budget={"method": "obs", "retention": "0.5"}, output={"compensate": True})
+    work = Work(asked, 4)
+    neurons, experts = 24, 8
+    loaded = max(layer.loaded for layer in work.layers(1))
+    held = rank_memory(work, Split(4, 1, "resident"))
+    assert (held.weights, held.sums) == (2 * loaded, 16 * neurons**2 * experts)
+    whole = rank_memory(work, Split(1, 1, "resident"))
+    assert whole.sums == 8 * 4 * neurons * experts and whole.weights > 2 * loaded
 
 
 def clock(run, split: Split, **machines) -> Clock:
@@ -73,7 +127,7 @@ LAYER = Layer(stored=3 * 10**6, loaded=6 * 10**6, dense=300.0, routed=200.0)
 
 def test_seconds_of_a_layer(run):
     """1,000 tokens x (2 streams x 500 + 50 x top-k) at 2 ranks x 10^9, and 10^6 float64 operations of each expert."""
-    one = Pass("score", 1000, 2, 50.0, 1e6)
+    one = Pass("score", 1000, 2, 1, 50.0, Sums(solve=1e6))
     own = clock(run, Split(1, 2, "streaming"), accelerators=2, solve_flops=1e8)
     facts = own.work.run.source.facts
     wanted = 1000 * (2 * 500 + 50 * facts.top_k) / 2e9 + 1e6 * facts.num_experts / 2e8
