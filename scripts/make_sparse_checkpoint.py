@@ -22,7 +22,7 @@ import click
 from tenp_dist.checkpoint.entries import TensorHeader
 from tenp_dist.checkpoint.expert_slices import ExpertSlices
 from tenp_dist.checkpoint.families.base import Family
-from tenp_dist.checkpoint.families.table import family_and_config
+from tenp_dist.checkpoint.families.table import family_and_config, stock_config
 from tenp_dist.checkpoint.writer import assign_shards, finish_checkpoint, shard_bytes, shard_header
 
 BLOCK = 128
@@ -128,7 +128,7 @@ class Model:
 def write_sparse(like: str, folder: Path, shard_size: int = 43 * 10**8) -> Path:
     """Write the files. like: a key of CONFIGS."""
     config = CONFIGS[like]
-    shards = assign_shards(list(Model(config, *family_and_config(config)).headers()), shard_size)
+    shards = assign_shards(list(Model(config, *family_and_config(stock_config(config))).headers()), shard_size)
     folder.mkdir(parents=True)
     for shard in shards:
         with open(folder / shard.file, "wb") as stream:

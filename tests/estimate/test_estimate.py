@@ -14,7 +14,8 @@ import yaml
 from helpers.jobs import evaluation
 from helpers.paths import ROOT
 from helpers.refusals import refused
-from helpers.sparse import sparse_checkpoint
+from helpers.sparse import sparse_checkpoint, sparse_script
+from tenp_dist.checkpoint.families.table import family_and_config, stock_config
 from tenp_dist.errors import ClusterError, JobError
 from tenp_dist.estimate.choose import estimate
 from tenp_dist.estimate.machines import Machines, read_machines
@@ -246,6 +247,14 @@ def test_the_command(job_file, tenp, tmp_path):
     refused(tenp("estimate", job_file(), "--cluster", tmp_path / "none.yaml"), "JobError", "cannot be read")
     drawn = tenp("estimate", job_file(), "--cluster", machines)
     assert "Fastest split that fits" in drawn.stdout and "cluster.shards=" in drawn.stdout
+
+
+def test_configs_of_published_models_are_of_families_that_are_known():
+    known = {
+        name: family_and_config(stock_config(config))[0].model_type for name, config in sparse_script().CONFIGS.items()
+    }
+    of = {"deepseek-v3": "deepseek_v3", "kimi-k2": "deepseek_v3", "qwen3-235b": "qwen3_moe", "glm-4.5": "glm4_moe"}
+    assert known == of
 
 
 @pytest.mark.slow
