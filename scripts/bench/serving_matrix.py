@@ -2,6 +2,10 @@
 
 Random models in float32 with widths that nothing divides; per family and configuration the differences of the prompts'
 log-probabilities, and whether greedy tokens are equal. `uniform` is compared with transformers too. Tests run a part.
+
+With `--stored` experts are stored in the forms of compressed-tensors that the plugin serves, and run by an emulated
+kernel, in stock vLLM too: ragged ones of any widths are compared with transformers, ones that keep neurons in whole
+groups with the padded one in stock vLLM.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from scoring import ROOT
 
 from helpers.checkpoints import write
 from helpers.engines import HELPERS, QUIET
-from helpers.served import SETTINGS, VOCABULARY, drawn, make_served
+from helpers.served import SETTINGS, STORED, VOCABULARY, by_transformers, drawn, make_served, make_stored, save_source
 
 CONFIGURATIONS = {
     "eager": {},
@@ -41,8 +45,9 @@ PROMPTS = torch.randint(2, VOCABULARY, (4, 64), generator=torch.Generator().manu
 
 @click.command(help=__doc__)
 @click.option("--family", "families", multiple=True, default=list(SETTINGS), type=click.Choice(list(SETTINGS)))
+@click.option("--stored", is_flag=True, help="experts in forms of compressed-tensors, by an emulated kernel")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
-def main(families, folder):
+def main(families, stored, folder):
     subprocess.run([ROOT / "scripts/setup-vllm"], check=True)
     print_machine("torch", "transformers")
     click.echo(
@@ -50,19 +55,33 @@ def main(families, folder):
     )
     for family in families:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            compare(family, Path(temporary))
+            (compare_stored if stored else compare)(family, Path(temporary))
 
 
 def compare(family: str, folder: Path) -> None:
     checkpoints = make_served(family, folder)
-    padded = answers([checkpoints["padded"]], {}, folder)[0]
-    stock = by_transformers(checkpoints["padded"])
+    padded = answers([(checkpoints["padded"], {})], folder)[0]
+    stock = by_transformers(checkpoints["padded"], PROMPTS)
     show(family, "padded, stock vLLM", padded, None, stock)
     for name, settings in CONFIGURATIONS.items():
         if "speculative_config" not in settings or family == "deepseek_v3":
-            show(family, name, answers([checkpoints["ragged"]], settings, folder)[0], padded, stock)
+            show(family, name, answers([(checkpoints["ragged"], settings)], folder)[0], padded, stock)
     uniform = write_uniform(checkpoints["source"], folder / "uniform")
-    show(family, "uniform, stock vLLM", answers([uniform], {}, folder)[0], None, by_transformers(uniform))
+    show(family, "uniform, stock vLLM", answers([(uniform, {})], folder)[0], None, by_transformers(uniform, PROMPTS))
+
+
+def compare_stored(family: str, folder: Path) -> None:
+    source, emulated = save_source(family, folder / "source"), {"worker_extension_cls": "compressed_emulation.Emulated"}
+    for name, form in STORED.items():
+        made = make_stored(source, folder / name, form)
+        runs = [(one, emulated) for one in made.values()]
+        ragged, ragged_whole, padded_whole, two = answers(
+            [*runs, (made["ragged"], emulated | {"tensor_parallel_size": 2})], folder
+        )
+        stock, stock_whole = (by_transformers(made[one], PROMPTS) for one in ("ragged", "ragged whole"))
+        show(family, name, ragged, None, stock)
+        show(family, f"{name}, two ranks", two, None, stock)
+        show(family, f"{name}, whole groups", ragged_whole, padded_whole, stock_whole)
 
 
 def write_uniform(source: Path, folder: Path) -> Path:
@@ -72,33 +91,25 @@ def write_uniform(source: Path, folder: Path) -> Path:
     return folder
 
 
-def answers(folders: list[Path], settings: dict, folder: Path) -> list[dict]:
-    """What `engine_worker.py` finds for these checkpoints; an error ends the run."""
+def answers(runs: list[tuple[Path, dict]], folder: Path) -> list[dict]:
+    """What `engine_worker.py` finds for checkpoints with these settings; an error ends the run."""
     job, out = folder / "job.json", folder / "out.json"
-    runs = [{"folder": str(one), "settings": settings} for one in folders]
-    job.write_text(json.dumps({"prompts": PROMPTS.tolist(), "runs": runs}))
+    given = [{"folder": str(one), "settings": settings} for one, settings in runs]
+    job.write_text(json.dumps({"prompts": PROMPTS.tolist(), "runs": given}))
     python = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin/python"
     command = [python, HELPERS / "engine_worker.py", job, out]
-    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True)
+    environment = os.environ | QUIET | {"PYTHONPATH": str(HELPERS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     found = json.loads(out.read_text()) if done.returncode == 0 else [{"error": done.stderr[-4000:]}]
     if errors := [one["error"] for one in found if "error" in one]:
         raise click.ClickException(errors[0])
     return found
 
 
-@torch.inference_mode()
-def by_transformers(folder: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    logprobs = model(PROMPTS).logits[:, :-1].log_softmax(-1)
-    return logprobs.gather(2, PROMPTS[:, 1:, None]).flatten()
-
-
 def show(family: str, name: str, found: dict, padded: dict | None, stock: torch.Tensor) -> None:
     logprobs = torch.tensor(found["logprobs"])
     over = spread(logprobs, torch.tensor(padded["logprobs"])) if padded else "-"
-    tokens = "equal" if padded is None or found["tokens"] == padded["tokens"] else "DIFFERENT"
+    tokens = "-" if padded is None else "equal" if found["tokens"] == padded["tokens"] else "DIFFERENT"
     click.echo(f"{family:<12} {name:<28} {over:<27} {spread(logprobs, stock):<27} {tokens}")
 
 

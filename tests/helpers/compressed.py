@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,14 @@ from tenp_dist.checkpoint.source import open_source
 
 SCALED = "proj.weight"
 IGNORE = ["lm_head", r"re:.*kv_a_proj_with_mqa$", r"re:.*mlp\.gate$"]
+# as Kimi-K2-Thinking has it: routed experts alone are stored
+BUT_EXPERTS = [
+    "lm_head",
+    r"re:.*self_attn.*",
+    r"re:.*shared_experts?.*",
+    r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    r"re:.*mlp\.gate$",
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class Form:
     group: numbers of a row that share a scale, or (rows, columns) of a block.
     scale: dtype of scales.
     packed: whether numbers are whole, in words; float8 otherwise.
+    activations: as config.json has them.
     """
 
     strategy: str
@@ -36,6 +47,7 @@ class Form:
     symmetric: bool = True
     scale: torch.dtype = torch.bfloat16
     packed: bool = True
+    activations: dict | None = None
 
     def weights(self) -> dict:
         """What config.json says of it, as llm-compressor writes it."""
@@ -48,7 +60,7 @@ class Form:
         }  # fmt: skip
 
     def config(self, ignore=IGNORE, targets=("Linear",), **changes) -> dict:
-        group = {"targets": list(targets), "weights": self.weights(), "input_activations": None}
+        group = {"targets": list(targets), "weights": self.weights(), "input_activations": self.activations}
         return {
             "quant_method": "compressed-tensors", "format": "pack-quantized" if self.packed else "float-quantized",
             "quantization_status": "compressed", "kv_cache_scheme": None, "ignore": list(ignore),
@@ -143,21 +155,28 @@ def make_pair(folder: Path, model: Path, form: Form) -> tuple[Path, Path]:
     stored, plain = folder / "stored", folder / "plain"
     for path in (stored, plain):
         shutil.copytree(model, path)
+    store(stored, form)
+    rewrite(plain, lambda tensors: {name: stands_for(made_parts(weight, form), form) if name.endswith(SCALED)
+                                    else weight for name, weight in tensors.items()})  # fmt: skip
+    return stored, plain
 
-    def change(tensors, as_plain):
+
+def store(folder: Path, form: Form, ignore: Sequence[str] = IGNORE) -> None:
+    """Put the matrices of a model into this form, all but those that `ignore` has a pattern for."""
+    plain = [re.compile(entry.removeprefix("re:")) for entry in ignore]
+
+    def change(tensors):
         made = {}
         for name, weight in tensors.items():
-            parts = made_parts(weight, form) if name.endswith(SCALED) else {"weight": weight}
-            if as_plain and name.endswith(SCALED):
-                parts = {"weight": stands_for(parts, form)}
-            made |= {f"{name.removesuffix('weight')}{last}" if name.endswith(SCALED) else name: part
-                     for last, part in parts.items()}  # fmt: skip
+            path = name.removesuffix(".weight")
+            if name.endswith(SCALED) and not any(one.match(path) for one in plain):
+                made |= {f"{path}.{last}": part for last, part in made_parts(weight, form).items()}
+            else:
+                made[name] = weight
         return made
 
-    rewrite(stored, lambda tensors: change(tensors, False))
-    rewrite(plain, lambda tensors: change(tensors, True))
-    configure(stored, quantization_config=form.config())
-    return stored, plain
+    rewrite(folder, change)
+    configure(folder, quantization_config=form.config(ignore))
 
 
 def kept_of(model: Path, width: int = 8, seed: int = 0) -> dict[int, KeptNeurons]:

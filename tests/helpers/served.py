@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import all_tensors, change_config, write
+from helpers.compressed import BUT_EXPERTS, Form, store
 from helpers.fp8 import made
 from tenp_dist.checkpoint.kept import KeptNeurons
 
@@ -51,11 +54,12 @@ def make_served(family: str, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("source", "ragged", "padded")}
 
 
-def served_plan(source: Path) -> dict[int, KeptNeurons]:
+def served_plan(source: Path, group: int = 1) -> dict[int, KeptNeurons]:
+    """`WIDTHS` of every layer but the first; with `group` rounded up to whole groups of that many neurons."""
     config = json.loads((source / "config.json").read_text())
     first = config.get("first_k_dense_replace", 0) + 1
     layers = range(first, config["num_hidden_layers"])
-    return {layer: drawn(WIDTHS[index], layer) for index, layer in enumerate(layers)}
+    return {layer: drawn(WIDTHS[index], layer, group) for index, layer in enumerate(layers)}
 
 
 def make_fp8(source: Path, folder: Path) -> dict[str, Path]:
@@ -78,6 +82,46 @@ def make_fp8(source: Path, folder: Path) -> dict[str, Path]:
     return {kind: folder / kind for kind in ("values", "fp8")}
 
 
+# forms of compressed-tensors that are served: layout -> the experts alone are stored, as Kimi-K2-Thinking has it
+BY_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+BY_GROUP = BY_TOKEN | {"strategy": "group", "group_size": BLOCK}
+STORED = {
+    "int4": Form("group", 4, 32),
+    "int4-asymmetric": Form("group", 4, 64, symmetric=False),
+    "int4-channel": Form("channel", 4),
+    "int8": Form("group", 8, 32),
+    "fp8-channel": Form("channel", scale=torch.float32, packed=False, activations=BY_TOKEN),
+    "fp8-block": Form("block", group=(BLOCK, BLOCK), scale=torch.float32, packed=False, activations=BY_GROUP),
+}
+
+
+# name -> layout, and whether neurons stay in whole groups: ragged and padded stand for the same numbers then
+WRITTEN = {"ragged": ("ragged", False), "ragged whole": ("ragged", True), "padded whole": ("padded", True)}
+
+
+def make_stored(source: Path, folder: Path, form: Form, names: Iterable[str] = WRITTEN) -> dict[str, Path]:
+    """Checkpoints of a source whose experts are stored in a form of compressed-tensors, written back in that form."""
+    shutil.copytree(source, folder / "source")
+    store(folder / "source", form, BUT_EXPERTS)
+    group = form.group if form.strategy == "group" else BLOCK if form.strategy == "block" else 1
+    for name in names:
+        layout, whole = WRITTEN[name]
+        made(folder / "source", served_plan(source, group if whole else 1), folder / name, layout, shard_size=10**7)
+    return {name: folder / name for name in names}
+
+
+@torch.inference_mode()
+def by_transformers(folder: Path, prompts: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of all tokens of the prompts but the first ones, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    import tenp_dist  # noqa: F401  ragged checkpoints load
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logprobs = model(prompts).logits[:, :-1].log_softmax(-1)
+    return logprobs.gather(2, prompts[:, 1:, None]).flatten()
+
+
 def damage(ragged: Path, folder: Path, change=lambda tensors: None, **config) -> Path:
     """A copy of a checkpoint with other tensors and other keys in config.json."""
     tensors = all_tensors(ragged)
@@ -89,11 +133,12 @@ def damage(ragged: Path, folder: Path, change=lambda tensors: None, **config) ->
     return folder
 
 
-def drawn(widths: list[int], seed: int) -> KeptNeurons:
-    """Neurons drawn at random for every expert of a layer."""
+def drawn(widths: list[int], seed: int, group: int = 1) -> KeptNeurons:
+    """Neurons drawn at random for every expert of a layer, `group` consecutive ones at a time."""
     generator, mask = np.random.default_rng(seed), np.zeros((len(widths), NEURONS), dtype=bool)
     for expert, width in enumerate(widths):
-        mask[expert, generator.permutation(NEURONS)[:width]] = True
+        groups = generator.permutation(NEURONS // group)[: -(-width // group)]
+        mask[expert].reshape(-1, group)[groups] = True
     return KeptNeurons.from_mask(mask)
 
 
@@ -108,7 +153,7 @@ def save_source(family: str, folder: Path) -> Path:
             buffer.normal_(std=0.1)
     model.save_pretrained(folder)
     if family == "deepseek_v3":
-        change_config(folder, topk_method="noaux_tc", num_nextn_predict_layers=1)
+        change_config(folder, topk_method="noaux_tc", scoring_func="sigmoid", num_nextn_predict_layers=1)
         _add_mtp_layer(folder, model.config.num_hidden_layers)
     return folder
 

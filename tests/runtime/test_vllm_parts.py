@@ -22,9 +22,22 @@ from tenp_dist.runtime import ragged_config
 from tenp_dist_vllm import compatibility
 from tenp_dist_vllm.configs import config_class
 from tenp_dist_vllm.families import FAMILIES, architecture
+from tenp_dist_vllm.forms import (
+    FP8_BY_ROW,
+    PLAIN,
+    compressed_in_blocks,
+    form_of,
+    fp8_in_blocks,
+    not_served,
+    packed,
+)
 from tenp_dist_vllm.matrices import NEURON_AXIS, fill_up, matrix_shape, refine
 from tenp_dist_vllm.sizes import group_by_width, width_step
 
+BLOCK = [128, 128]
+DEEPSEEK = fp8_in_blocks(BLOCK)
+INT4 = packed(4, 32, symmetric=True)
+FORMS = [PLAIN, DEEPSEEK, FP8_BY_ROW, compressed_in_blocks(BLOCK), INT4, packed(4, None, symmetric=False)]
 PLUGIN = ROOT / "tenp_dist" / "runtime" / "vllm"
 
 
@@ -40,18 +53,21 @@ def test_buckets_by_hand():
     widths=st.dictionaries(st.integers(0, 300), st.integers(0, 2048)),
     ranks=st.sampled_from([1, 2, 3, 4, 8, 16]),
     cpu=st.booleans(),
-    block=st.booleans(),
+    form=st.sampled_from(FORMS),
 )
-def test_every_rank_gets_an_equal_share_that_kernels_take(widths, ranks, cpu, block):
-    step = width_step(ranks, cpu=cpu, block_fp8=block)
+def test_every_rank_gets_an_equal_share_that_kernels_take(widths, ranks, cpu, form):
+    step = width_step(ranks, form, cpu=cpu)
     buckets = group_by_width(widths, step)
     assert sorted(e for ids in buckets.values() for e in ids) == sorted(e for e, width in widths.items() if width)
     for width, ids in buckets.items():
         assert width % ranks == 0 and all(0 <= width - widths[expert] < step for expert in ids)
         share = width // ranks
-        assert share % (32 if cpu or block else 16) == 0
+        assert share % (32 if cpu or form is DEEPSEEK else 16) == 0
         # whole blocks of 128 are cut into equal ones of the refined grid: their scales repeat without loss
-        assert not block or torch.gcd(torch.tensor(128), torch.tensor(share)) >= 32
+        assert form is not DEEPSEEK or torch.gcd(torch.tensor(128), torch.tensor(share)) >= 32
+        # vLLM's loader cuts every part of down_proj into equal ones
+        for part in form.parts.values():
+            assert part.columns is None or share % part.columns == 0 or form is DEEPSEEK
 
 
 @pytest.mark.parametrize("width", [1, 33, 64])
@@ -89,6 +105,98 @@ def test_filling_up_keeps_fp8_bits():
     filled = fill_up(matrix, [4, 8], 0.0)
     assert filled.dtype == matrix.dtype and torch.equal(filled[:3, :5].view(torch.uint8), matrix.view(torch.uint8))
     assert not filled[3:].float().any() and not filled[:, 5:].float().any()
+
+
+@pytest.mark.parametrize("width", [0, 1, 33, 64])
+def test_shapes_of_packed_experts(width):
+    """By hand, as compressed-tensors stores [width, 128] and [128, width]: 8 numbers a word, 32 a group."""
+    form = packed(4, 32, symmetric=False)
+    up, down = (
+        {suffix: matrix_shape(shard, width, 128, part.block) for suffix, part in form.parts.items()}
+        for shard in ("w3", "w2")
+    )
+    words, groups = {0: (0, 0), 1: (1, 1), 33: (5, 2), 64: (8, 2)}[width]
+    assert up == {"weight_packed": [width, 16], "weight_scale": [width, 4], "weight_zero_point": [words, 4]}
+    assert down == {"weight_packed": [128, words], "weight_scale": [128, groups], "weight_zero_point": [16, groups]}
+    assert matrix_shape("w2", width, 128, FP8_BY_ROW.parts["weight_scale"].block) == [128, 1]
+
+
+def test_packed_experts_filled_up_stand_for_zeros():
+    """Rows of gate and up beyond the width are code 0 times scale 0, whatever zero a code of 4 bits has."""
+    words, scale = torch.full((1, 1), -1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.bfloat16)
+    wide = {
+        name: fill_up(part, [2, 1], INT4.parts[name].fill)
+        for name, part in {"weight_packed": words, "weight_scale": scale}.items()
+    }
+    assert wide["weight_packed"].tolist() == [[-1], [0]] and wide["weight_packed"].dtype == torch.int32
+    assert wide["weight_scale"].tolist() == [[1.0], [0.0]]
+
+
+class Stated:
+    """vLLM's config of compressed-tensors: `schemes` of gate, down and up of the first expert; one for all three."""
+
+    def __init__(self, *schemes):
+        self.schemes = list(schemes) * (3 // len(schemes))
+
+    def get_name(self):
+        return "compressed-tensors"
+
+    def _add_fused_moe_to_target_scheme_map(self):
+        self.prepared = True
+
+    def get_scheme_dict(self, layer, name):
+        assert self.prepared and name.startswith("model.layers.3.mlp.experts.0.")
+        return self.schemes[["gate_proj", "down_proj", "up_proj"].index(name.rpartition(".")[2])]
+
+
+def scheme(form="pack-quantized", activations=None, **weights):
+    plain = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    inputs = activations and SimpleNamespace(**{"type": "float", "dynamic": True, "strategy": activations})
+    return {"weights": SimpleNamespace(**plain | weights), "input_activations": inputs, "format": form}
+
+
+FLOAT = {"num_bits": 8, "type": "float", "group_size": None, "form": "float-quantized"}
+LAYER = SimpleNamespace(layer_name="model.layers.3.mlp.experts")
+
+
+@pytest.mark.parametrize(
+    ("stated", "form"),
+    [
+        (scheme(), INT4),
+        (scheme(num_bits=8), packed(8, 32, symmetric=True)),
+        (scheme(strategy="channel", group_size=-1, symmetric=False), packed(4, None, symmetric=False)),
+        (scheme("float-quantized", "token", num_bits=8, type="float", strategy="channel"), FP8_BY_ROW),
+        (scheme(activations="group", **FLOAT, strategy="block", block_structure=BLOCK), compressed_in_blocks(BLOCK)),
+        (None, PLAIN),
+    ],
+)
+def test_forms_of_compressed_tensors(stated, form):
+    assert form_of(Stated(stated), LAYER) == form and not_served(Stated(stated)) is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ([scheme(num_bits=2)], "pack-quantized (2-bit int by group, activations as they are)"),
+        ([scheme(num_bits=8, symmetric=False)], "8-bit int by group, with zero points"),
+        ([scheme(**FLOAT, strategy="channel")], "float-quantized (8-bit float by channel, activations as they are)"),
+        ([scheme(activations="tensor", **FLOAT, strategy="tensor")], "by tensor, activations dynamic by tensor"),
+        ([scheme(activations="group", **FLOAT, strategy="block", block_structure=[8, 8])], "8-bit float by block"),
+        ([scheme(), scheme(num_bits=8), scheme()], "4-bit int by group, activations as they are) and pack-quantized"),
+        ([scheme(), None, scheme()], "and plain numbers are not served ragged"),
+    ],
+)
+def test_what_vllm_has_no_experts_for_is_refused(stated, said):
+    with pytest.raises(NotImplementedError) as refused:
+        form_of(Stated(*stated), LAYER)
+    assert said in str(refused.value) and "`output.dtype: bfloat16`" in str(refused.value)
+
+
+def test_other_quantisation_is_refused_before_the_model_is_built():
+    awq = SimpleNamespace(get_name=lambda: "awq")
+    assert "quantisation awq: " in not_served(awq) and "`output.dtype: bfloat16`" in not_served(awq)
+    stored = SimpleNamespace(get_name=lambda: "fp8", is_checkpoint_fp8_serialized=True, weight_block_size=BLOCK)
+    assert not_served(stored) is None and form_of(stored, LAYER) == DEEPSEEK
 
 
 def source(family):

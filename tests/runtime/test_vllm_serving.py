@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.commands import free_port
-from helpers.served import VOCABULARY, damage, make_fp8, make_served
+from helpers.served import STORED, VOCABULARY, by_transformers, damage, make_fp8, make_served, make_stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(1800)]
 TOLERANCE = 1e-5
@@ -110,6 +110,27 @@ def quantised(fp8, answers) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
+def stored(served, tmp_path_factory):
+    """Form of compressed-tensors -> a ragged checkpoint whose experts are stored so."""
+    source = served["qwen3_moe"]["source"]
+    return {
+        name: make_stored(source, tmp_path_factory.mktemp(name), STORED[name], ["ragged"])["ragged"]
+        for name in ("int4", "fp8-channel")
+    }
+
+
+@pytest.fixture(scope="module")
+def compressed(stored, answers) -> dict[str, dict]:
+    emulated = {"worker_extension_cls": "compressed_emulation.Emulated"}
+    return answers(
+        {
+            "int4": (stored["int4"], emulated | {"tensor_parallel_size": 2}),
+            "fp8-channel": (stored["fp8-channel"], emulated),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
 def not_started(refused, served, answers) -> dict[str, dict]:
     """What is refused, and an engine of random weights, which is not."""
     dummy = {"dummy": (served["qwen3_moe"]["ragged"], {"load_format": "dummy"})}
@@ -177,6 +198,21 @@ def test_memory_is_that_of_the_kept_neurons(one_rank):
 def test_fp8_experts_compute_what_they_stand_for(quantised, name):
     """Buckets of 64 and 192 neurons, and shares of 32: their scales are refined."""
     agrees(quantised[name], quantised["values"])
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8-channel"])
+def test_compressed_experts_compute_what_they_stand_for(compressed, stored, name):
+    """As transformers reads them; int4 in groups of 32 with two ranks, whose shares end within no group."""
+    assert "error" not in compressed[name], compressed[name]["error"]
+    wanted = by_transformers(stored[name], torch.tensor(PROMPTS))
+    assert (torch.tensor(compressed[name]["logprobs"]) - wanted).abs().max() < TOLERANCE
+
+
+def test_packed_experts_take_their_bytes(compressed):
+    """Of one rank of two. Half a byte a number, a float32 scale for 32 of them, and two numbers for a matrix's size."""
+    neurons = 256 * 12 + (256 * 3 + 128 * 7) + 128 * 12  # one layer whole, two in buckets of 128 and 256
+    of_neuron, sizes = 3 * 128 // 2 + 3 * 128 // 32 * 4, (12 + 10 + 12) * 2 * 2 * 4
+    assert compressed["int4"]["bytes"] == neurons // 2 * of_neuron + sizes
 
 
 def test_random_weights_need_no_checkpoint(not_started):

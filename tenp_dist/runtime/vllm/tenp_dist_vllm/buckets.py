@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from tenp_dist_vllm.forms import Form
 from tenp_dist_vllm.matrices import fill_up, matrix_shape, refine
 from tenp_dist_vllm.settings import kernel_of_buckets
 
@@ -37,8 +38,10 @@ class BucketMap(ExpertMapManager):
         raise NotImplementedError("ragged experts cannot move to other ranks while they serve")
 
 
-class Bucket(RoutedExperts):
+class RoutedExpertsBucket(RoutedExperts):
     """Experts `ids`, each filled up with zeros to `width` neurons.
+
+    compressed-tensors tells by the name of the class, which has to contain RoutedExperts, what is quantised.
 
     Args:
         layer: the `RaggedExperts` that it belongs to.
@@ -51,7 +54,7 @@ class Bucket(RoutedExperts):
         super().__init__(
             layer.layer_name,
             layer.params_dtype,
-            bucket_config(layer.moe_config, len(ids), width),
+            bucket_config(layer.moe_config, len(ids), width, layer.form),
             quant_config,
             expert_map_manager=BucketMap(ids, layer.moe_config),
             swiglu_limit=layer.swiglu_limit,
@@ -59,7 +62,7 @@ class Bucket(RoutedExperts):
             swiglu_beta=layer.swiglu_beta,
             apply_router_weight_on_input=layer.apply_router_weight_on_input,
         )
-        self.ids, self.width = ids, width
+        self.ids, self.width, self.form = ids, width, layer.form
         if self.quant_method.is_monolithic or self.hidden_size != layer.hidden_size:
             raise NotImplementedError(
                 f"{layer.layer_name}: vLLM chose {self.quant_method.method_name} in a form that routes by itself or "
@@ -72,15 +75,15 @@ class Bucket(RoutedExperts):
 
     def load(self, matrix: torch.Tensor, name: str, weight_name: str, shard: str, expert: int) -> bool:
         """Put one expert's matrix, or its scales, of true width into parameter `name`, this rank's share of it."""
-        scales = name.endswith("_scale_inv")
-        block = self.quant_method.moe_block_shape if scales else None
-        if scales and self._refine is not None:
-            matrix = refine(matrix, self._refine)
-        whole = fill_up(matrix, matrix_shape(shard, self.width, self.hidden_size, block), 1.0 if scales else 0.0)
+        part = self.form.parts[name.partition("_")[2]]
+        block = part.block
+        if self._refine is not None and name.endswith("_scale_inv"):
+            matrix, block = refine(matrix, self._refine), self.quant_method.moe_block_shape
+        whole = fill_up(matrix, matrix_shape(shard, self.width, self.hidden_size, block), part.fill)
         return self.weight_loader(getattr(self, name), whole, weight_name, shard, expert, return_success=True)
 
 
-def bucket_config(moe_config: FusedMoEConfig, experts: int, width: int) -> FusedMoEConfig:
+def bucket_config(moe_config: FusedMoEConfig, experts: int, width: int, form: Form) -> FusedMoEConfig:
     """The layer's config for `experts` of `width` neurons. vLLM derives a rank's share of them again."""
     known = {field.name for field in dataclasses.fields(moe_config)}
     decomposed = {"require_decomposed_backend": True} if "require_decomposed_backend" in known else {}  # since 0.33
@@ -90,6 +93,6 @@ def bucket_config(moe_config: FusedMoEConfig, experts: int, width: int) -> Fused
         intermediate_size=width,
         intermediate_size_per_partition_unpadded=None,
         hidden_dim_unpadded=None,
-        moe_backend=kernel_of_buckets(moe_config.moe_backend),
+        moe_backend=kernel_of_buckets(moe_config.moe_backend, form),
         **decomposed,
     )

@@ -9,6 +9,7 @@ CONFIG_FIELDS = {
     "num_experts", "num_local_experts", "num_logical_experts", "hidden_dim", "intermediate_size", "moe_backend",
     "hidden_dim_unpadded", "intermediate_size_per_partition_unpadded", "has_bias", "is_lora_enabled",
 }  # fmt: skip
+SCHEME_METHODS = ("get_scheme_dict", "_add_fused_moe_to_target_scheme_map")
 MAP_PROPERTIES = ("local_num_experts", "expert_map", "expert_mask", "placement_strategy", "routing_tables")
 
 
@@ -50,6 +51,7 @@ def _differences():
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
     if op_registry.get("routed_experts") is not RoutedExperts or not isinstance(op_registry_oot, dict):
         yield "RoutedExperts cannot be replaced by name"
@@ -64,3 +66,5 @@ def _differences():
         yield f"FusedMoEConfig lacks {', '.join(sorted(missing))}"
     if not all(hasattr(ExpertMapManager, name) for name in MAP_PROPERTIES):
         yield "ExpertMapManager lacks properties"
+    if not all(hasattr(CompressedTensorsConfig, name) for name in SCHEME_METHODS):
+        yield "CompressedTensorsConfig lacks methods"

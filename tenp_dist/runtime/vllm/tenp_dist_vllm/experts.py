@@ -19,21 +19,23 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from tenp_dist_vllm import rows_op  # noqa: F401  registers the op
-from tenp_dist_vllm.buckets import Bucket
+from tenp_dist_vllm.buckets import RoutedExpertsBucket
+from tenp_dist_vllm.forms import SIZES, form_of
 from tenp_dist_vllm.matrices import CHECKPOINT_NAMES, matrix_shape
 from tenp_dist_vllm.ragged_config import widths_by_layer
 from tenp_dist_vllm.rows import Slots
-from tenp_dist_vllm.settings import is_block_fp8, refuse_layer
+from tenp_dist_vllm.settings import refuse_layer
 from tenp_dist_vllm.sizes import group_by_width, width_step
 
 
-class RaggedExperts(RoutedExperts):
+class RaggedRoutedExperts(RoutedExperts):
     """The routed experts of one layer: ragged if config.json lists it, else as vLLM makes them.
 
     Attributes of a ragged layer:
         widths: neurons of every expert; None in a layer that is as vLLM makes it.
         listed: whether config.json lists the layer.
-        buckets: `Bucket`s of this rank's experts, ascending in width.
+        form: how its experts are stored.
+        buckets: `RoutedExpertsBucket`s of this rank's experts, ascending in width.
         missing: (expert, w1 | w2 | w3, parameter) that have not been loaded yet.
     """
 
@@ -50,23 +52,24 @@ class RaggedExperts(RoutedExperts):
             return super()._get_quant_method(prefix, quant_config, moe_config)
         refuse_layer(moe_config, len(self.widths), self.expert_map_manager.num_fused_shared_experts, self.layer_name)
         self.random_weights = vllm_config.load_config.load_format == "dummy"
-        self.block = quant_config.weight_block_size if is_block_fp8(quant_config) else None
+        self.form = form_of(quant_config, self)
         self._make_buckets(quant_config, moe_config)
-        names = ["w13_weight", "w2_weight"] + (["w13_weight_scale_inv", "w2_weight_scale_inv"] if self.block else [])
         self.missing = {
             (expert, shard, name)
             for expert in self.bucket_of
             for shard in CHECKPOINT_NAMES
-            for name in names
-            if name.startswith("w2") == (shard == "w2")
+            for name in self.form.names
+            if name.startswith("w2") == (shard == "w2") and not name.endswith(SIZES)
         }
-        return RaggedMethod(moe_config, names)
+        return RaggedMethod(moe_config, self.form.names)
 
     def _make_buckets(self, quant_config: Any, moe_config: FusedMoEConfig) -> None:
         local = {e: width for e, width in enumerate(self.widths) if self.expert_map_manager.is_local_expert(e)}
-        step = width_step(moe_config.tp_size, cpu=current_platform.is_cpu(), block_fp8=self.block is not None)
+        step = width_step(moe_config.tp_size, self.form, cpu=current_platform.is_cpu())
         groups = group_by_width(local, step)
-        self.buckets = nn.ModuleList(Bucket(self, quant_config, ids, width) for width, ids in groups.items())
+        self.buckets = nn.ModuleList(
+            RoutedExpertsBucket(self, quant_config, ids, width) for width, ids in groups.items()
+        )
         self.slots = Slots(list(groups.values()), moe_config.num_experts)
         self.bucket_of = {expert: bucket for bucket in self.buckets for expert in bucket.ids}
 
@@ -88,20 +91,27 @@ class RaggedExperts(RoutedExperts):
         if self.widths is None:
             return super().weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
         name = weight_name.rpartition(".")[2]
-        block = self.block if name.endswith("_scale_inv") else None
+        suffix = name.partition("_")[2]
+        sizes = suffix == SIZES
+        block = (1, 1) if sizes else self.form.parts[suffix].block
         wanted = matrix_shape(shard_id, self.widths[expert_id], self.hidden_size, block)
-        if list(loaded_weight.shape) != wanted:
+        found = loaded_weight.tolist() if sizes else list(loaded_weight.shape)
+        if found != wanted:
             raise ValueError(
-                f"{self.layer_name}.{expert_id}.{CHECKPOINT_NAMES[shard_id]} has {name} of shape "
-                f"{list(loaded_weight.shape)}, config.json wants {wanted}; write or download the checkpoint again"
+                f"{self.layer_name}.{expert_id}.{CHECKPOINT_NAMES[shard_id]} has {name} of shape {found}, config.json "
+                f"wants {wanted}; write or download the checkpoint again"
             )
         bucket = self.bucket_of.get(expert_id)
-        loaded = bucket is not None and self._load(bucket, loaded_weight, name, weight_name, shard_id, expert_id)
+        loaded = bucket is not None and (
+            sizes or self._load(bucket, loaded_weight, name, weight_name, shard_id, expert_id)
+        )
         return loaded if return_success else None
 
     weight_loader.supports_moe_loading = True
 
-    def _load(self, bucket: Bucket, matrix: torch.Tensor, name: str, weight_name: str, shard: str, expert: int) -> bool:
+    def _load(
+        self, bucket: RoutedExpertsBucket, matrix: torch.Tensor, name: str, weight_name: str, shard: str, expert: int
+    ) -> bool:
         if (expert, shard, name) not in self.missing:
             raise NotImplementedError(
                 f"{self.layer_name}.{expert}.{CHECKPOINT_NAMES[shard]} arrives a second time; the weights of a ragged "
@@ -132,22 +142,22 @@ class RaggedMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.names = names
 
-    def create_weights(self, layer: RaggedExperts, *arguments: Any, weight_loader: Any, **keywords: Any) -> None:
+    def create_weights(self, layer: RaggedRoutedExperts, *arguments: Any, weight_loader: Any, **keywords: Any) -> None:
         for name in self.names:
             nothing = nn.Parameter(torch.empty(0, dtype=layer.params_dtype), requires_grad=False)
             layer.register_parameter(name, nothing)
             set_weight_attrs(nothing, {"weight_loader": weight_loader})
 
-    def process_weights_after_loading(self, layer: RaggedExperts) -> None:
+    def process_weights_after_loading(self, layer: RaggedRoutedExperts) -> None:
         """vLLM goes on to the buckets by itself."""
         layer.check_all_arrived()
 
-    def get_fused_moe_quant_config(self, layer: RaggedExperts) -> Any:
+    def get_fused_moe_quant_config(self, layer: RaggedRoutedExperts) -> Any:
         return FUSED_MOE_UNQUANTIZED_CONFIG  # nobody computes with it
 
     def apply(
         self,
-        layer: RaggedExperts,
+        layer: RaggedRoutedExperts,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,

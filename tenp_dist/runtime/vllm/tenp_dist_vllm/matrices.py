@@ -1,22 +1,28 @@
 """The matrices of one expert as a checkpoint holds them: their shapes, and how they fill a bucket's wider parameter."""
 
+from collections.abc import Sequence
+
 import torch
 
 NEURON_AXIS = {"w1": 0, "w2": 1, "w3": 0}  # vLLM's names of gate, down and up
 CHECKPOINT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def matrix_shape(shard: str, width: int, hidden: int, block: list[int] | None = None) -> list[int]:
-    """Shape of an expert's matrix, or with `block` of its scales: [width, hidden], for down_proj [hidden, width]."""
+def matrix_shape(shard: str, width: int, hidden: int, block: Sequence[int | None] = (1, 1)) -> list[int]:
+    """Shape of an expert's matrix: [width, hidden], for down_proj [hidden, width]; with `block` of its scales.
+
+    Args:
+        block: rows and columns that share a number; None for all of them.
+    """
     shape = [width, hidden] if NEURON_AXIS[shard] == 0 else [hidden, width]
-    return shape if block is None else [-(-size // step) for size, step in zip(shape, block, strict=True)]
+    return [1 if step is None else -(-size // step) for size, step in zip(shape, block, strict=True)]
 
 
 def fill_up(matrix: torch.Tensor, shape: list[int], value: float) -> torch.Tensor:
     """`matrix` in a larger tensor of `value`; what lies beyond a smaller shape is left out.
 
-    Exact: rows of zeros in gate and up give act(0) * 0 = 0, and columns of zeros in down take nothing. The scales of
-    what is filled up are one.
+    Exact: rows of zeros in gate and up, or of scale zero, give act(0) * 0 = 0, of which columns of down make nothing,
+    whatever finite numbers they have.
     """
     if list(matrix.shape) == shape:
         return matrix

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
-from tenp_dist_vllm.experts import RaggedExperts
+from tenp_dist_vllm.experts import RaggedRoutedExperts
 from tenp_dist_vllm.ragged_config import widths_by_layer
 
 REPLACED = "RoutedExperts"
@@ -14,7 +14,7 @@ REPLACED = "RoutedExperts"
 
 @contextlib.contextmanager
 def ragged_layers() -> Iterator[None]:
-    """`RoutedExperts(...)` makes `RaggedExperts` meanwhile.
+    """`RoutedExperts(...)` makes `RaggedRoutedExperts` meanwhile.
 
     Models built outside, drafts of speculative decoding among them, get vLLM's own.
 
@@ -26,7 +26,7 @@ def ragged_layers() -> Iterator[None]:
             f"{op_registry_oot[REPLACED].__module__} has already replaced vLLM's {REPLACED}; a ragged checkpoint "
             "cannot be served beside that plugin. Leave it out with VLLM_PLUGINS=tenp_dist, or serve another layout."
         )
-    PluggableLayer.register_oot(RaggedExperts, name=REPLACED)
+    PluggableLayer.register_oot(RaggedRoutedExperts, name=REPLACED)
     try:
         yield
     finally:
@@ -42,7 +42,7 @@ def check_layers(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_text_config
     start, stop = getattr(model.model, "start_layer", 0), getattr(model.model, "end_layer", config.num_hidden_layers)
     wanted = {layer for layer in widths_by_layer({"tenp": config.tenp}) if start <= layer < stop}
-    made = {m.layer for m in model.modules() if isinstance(m, RaggedExperts) and m.listed}
+    made = {m.layer for m in model.modules() if isinstance(m, RaggedRoutedExperts) and m.listed}
     if made != wanted:
         raise RuntimeError(
             f"ragged experts were made for layers {sorted(made)}, config.json lists {sorted(wanted)} of layers {start} "

@@ -4,6 +4,8 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from tenp_dist_vllm.forms import Form, not_served
+
 FORMATS = {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy"}
 GPU_KERNELS = ("triton", "deep_gemm", "marlin")  # these honour any map of expert ids
 
@@ -21,7 +23,9 @@ def refuse_unsupported(vllm_config: Any) -> None:
         found.append("LoRA adapters (--enable-lora): merge them before pruning")
     if vllm_config.load_config.load_format not in FORMATS:
         found.append(f"--load-format {vllm_config.load_config.load_format}: use one of {', '.join(sorted(FORMATS))}")
-    found += _quantization(vllm_config.quant_config) + _kernel(vllm_config.kernel_config.moe_backend)
+    if reason := not_served(vllm_config.quant_config):
+        found.append(reason)
+    found += _kernel(vllm_config.kernel_config.moe_backend)
     if found:
         raise NotImplementedError("a ragged checkpoint is not served with " + "; nor with ".join(found))
 
@@ -44,26 +48,11 @@ def refuse_layer(moe_config: Any, experts: int, fused_shared: int, name: str) ->
         )
 
 
-def is_block_fp8(quant_config: Any) -> bool:
-    """Whether the model is stored in FP8 with scales of blocks, as DeepSeek-V3 is."""
-    return quant_config is not None and not _quantization(quant_config)
-
-
-def kernel_of_buckets(asked: str) -> str:
+def kernel_of_buckets(asked: str, form: Form) -> str:
     """The value of `moe_backend` for a bucket: on a GPU one that honours its map of expert ids."""
-    return "triton" if asked == "auto" and current_platform.is_cuda_alike() else asked
-
-
-def _quantization(quant_config: Any) -> list[str]:
-    if quant_config is None:
-        return []
-    if (
-        quant_config.get_name() == "fp8"
-        and getattr(quant_config, "is_checkpoint_fp8_serialized", False)
-        and getattr(quant_config, "weight_block_size", None)
-    ):
-        return []
-    return [f"quantisation {quant_config.get_name()}: only FP8 with block scales (`weight_block_size`), or none"]
+    if asked != "auto" or not current_platform.is_cuda_alike():
+        return asked
+    return form.kernel if current_platform.is_cuda() else "triton"
 
 
 def _kernel(asked: str) -> list[str]:

@@ -2,17 +2,16 @@
 
 import math
 
+from tenp_dist_vllm.forms import Form
+
 CPU_STEP = 32  # neurons: vLLM's CPU kernels fill a rank's share up to this
 GPU_STEP = 16  # neurons: rows of 32 bytes in bfloat16
-BLOCK_STEP = 64  # neurons: FP8 scales of 128 are refined to 64 or 32 without loss; finer ones no kernel takes
-SMALLEST_BLOCK = 32
 
 
-def width_step(tensor_parallel: int, *, cpu: bool, block_fp8: bool) -> int:
+def width_step(tensor_parallel: int, form: Form, *, cpu: bool) -> int:
     """What the width of a bucket is a multiple of, so that every tensor-parallel rank gets an equal, aligned share."""
-    if block_fp8:
-        return math.lcm(BLOCK_STEP, SMALLEST_BLOCK * tensor_parallel)
-    return (CPU_STEP if cpu else GPU_STEP) * tensor_parallel
+    share = form.share or (CPU_STEP if cpu else GPU_STEP)
+    return math.lcm(form.whole, share * tensor_parallel)
 
 
 def group_by_width(widths: dict[int, int], step: int) -> dict[int, list[int]]:
