@@ -3,7 +3,7 @@
 Random models in float32 with widths that nothing divides; per family and configuration the differences of the prompts'
 log-probabilities, and whether greedy tokens are equal. `uniform` is compared with transformers too. Tests run a part.
 
-With `--stored` experts are stored in the forms of compressed-tensors that the plugin serves, and run by an emulated
+With `--stored` experts are stored in forms of compressed-tensors that the plugin serves, and run by an emulated
 kernel, in stock vLLM too: ragged ones of any widths are compared with transformers, ones that keep neurons in whole
 groups with the padded one in stock vLLM.
 """
@@ -45,7 +45,7 @@ PROMPTS = torch.randint(2, VOCABULARY, (4, 64), generator=torch.Generator().manu
 
 @click.command(help=__doc__)
 @click.option("--family", "families", multiple=True, default=list(SETTINGS), type=click.Choice(list(SETTINGS)))
-@click.option("--stored", is_flag=True, help="experts in forms of compressed-tensors, by an emulated kernel")
+@click.option("--stored", multiple=True, type=click.Choice(list(STORED)), help="experts in this form instead")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
 def main(families, stored, folder):
     subprocess.run([ROOT / "scripts/setup-vllm"], check=True)
@@ -55,7 +55,7 @@ def main(families, stored, folder):
     )
     for family in families:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            (compare_stored if stored else compare)(family, Path(temporary))
+            compare_stored(family, stored, Path(temporary)) if stored else compare(family, Path(temporary))
 
 
 def compare(family: str, folder: Path) -> None:
@@ -70,10 +70,10 @@ def compare(family: str, folder: Path) -> None:
     show(family, "uniform, stock vLLM", answers([(uniform, {})], folder)[0], None, by_transformers(uniform, PROMPTS))
 
 
-def compare_stored(family: str, folder: Path) -> None:
+def compare_stored(family: str, forms: tuple[str, ...], folder: Path) -> None:
     source, emulated = save_source(family, folder / "source"), {"worker_extension_cls": "compressed_emulation.Emulated"}
-    for name, form in STORED.items():
-        made = make_stored(source, folder / name, form)
+    for name in forms:
+        made = make_stored(source, folder / name, STORED[name])
         runs = [(one, emulated) for one in made.values()]
         ragged, ragged_whole, padded_whole, two = answers(
             [*runs, (made["ragged"], emulated | {"tensor_parallel_size": 2})], folder

@@ -1,7 +1,7 @@
 """Experts of compressed-tensors where no kernel for them runs: vLLM's methods load them, torch computes.
 
 As `fp8_emulation`, for vLLM's own experts too: padded checkpoints run with the same kernel. Whole numbers of 4 bits are
-unpacked by vLLM's function for that; activations stay as they are.
+unpacked by vLLM's function for that; activations stay as they are. Shapes are held to what Marlin takes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def process_fp8(self, layer) -> None:
 
 
 def install() -> None:
-    whole.select_wna16_moe_backend = lambda **asked: (WNA16MoEBackend.EMULATION, Emulated)
+    whole.select_wna16_moe_backend = lambda **asked: (WNA16MoEBackend.MARLIN, Emulated)
     fp8.select_fp8_moe_backend = lambda **asked: ("emulated", Emulated)
     for method, process in (
         (whole.CompressedTensorsWNA16MoEMethod, process_whole),
