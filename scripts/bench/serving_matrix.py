@@ -99,6 +99,7 @@ def answers(runs: list[tuple[Path, dict]], folder: Path) -> list[dict]:
     python = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")) / "bin/python"
     command = [python, HELPERS / "engine_worker.py", job, out]
     environment = os.environ | QUIET | {"PYTHONPATH": str(HELPERS)}
+    environment["VLLM_CACHE_ROOT"] = str(folder / "vllm-cache")  # no graphs that were compiled for another model
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     found = json.loads(out.read_text()) if done.returncode == 0 else [{"error": done.stderr[-4000:]}]
     if errors := [one["error"] for one in found if "error" in one]:
