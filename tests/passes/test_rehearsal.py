@@ -31,7 +31,7 @@ from tenp_dist.passes.compute import Compute
 from tenp_dist.scoring.score_pass import ScoreTask, score_model
 
 SOON = ("deepseek_v3", "gpt_oss")
-FORMS = (*SOON, "glm_moe_dsa", "granitemoehybrid", "jamba", "kimi_linear", "nemotron_h", "qwen3_next")
+FORMS = (*SOON, "gemma4", "glm_moe_dsa", "granitemoehybrid", "jamba", "kimi_linear", "nemotron_h", "qwen3_next")
 """A family of each form of experts and of attention; with all rows of the table the test passes too, in minutes."""
 ROWS = [name if name in SOON else pytest.param(name, marks=BESIDE) for name in FORMS]
 MICROBATCHES = 4
