@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -39,6 +39,7 @@ def numbers_of(parts, form: Form):
     return codes, zeros[:, group_C], parts["weight_scale"].double()[:, group_C]
 
 
+@example(shape=(3, 2), bits=8, group=4, symmetric=True, scale=torch.float32, axis=1, clear=False, seed=126106)
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 12), st.integers(1, 4)),
