@@ -91,7 +91,8 @@ def test_lines_that_come_together_anew(shape, bits, group, symmetric, scale, axi
                 )
                 continue
             lost, step = (got - value)[row, inside].abs(), got_factor[row, inside[0]].item()
-            assert float(lost.max()) <= step * 0.5 * (1 + 1e-5), (axis, bits)
+            # a number of up to 2^8 half steps, rounded in float32 a few times: each by 2^-24 of it
+            assert float(lost.max()) <= step * 0.5 * (1 + 4 * 2**-16), (axis, bits)
             if symmetric:
                 widest = max(factors)
                 kept = ((value[row, inside] / widest).round() * widest - value[row, inside]).square().sum()
@@ -115,7 +116,7 @@ def test_new_numbers_are_off_by_half_a_step_at_most(shape, bits, group, symmetri
     group_C = torch.arange(shape[1]) // (group or shape[1])
     factors, zeros = found.factors.double()[:, group_C], found.zeros.long()[:, group_C]
     lost = ((found.codes.long() - zeros) * factors - plain.double()).abs()
-    assert bool((lost <= factors * 0.5 * (1 + 1e-5)).all()) and int(found.codes.max()) < 1 << bits
+    assert bool((lost <= factors * 0.5 * (1 + 4 * 2**-16)).all()) and int(found.codes.max()) < 1 << bits
     most, least = plain.double().amax().clamp_min(0), plain.double().amin().clamp_max(0)
     need = (
         max(most / ((1 << bits - 1) - 1), -least / (1 << bits - 1)) if symmetric else (most - least) / ((1 << bits) - 1)
