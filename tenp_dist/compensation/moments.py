@@ -47,7 +47,7 @@ Ours. Measured on a 25 M model with 2 tokens per kept neuron it neither helps no
 """
 
 
-_WORKSPACE = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of float64 that one batch of solves may take
+WORKSPACE = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of float64 that one batch of solves may take
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Moments:
         """
         for width, ids in itertools.groupby(self.reached(kept), lambda expert: len(kept[expert])):
             nbytes = _solve_bytes(hidden, self._neurons, width)
-            size = max(1, _WORKSPACE.get(self._device.type, 1 << 28) // nbytes)
+            size = max(1, WORKSPACE.get(self._device.type, 1 << 28) // nbytes)
             due = list(ids)
             for batch in (due[start : start + size] for start in range(0, len(due), size)):
                 kept_BW = torch.stack([self._on_device(kept[expert]) for expert in batch])

@@ -98,7 +98,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _estimated(work: Work, machines: Machines, split: Split) -> Estimate:
-    clock, memory = Clock(work, machines, split), rank_memory(work, split)
+    clock, memory = Clock(work, machines, split), rank_memory(work, split, "cuda" if machines.accelerators else "cpu")
     stages = tuple(clock.stages())
     seconds = sum(stage.seconds for stage in stages)
     price = None if machines.price is None else machines.price * machines.nodes * seconds / 3600

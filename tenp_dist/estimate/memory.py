@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tenp_dist.compensation.moments import WORKSPACE
 from tenp_dist.estimate.work import Work
 from tenp_dist.passes.placement import cut_layers
 from tenp_dist.passes.schedule import Mode
@@ -51,16 +52,20 @@ class Memory:
         return self.weights + self.microbatch + self.sums
 
 
-def rank_memory(work: Work, split: Split) -> Memory:
+def rank_memory(work: Work, split: Split, device: str = "cpu") -> Memory:
     """At the pass that needs the most: shards that keep their layers let go of them where a pass streams."""
     job, facts = work.run.job, work.run.source.facts
     loaded = [layer.loaded for layer in work.layers(1)]
-    weights, held, sums = 2 * max(loaded), "two of the largest layer", max(_held(work, split, t) for t in (False, True))
+    weights, held, sums = (
+        2 * max(loaded),
+        "two of the largest layer",
+        max(_held(work, split, device, t) for t in (False, True)),
+    )
     if split.mode == "resident":
         shards = cut_layers(job.cluster.model_copy(update={"shards": split.shards}), loaded)
-        largest, own = max(sum(loaded[layer] for layer in shard) for shard in shards), _held(work, split, False)
+        largest, own = max(sum(loaded[layer] for layer in shard) for shard in shards), _held(work, split, device, False)
         streams = any(one.turns for one in work.passes)
-        if not streams or largest // split.ranks + own >= weights // split.ranks + _held(work, split, True):
+        if not streams or largest // split.ranks + own >= weights // split.ranks + _held(work, split, device, True):
             weights, held, sums = largest, "the largest shard", own
     batch, length = job.score.batch_tokens, job.calibration.sequence_length
     sequences = max(1, batch // length) * length
@@ -74,7 +79,9 @@ def rank_memory(work: Work, split: Split) -> Memory:
     return Memory(weights // split.ranks, microbatch, sums, hidden, text)
 
 
-def _held(work: Work, split: Split, turns: bool) -> int:
-    """Bytes of sums of a rank in passes that always stream, or in the others."""
-    each = max((one.sums.held for one in work.passes if one.turns is turns), default=0)
-    return each * work.run.source.facts.num_experts // split.ranks
+def _held(work: Work, split: Split, device: str, turns: bool) -> int:
+    """Bytes of sums of a rank, and of solving them, in passes that always stream, or in the others."""
+    own = [one.sums for one in work.passes if one.turns is turns]
+    each = max((sums.held for sums in own), default=0)
+    solving = WORKSPACE[device] if any(sums.solve for sums in own) else 0
+    return each * work.run.source.facts.num_experts // split.ranks + solving
