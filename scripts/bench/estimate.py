@@ -98,15 +98,20 @@ class WatchedPool(RayPool):
         pids = [
             c.pid for c in psutil.Process().children(recursive=True) if f"ray::{worker.__name__}" in str(c.cmdline())
         ]
+        if hasattr(self, "memory"):
+            self._note()  # of the pass before
         self.memory = PeakMemory(pids)
         self.memory.__enter__()
         return groups
 
     def close(self) -> None:
         if hasattr(self, "memory"):
-            self.memory.__exit__(None, None, None)
-            type(self).peak = self.memory.peak
+            self._note()
         super().close()
+
+    def _note(self) -> None:
+        self.memory.__exit__(None, None, None)
+        type(self).peak = max(type(self).peak, self.memory.peak)
 
 
 @click.command(help=__doc__)
@@ -221,7 +226,7 @@ def _synced(path: Path, data: bytes) -> None:
 def measure(name: str, job: Job, machines: Machines, *, processor_time: bool) -> None:
     clock = Processors() if processor_time else None
     run, watch = checked_run(job), Watch(clock)
-    told = estimate(asked_of(run), machines)
+    told, WatchedPool.peak = estimate(asked_of(run), machines), 0
     run_stages(run, None, WatchedPool, watch)
     if clock:
         clock.stop()
