@@ -1,6 +1,10 @@
 """Fixtures that all tests may ask for lie in these modules."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says what else runs on the machine
+settings.load_profile("untimed")
 
 pytest.register_assert_rewrite("helpers")
 

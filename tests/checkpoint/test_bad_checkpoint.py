@@ -226,7 +226,7 @@ def test_checkpoint_refused_while_scoring(case, tenp, job_file, model, tmp_path)
     spoil, error, *texts = AT_SCORE[case]
     spoil(model)
     refused(tenp("run", job_file(model=model)), error, *texts)
-    assert sorted(path.stem for path in (tmp_path / "run" / "stages").glob("*.json")) == ["calibrate", "inspect"]
+    assert sorted(path.stem for path in (tmp_path / "run" / "stages").glob("[!.]*.json")) == ["calibrate", "inspect"]
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 

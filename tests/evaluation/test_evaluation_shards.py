@@ -13,6 +13,7 @@ from helpers.deaths import cuts
 from helpers.evaluation import run, task_of
 from helpers.scoring import whole_worker
 from tenp_dist.checkpoint.kept import write_kept
+from tenp_dist.compensation.planned_layer import mask_of
 from tenp_dist.errors import ClusterError, NumericalError, WorkerLost
 from tenp_dist.evaluation.evaluate_pass import EvaluateStep
 from tenp_dist.evaluation.measure import VariantsPass
@@ -159,8 +160,8 @@ def test_a_rank_masks_its_own_experts(passes, tmp_path):
         worker.open()
         step = EvaluateStep(task, replace(worker.shard, share=share))
         experts = worker.shard.skeleton.experts_of(worker.source.get(1))
-        masks.append(step._mask(step._kept_of("random", 1), experts))
-        assert step._mask(step._kept_of("source", 1), experts) is None
+        masks.append(mask_of(step._kept_of("random", 1), experts, step.shard.held))
+        assert mask_of(step._kept_of("source", 1), experts, step.shard.held) is None
     assert masks[0].shape == (8, 24) and 0 < masks[0].sum() < masks[0].numel()
     assert torch.equal(torch.cat(masks[1:]), masks[0])
 

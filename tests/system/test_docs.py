@@ -116,6 +116,7 @@ ELSEWHERE = {
     "installs": ["pip install ./tenp_dist/runtime/vllm"],
     "tests/cli/test_rank_experts.py runs it": ["tenp-dist rank-experts JOB.yaml --out experts.json"],
     "tests/estimate/test_estimate.py runs it": [
+        "tenp-dist estimate",
         "tenp-dist estimate JOB.yaml --cluster MACHINES.yaml",
         "tenp-dist estimate JOB.yaml --cluster cluster/machines/h100.yaml --nodes 2",
     ],
