@@ -23,7 +23,8 @@ from machine import print_machine
 from scoring import ROOT, make_corpus
 
 from helpers.engines import QUIET
-from helpers.served import VOCABULARY, make_served
+from helpers.served import make_served
+from helpers.served_families import VOCABULARY
 
 WORKER = Path(__file__).with_name("serving_bfloat16_worker.py")
 RANDOM = ("qwen3_moe", "deepseek_v3")

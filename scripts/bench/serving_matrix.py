@@ -2,6 +2,7 @@
 
 Random models in float32 with widths that nothing divides; per family and configuration the differences of the prompts'
 log-probabilities, and whether greedy tokens are equal. `uniform` is compared with transformers too. Tests run a part.
+With `--only` some of these configurations.
 
 With `--stored` experts are stored in forms of compressed-tensors that the plugin serves, and run by an emulated
 kernel, in stock vLLM too: ragged ones of any widths are compared with transformers, ones that keep neurons in whole
@@ -26,7 +27,9 @@ from scoring import ROOT
 
 from helpers.checkpoints import write
 from helpers.engines import HELPERS, QUIET
-from helpers.served import SETTINGS, STORED, VOCABULARY, by_transformers, drawn, make_served, make_stored, save_source
+from helpers.served import STORED, by_transformers, drawn, make_served, make_stored, save_source
+from helpers.served_families import SETTINGS, VOCABULARY
+from tenp_dist.checkpoint.source import open_source
 
 CONFIGURATIONS = {
     "eager": {},
@@ -40,34 +43,43 @@ CONFIGURATIONS = {
     "two ranks, experts by id": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     "drafts": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}},
 }
+UNIFORM = "uniform"
 PROMPTS = torch.randint(2, VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(1))
 
 
 @click.command(help=__doc__)
 @click.option("--family", "families", multiple=True, default=list(SETTINGS), type=click.Choice(list(SETTINGS)))
+@click.option(
+    "--only", multiple=True, default=[*CONFIGURATIONS, UNIFORM], type=click.Choice([*CONFIGURATIONS, UNIFORM])
+)
 @click.option("--stored", multiple=True, type=click.Choice(list(STORED)), help="experts in this form instead")
 @click.option("--folder", type=click.Path(path_type=Path), help="where the temporary folder goes")
-def main(families, stored, folder):
+def main(families, only, stored, folder):
     subprocess.run([ROOT / "scripts/setup-vllm"], check=True)
     print_machine("torch", "transformers")
     click.echo(
-        f"{'family':<12} {'configuration':<28} {'over padded in stock vLLM':<27} {'over transformers':<27} tokens"
+        f"{'family':<16} {'configuration':<28} {'over padded in stock vLLM':<27} {'over transformers':<27} tokens"
     )
     for family in families:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            compare_stored(family, stored, Path(temporary)) if stored else compare(family, Path(temporary))
+            compare_stored(family, stored, Path(temporary)) if stored else compare(family, only, Path(temporary))
 
 
-def compare(family: str, folder: Path) -> None:
+def compare(family: str, only: tuple[str, ...], folder: Path) -> None:
     checkpoints = make_served(family, folder)
-    padded = answers([(checkpoints["padded"], {})], folder)[0]
     stock = by_transformers(checkpoints["padded"], PROMPTS)
+    chosen = [name for name in CONFIGURATIONS if name in only and (name != "drafts" or family == "deepseek_v3")]
+    alike = [name for name in chosen if not CONFIGURATIONS[name]]  # in one process with the padded one
+    padded, *found = answers([(checkpoints["padded"], {}), *[(checkpoints["ragged"], {}) for _ in alike]], folder)
     show(family, "padded, stock vLLM", padded, None, stock)
-    for name, settings in CONFIGURATIONS.items():
-        if "speculative_config" not in settings or family == "deepseek_v3":
-            show(family, name, answers([(checkpoints["ragged"], settings)], folder)[0], padded, stock)
-    uniform = write_uniform(checkpoints["source"], folder / "uniform")
-    show(family, "uniform, stock vLLM", answers([(uniform, {})], folder)[0], None, by_transformers(uniform, PROMPTS))
+    for name, one in zip(alike, found, strict=True):
+        show(family, name, one, padded, stock)
+    for name in [name for name in chosen if name not in alike]:
+        show(family, name, answers([(checkpoints["ragged"], CONFIGURATIONS[name])], folder)[0], padded, stock)
+    if UNIFORM in only:
+        uniform = write_uniform(checkpoints["source"], folder / UNIFORM)
+        found = answers([(uniform, {})], folder)[0]
+        show(family, f"{UNIFORM}, stock vLLM", found, None, by_transformers(uniform, PROMPTS))
 
 
 def compare_stored(family: str, forms: tuple[str, ...], folder: Path) -> None:
@@ -85,8 +97,7 @@ def compare_stored(family: str, forms: tuple[str, ...], folder: Path) -> None:
 
 
 def write_uniform(source: Path, folder: Path) -> Path:
-    config = json.loads((source / "config.json").read_text())
-    layers = range(config.get("first_k_dense_replace", 0), config["num_hidden_layers"])
+    layers = open_source(source).facts.moe_layers
     write(source, {layer: drawn([96] * 12, layer) for layer in layers}, folder, "uniform", shard_size=10**7)
     return folder
 
@@ -111,7 +122,7 @@ def show(family: str, name: str, found: dict, padded: dict | None, stock: torch.
     logprobs = torch.tensor(found["logprobs"])
     over = spread(logprobs, torch.tensor(padded["logprobs"])) if padded else "-"
     tokens = "-" if padded is None else "equal" if found["tokens"] == padded["tokens"] else "DIFFERENT"
-    click.echo(f"{family:<12} {name:<28} {over:<27} {spread(logprobs, stock):<27} {tokens}")
+    click.echo(f"{family:<16} {name:<28} {over:<27} {spread(logprobs, stock):<27} {tokens}")
 
 
 def spread(left: torch.Tensor, right: torch.Tensor) -> str:

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.paths import ROOT
+from helpers.served_families import VOCABULARY
 
 HELPERS = Path(__file__).parent
+TOLERANCE = 1e-5
+PROMPTS = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(3)).tolist()
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -53,3 +57,22 @@ def ask(vllm_python, engine_environment, tmp_path_factory):
         return json.loads(out.read_text())
 
     return start
+
+
+@pytest.fixture(scope="session")
+def answers(ask):
+    """answers({name: (folder, settings)}) -> name -> what was found, engine after engine in one process."""
+
+    def start(runs: dict[str, tuple], **variables: str) -> dict[str, dict]:
+        given = [{"folder": str(folder), "settings": settings} for folder, settings in runs.values()]
+        return dict(zip(runs, ask(given, PROMPTS, **variables), strict=True))
+
+    return start
+
+
+def agrees(found: dict, wanted: dict) -> None:
+    """Log-probabilities of two engines within `TOLERANCE`, and their tokens."""
+    assert "error" not in found, found["error"]
+    assert "error" not in wanted, wanted["error"]
+    off = (torch.tensor(found["logprobs"]) - torch.tensor(wanted["logprobs"])).abs().max().item()
+    assert off < TOLERANCE and found["tokens"] == wanted["tokens"], off

@@ -14,34 +14,12 @@ from safetensors.torch import load_file, save_file
 from helpers.checkpoints import all_tensors, change_config, write
 from helpers.compressed import BUT_EXPERTS, Form, store
 from helpers.fp8 import made
+from helpers.served_families import COMMON, HIDDEN, NEURONS, PUBLISHED, PUBLISHED_VECTORS, SETTINGS
 from tenp_dist.checkpoint.kept import KeptNeurons
+from tenp_dist.checkpoint.source import open_source
 
-NEURONS, VOCABULARY, HIDDEN, BLOCK = 256, 512, 128, 128
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 192,
-    "moe_intermediate_size": NEURONS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 4,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-# latent attention in vLLM wants these two sizes
-LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "q_lora_rank": None, "qk_nope_head_dim": 64, "v_head_dim": 64}
-SETTINGS = {
-    "deepseek_v3": LATENT
-    | {"num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 12, "n_shared_experts": 1}
-    | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
-    "qwen3_moe": {"num_hidden_layers": 4, "num_experts": 12, "norm_topk_prob": True, "head_dim": 64},
-    "qwen2_moe": {"num_hidden_layers": 3, "num_experts": 12, "shared_expert_intermediate_size": 96},
-    "deepseek_v2": LATENT
-    | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 12, "n_shared_experts": 2}
-    | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "topk_method": "group_limited_greedy"},
-}
+BLOCK = 128
+BIASES = ("e_score_correction_bias", "expert_bias")  # of routers; zero in a new model
 # of twelve experts: not multiples of 32 or of two ranks, dropped ones, the full width; a layer without any neuron
 WIDTHS = [[256, 50, 50, 64, 0, 33, 256, 96, 160, 64, 0, 1], [50] * 12, [0] * 12]
 
@@ -56,10 +34,8 @@ def make_served(family: str, folder: Path) -> dict[str, Path]:
 
 def served_plan(source: Path, group: int = 1) -> dict[int, KeptNeurons]:
     """`WIDTHS` of every layer but the first; with `group` rounded up to whole groups of that many neurons."""
-    config = json.loads((source / "config.json").read_text())
-    first = config.get("first_k_dense_replace", 0) + 1
-    layers = range(first, config["num_hidden_layers"])
-    return {layer: drawn(WIDTHS[index], layer, group) for index, layer in enumerate(layers)}
+    layers = open_source(source).facts.moe_layers[1:]
+    return {layer: drawn(widths, layer, group) for layer, widths in zip(layers, WIDTHS, strict=False)}
 
 
 def make_fp8(source: Path, folder: Path) -> dict[str, Path]:
@@ -147,24 +123,30 @@ def save_source(family: str, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **SETTINGS[family]))
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON | SETTINGS[family]))
+    for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if name.endswith(BIASES):
+            tensor.detach().normal_(std=0.1)
     model.save_pretrained(folder)
+    change_config(folder, **PUBLISHED.get(family, {}))
+    _add_tensors(folder, {name: torch.ones(HIDDEN) for name in PUBLISHED_VECTORS.get(family, ())})
     if family == "deepseek_v3":
-        change_config(folder, topk_method="noaux_tc", scoring_func="sigmoid", num_nextn_predict_layers=1)
         _add_mtp_layer(folder, model.config.num_hidden_layers)
     return folder
+
+
+def _add_tensors(folder: Path, added: dict[str, torch.Tensor]) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | added, file, metadata={"format": "pt"})
 
 
 def _add_mtp_layer(folder: Path, layer: int) -> None:
     tensors = load_file(folder / "model.safetensors")
     last, new = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
-    tensors |= {name.replace(last, new): torch.randn_like(t) * 0.1 for name, t in tensors.items() if last in name}
+    added = {name.replace(last, new): torch.randn_like(t) * 0.1 for name, t in tensors.items() if last in name}
     ones = torch.ones(HIDDEN)
-    tensors |= {f"{new}{name}.weight": ones.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
-    tensors[f"{new}eh_proj.weight"] = torch.randn(HIDDEN, 2 * HIDDEN) * 0.1
-    tensors[f"{new}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors[f"{new}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    added |= {f"{new}{name}.weight": ones.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    added[f"{new}eh_proj.weight"] = torch.randn(HIDDEN, 2 * HIDDEN) * 0.1
+    added[f"{new}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    added[f"{new}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    _add_tensors(folder, added)

@@ -18,6 +18,7 @@ from setuptools import find_namespace_packages
 
 import tenp_dist_vllm
 from helpers.paths import ROOT
+from helpers.served_families import SETTINGS
 from tenp_dist.runtime import ragged_config
 from tenp_dist_vllm import compatibility
 from tenp_dist_vllm.configs import config_class
@@ -156,7 +157,8 @@ def scheme(form="pack-quantized", activations=None, **weights):
 
 
 FLOAT = {"num_bits": 8, "type": "float", "group_size": None, "form": "float-quantized"}
-LAYER = SimpleNamespace(layer_name="model.layers.3.mlp.experts")
+NAMES = {"ckpt_gate_proj_name": "gate_proj", "ckpt_down_proj_name": "down_proj", "ckpt_up_proj_name": "up_proj"}
+LAYER = SimpleNamespace(layer_name="model.layers.3.mlp.experts", **NAMES)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,18 @@ LAYER = SimpleNamespace(layer_name="model.layers.3.mlp.experts")
 )
 def test_forms_of_compressed_tensors(stated, form):
     assert form_of(Stated(stated), LAYER) == form and not_served(Stated(stated)) is None
+
+
+def test_forms_are_asked_for_by_the_names_of_the_family():
+    """Of its own parts compressed-tensors may say another form."""
+    named = SimpleNamespace(
+        layer_name="model.layers.3.block_sparse_moe.experts", **dict(zip(NAMES, ("w1", "w2", "w3"), strict=True))
+    )
+    asked = []
+    stated = Stated(scheme())
+    stated.get_scheme_dict = lambda layer, name: asked.append(name) or scheme()
+    assert form_of(stated, named) == INT4
+    assert asked == [f"model.layers.3.block_sparse_moe.experts.0.{name}" for name in ("w1", "w2", "w3")]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +214,8 @@ def test_other_quantisation_is_refused_before_the_model_is_built():
 
 
 def source(family):
-    return {"model_type": family, "architectures": ["Stock"], "moe_intermediate_size": 64, "num_hidden_layers": 5}
+    width = {ragged_config.width_key(family): 64}
+    return {"model_type": family, "architectures": ["Stock"], "num_hidden_layers": 5} | width
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -214,7 +229,8 @@ def test_config_is_a_stock_one_that_keeps_the_widths(family):
     stock = getattr(transformers, FAMILIES[family].config)
     assert isinstance(config, stock) and type(config).__name__ == stock.__name__
     assert config.model_type == family and config.architectures == [architecture(family)] == made["architectures"]
-    assert config.tenp == ragged_config.unsealed(made)["tenp"] and config.moe_intermediate_size == 64
+    assert config.tenp == ragged_config.unsealed(made)["tenp"]
+    assert getattr(config, ragged_config.width_key(family)) == 64
     assert config.num_hidden_layers == 5 and not hasattr(config, "auto_map")
 
 
@@ -251,8 +267,9 @@ def test_contradicting_configs_are_refused(change, message):
         config_class("qwen3_moe").from_dict(made)
 
 
-def test_its_families_are_ours():
-    assert set(FAMILIES) <= set(ragged_config.FAMILIES)
+def test_its_families_are_ours_and_have_models():
+    """`test_vllm_serving.py` and `test_vllm_families.py` prove them all."""
+    assert FAMILIES.keys() == SETTINGS.keys() and set(FAMILIES) <= set(ragged_config.FAMILIES)
 
 
 def test_it_is_a_distribution_of_its_own():

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from helpers.commands import free_port
-from helpers.served import STORED, VOCABULARY, by_transformers, damage, make_fp8, make_served, make_stored
+from helpers.engines import PROMPTS, TOLERANCE, agrees
+from helpers.served import STORED, by_transformers, damage, make_fp8, make_served, make_stored
+from tenp_dist_vllm.families import FAMILIES, architecture
 
 pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(1800)]
-TOLERANCE = 1e-5
-PROMPTS = torch.randint(2, VOCABULARY, (3, 48), generator=torch.Generator().manual_seed(3)).tolist()
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1, "attention_backend": "CPU_MLA"}}
 CHUNKED = {"max_num_batched_tokens": 32, "enable_prefix_caching": True, "block_size": 32}  # chunks by default
 MATRIX = "model.layers.1.mlp.experts.0.down_proj.weight"
@@ -30,7 +30,8 @@ MATRIX = "model.layers.1.mlp.experts.0.down_proj.weight"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """family -> its checkpoints; DeepSeek-V3 with latent attention and a layer for multi-token prediction."""
-    return {family: make_served(family, tmp_path_factory.mktemp(family)) for family in ("qwen3_moe", "deepseek_v3")}
+    families = ("qwen3_moe", "deepseek_v3")
+    return {family: make_served(family, tmp_path_factory.mktemp(family)) for family in families}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def fp8(served, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_rank(served, answers) -> dict[str, dict]:
-    qwen, deepseek = served["qwen3_moe"], served["deepseek_v3"]
+    qwen, deepseek = served.values()
     return answers(
         {
             "qwen padded": (qwen["padded"], {}),
@@ -136,27 +137,18 @@ def not_started(refused, served, answers) -> dict[str, dict]:
     return answers({name: (folder, settings) for name, (folder, settings, _) in refused.items()} | dummy)
 
 
-@pytest.fixture(scope="module")
-def answers(ask):
-    """answers({name: (folder, settings)}) -> name -> what was found, engine after engine in one process."""
-
-    def start(runs: dict[str, tuple], **variables: str) -> dict[str, dict]:
-        given = [{"folder": str(folder), "settings": settings} for folder, settings in runs.values()]
-        return dict(zip(runs, ask(given, PROMPTS, **variables), strict=True))
-
-    return start
-
-
-def agrees(found: dict, wanted: dict) -> None:
-    assert "error" not in found, found["error"]
-    off = (torch.tensor(found["logprobs"]) - torch.tensor(wanted["logprobs"])).abs().max().item()
-    assert off < TOLERANCE and found["tokens"] == wanted["tokens"], off
-
-
 def test_chunked_prefill_and_prefix_caching(one_rank):
     found = one_rank["qwen chunked"]
     agrees(found, one_rank["qwen padded"])
     assert found["metrics"]["vllm:prefix_cache_hits"] > 0
+
+
+def test_this_vllm_has_every_family(vllm_python, engine_environment):
+    code = "from tenp_dist_vllm import models\n" + "".join(f"models.{architecture(family)}\n" for family in FAMILIES)
+    done = subprocess.run(
+        [vllm_python, "-c", code], env=os.environ | engine_environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_prompts_tell_a_wrong_expert(one_rank, quantised):

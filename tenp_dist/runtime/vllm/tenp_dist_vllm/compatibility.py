@@ -5,6 +5,7 @@ import inspect
 
 WORKS = ("0.32", "0.33")
 LOADER_PARAMETERS = ["self", "param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success"]
+NAMES = {"ckpt_gate_proj_name", "ckpt_down_proj_name", "ckpt_up_proj_name"}
 CONFIG_FIELDS = {
     "num_experts", "num_local_experts", "num_logical_experts", "hidden_dim", "intermediate_size", "moe_backend",
     "hidden_dim_unpadded", "intermediate_size_per_partition_unpadded", "has_bias", "is_lora_enabled",
@@ -61,6 +62,8 @@ def _differences():
         "self", "prefix", "quant_config", "moe_config",
     ]:  # fmt: skip
         yield "RoutedExperts._get_quant_method takes other arguments"
+    if not set(inspect.signature(RoutedExperts.__init__).parameters) >= NAMES:
+        yield "RoutedExperts does not know what a checkpoint calls its matrices"
     missing = CONFIG_FIELDS - {field.name for field in dataclasses.fields(FusedMoEConfig)}
     if missing:
         yield f"FusedMoEConfig lacks {', '.join(sorted(missing))}"

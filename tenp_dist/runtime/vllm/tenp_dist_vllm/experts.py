@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from tenp_dist_vllm import rows_op  # noqa: F401  registers the op
 from tenp_dist_vllm.buckets import RoutedExpertsBucket
 from tenp_dist_vllm.forms import SIZES, form_of
-from tenp_dist_vllm.matrices import CHECKPOINT_NAMES, matrix_shape
+from tenp_dist_vllm.matrices import NEURON_AXIS, checkpoint_names, matrix_shape
 from tenp_dist_vllm.ragged_config import widths_by_layer
 from tenp_dist_vllm.rows import Slots
 from tenp_dist_vllm.settings import refuse_layer
@@ -57,7 +57,7 @@ class RaggedRoutedExperts(RoutedExperts):
         self.missing = {
             (expert, shard, name)
             for expert in self.bucket_of
-            for shard in CHECKPOINT_NAMES
+            for shard in NEURON_AXIS
             for name in self.form.names
             if name.startswith("w2") == (shard == "w2") and not name.endswith(SIZES)
         }
@@ -98,13 +98,14 @@ class RaggedRoutedExperts(RoutedExperts):
         found = loaded_weight.tolist() if sizes else list(loaded_weight.shape)
         if found != wanted:
             raise ValueError(
-                f"{self.layer_name}.{expert_id}.{CHECKPOINT_NAMES[shard_id]} has {name} of shape {found}, config.json "
+                f"{self._matrix(expert_id, shard_id)} has {name} of shape {found}, config.json "
                 f"wants {wanted}; write or download the checkpoint again"
             )
         bucket = self.bucket_of.get(expert_id)
-        loaded = bucket is not None and (
-            sizes or self._load(bucket, loaded_weight, name, weight_name, shard_id, expert_id)
-        )
+        if bucket is None or sizes:  # of another rank, which loaders want to know; or nothing to load
+            loaded = bool(self.expert_map_manager.is_local_expert(expert_id))
+        else:
+            loaded = self._load(bucket, loaded_weight, name, weight_name, shard_id, expert_id)
         return loaded if return_success else None
 
     weight_loader.supports_moe_loading = True
@@ -114,19 +115,22 @@ class RaggedRoutedExperts(RoutedExperts):
     ) -> bool:
         if (expert, shard, name) not in self.missing:
             raise NotImplementedError(
-                f"{self.layer_name}.{expert}.{CHECKPOINT_NAMES[shard]} arrives a second time; the weights of a ragged "
+                f"{self._matrix(expert, shard)} arrives a second time; the weights of a ragged "
                 "model cannot be replaced while it serves: start the engine again"
             )
         self.missing.remove((expert, shard, name))
         return bucket.load(matrix, name, weight_name, shard, expert)
+
+    def _matrix(self, expert: int, shard: str) -> str:
+        return f"{self.layer_name}.{expert}.{checkpoint_names(self)[shard]}"
 
     def check_all_arrived(self) -> None:
         """Raises RuntimeError that names what was not loaded. vLLM itself does not notice missing expert tensors."""
         if self.missing and not self.random_weights:
             expert, shard, name = min(self.missing)
             raise RuntimeError(
-                f"{self.layer_name}: {len(self.missing)} matrices of experts are not in the checkpoint, first "
-                f"{expert}.{CHECKPOINT_NAMES[shard]} ({name}); write or download it again"
+                f"{len(self.missing)} matrices of experts are not in the checkpoint, first "
+                f"{self._matrix(expert, shard)} ({name}); write or download it again"
             )
 
 

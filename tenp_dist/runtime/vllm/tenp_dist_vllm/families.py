@@ -21,8 +21,18 @@ class Family:
 
 # model_type of the source -> its row. The experts of all of them are vLLM's `RoutedExperts`.
 FAMILIES = {
+    "afmoe": Family("AfmoeConfig", "afmoe", "AfmoeForCausalLM"),
+    "axk1": Family("AXK1Config", "AXK1", "AXK1ForCausalLM"),
+    "cohere2_moe": Family("Cohere2MoeConfig", "cohere2_moe", "Cohere2MoeForCausalLM"),
     "deepseek_v2": Family("DeepseekV2Config", "deepseek_v2", "DeepseekV2ForCausalLM"),
     "deepseek_v3": Family("DeepseekV3Config", "deepseek_v2", "DeepseekV3ForCausalLM"),
+    "ernie4_5_moe": Family("Ernie4_5_MoeConfig", "ernie45_moe", "Ernie4_5_MoeForCausalLM"),
+    "exaone_moe": Family("ExaoneMoeConfig", "exaone_moe", "ExaoneMoeForCausalLM"),
+    "glm4_moe": Family("Glm4MoeConfig", "glm4_moe", "Glm4MoeForCausalLM"),
+    "glm4_moe_lite": Family("Glm4MoeLiteConfig", "glm4_moe_lite", "Glm4MoeLiteForCausalLM"),
+    "hy_v3": Family("HYV3Config", "hy_v3", "HYV3ForCausalLM"),
+    "mimo_v2_flash": Family("MiMoV2FlashConfig", "mimo_v2", "MiMoV2FlashForCausalLM"),
+    "olmoe": Family("OlmoeConfig", "olmoe", "OlmoeForCausalLM"),
     "qwen2_moe": Family("Qwen2MoeConfig", "qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3_moe": Family("Qwen3MoeConfig", "qwen3_moe", "Qwen3MoeForCausalLM"),
 }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tenp_dist_vllm.matrices import CHECKPOINT_NAMES
+from tenp_dist_vllm.matrices import checkpoint_names
 
 SIZES = "weight_shape"  # rows and columns of a packed matrix: compared, and not needed any more
 MARLIN_GROUPS = (None, 32, 64, 128)
@@ -114,9 +114,8 @@ def form_of(quant_config: Any, layer: Any) -> Form:
     if quant_config.get_name() == "fp8":
         return fp8_in_blocks(quant_config.weight_block_size)
     quant_config._add_fused_moe_to_target_scheme_map()
-    schemes = [
-        quant_config.get_scheme_dict(layer, f"{layer.layer_name}.0.{name}") for name in CHECKPOINT_NAMES.values()
-    ]
+    names = checkpoint_names(layer).values()
+    schemes = [quant_config.get_scheme_dict(layer, f"{layer.layer_name}.0.{name}") for name in names]
     if not any(schemes):
         return PLAIN
     found = None if None in schemes else _compressed(**schemes[0])

@@ -1,11 +1,16 @@
 """The matrices of one expert as a checkpoint holds them: their shapes, and how they fill a bucket's wider parameter."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 NEURON_AXIS = {"w1": 0, "w2": 1, "w3": 0}  # vLLM's names of gate, down and up
-CHECKPOINT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def checkpoint_names(layer: Any) -> dict[str, str]:
+    """What the family of a `RoutedExperts` calls gate, down and up: w1 -> gate_proj, or w1 itself."""
+    return {"w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name, "w3": layer.ckpt_up_proj_name}
 
 
 def matrix_shape(shard: str, width: int, hidden: int, block: Sequence[int | None] = (1, 1)) -> list[int]:
