@@ -51,6 +51,10 @@ SETTINGS: Mapping[str, dict] = {
     "glm4_moe": GROUPED | {"head_dim": 64},
     "glm4_moe_lite": LATENT | GROUPED | {"q_lora_rank": 32},
     "hy_v3": {"num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 4, "head_dim": 64},
+    "lfm2_moe": {
+        "num_experts": EXPERTS, "num_hidden_layers": 4, "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"] * 2,
+    },
     "mimo_v2_flash": {
         "n_routed_experts": EXPERTS, "n_group": 4, "topk_group": 2, "num_hidden_layers": 4, "head_dim": 64,
         "v_head_dim": 64, "sliding_window": 8, "num_attention_heads": 4, "num_key_value_heads": 1,
@@ -60,7 +64,12 @@ SETTINGS: Mapping[str, dict] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     },
+    "minimax_m2": ALONE | {"num_local_experts": EXPERTS, "head_dim": 64, "rotary_dim": 32},
+    "mixtral": ALONE | {"num_local_experts": EXPERTS},
     "olmoe": ALONE | {"num_experts": EXPERTS},
+    "phimoe": ALONE | {
+        "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True,
+    },
 }  # fmt: skip
 # what configs on the Hub say, vLLM reads and transformers does not save
 PUBLISHED: Mapping[str, dict] = {
@@ -76,6 +85,8 @@ PUBLISHED: Mapping[str, dict] = {
         "sliding_window_size": 8, "add_swa_attention_sink_bias": True, "rope_theta": 5e6,
         "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     },
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
 }  # fmt: skip
 # vectors of `HIDDEN` ones that files on the Hub hold, vLLM loads and transformers does not save
 PUBLISHED_VECTORS: Mapping[str, tuple[str, ...]] = {"axk1": ("model.layers.0.post_mlp_layernorm.weight",)}

@@ -31,8 +31,12 @@ FAMILIES = {
     "glm4_moe": Family("Glm4MoeConfig", "glm4_moe", "Glm4MoeForCausalLM"),
     "glm4_moe_lite": Family("Glm4MoeLiteConfig", "glm4_moe_lite", "Glm4MoeLiteForCausalLM"),
     "hy_v3": Family("HYV3Config", "hy_v3", "HYV3ForCausalLM"),
+    "lfm2_moe": Family("Lfm2MoeConfig", "lfm2_moe", "Lfm2MoeForCausalLM"),
     "mimo_v2_flash": Family("MiMoV2FlashConfig", "mimo_v2", "MiMoV2FlashForCausalLM"),
+    "minimax_m2": Family("MiniMaxM2Config", "minimax_m2", "MiniMaxM2ForCausalLM"),
+    "mixtral": Family("MixtralConfig", "mixtral", "MixtralForCausalLM"),
     "olmoe": Family("OlmoeConfig", "olmoe", "OlmoeForCausalLM"),
+    "phimoe": Family("PhimoeConfig", "phimoe", "PhiMoEForCausalLM"),
     "qwen2_moe": Family("Qwen2MoeConfig", "qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3_moe": Family("Qwen3MoeConfig", "qwen3_moe", "Qwen3MoeForCausalLM"),
 }
