@@ -50,6 +50,16 @@ SETTINGS: Mapping[str, dict] = {
     },
     "glm4_moe": GROUPED | {"head_dim": 64},
     "glm4_moe_lite": LATENT | GROUPED | {"q_lora_rank": 32},
+    "granitemoe": ALONE | {"num_local_experts": EXPERTS, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "granitemoe_swa": ALONE | {
+        "num_local_experts": EXPERTS, "shared_intermediate_size": 96, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granitemoehybrid": ALONE | {
+        "num_local_experts": EXPERTS, "shared_intermediate_size": 96, "mamba_n_heads": 4, "mamba_d_state": 16,
+        "mamba_chunk_size": 8, "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    },
+    "granitemoeshared": ALONE | {"num_local_experts": EXPERTS, "shared_intermediate_size": 96},
     "hy_v3": {"num_experts": EXPERTS, "num_shared_experts": 1, "num_hidden_layers": 4, "head_dim": 64},
     "lfm2_moe": {
         "num_experts": EXPERTS, "num_hidden_layers": 4, "num_dense_layers": 1,
