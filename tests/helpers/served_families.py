@@ -95,7 +95,7 @@ PUBLISHED: Mapping[str, dict] = {
         "sliding_window_size": 8, "add_swa_attention_sink_bias": True, "rope_theta": 5e6,
         "swa_rope_theta": 1e4, "partial_rotary_factor": 0.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     },
-    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "minimax_m2": {"scoring_func": "softmax", "use_routing_bias": True},  # sigmoid there: vLLM's CPU router lacks it
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
 }  # fmt: skip
 # vectors of `HIDDEN` ones that files on the Hub hold, vLLM loads and transformers does not save

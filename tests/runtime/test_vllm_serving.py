@@ -30,7 +30,7 @@ MATRIX = "model.layers.1.mlp.experts.0.down_proj.weight"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """family -> its checkpoints; DeepSeek-V3 with latent attention and a layer for multi-token prediction."""
-    families = ("qwen3_moe", "deepseek_v3", "minimax_m2")
+    families = ("qwen3_moe", "deepseek_v3", "mixtral")
     return {family: make_served(family, tmp_path_factory.mktemp(family)) for family in families}
 
 
@@ -71,13 +71,13 @@ def fp8(served, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_rank(served, answers) -> dict[str, dict]:
-    qwen, deepseek, minimax = served.values()
+    qwen, deepseek, mixtral = served.values()
     return answers(
         {
             "qwen padded": (qwen["padded"], {}),
             "qwen chunked": (qwen["ragged"], CHUNKED),
-            "minimax padded": (minimax["padded"], {}),
-            "minimax": (minimax["ragged"], {}),
+            "mixtral padded": (mixtral["padded"], {}),
+            "mixtral": (mixtral["ragged"], {}),
             "deepseek padded": (deepseek["padded"], {}),
             "deepseek drafts": (deepseek["ragged"], MTP),
             "qwen compiled": (qwen["ragged"], {"enforce_eager": False}),
@@ -146,8 +146,8 @@ def test_chunked_prefill_and_prefix_caching(one_rank):
 
 
 def test_matrices_that_are_called_w1_and_w3(one_rank):
-    """MiniMax-M2; `test_vllm_families.py` has the other families."""
-    agrees(one_rank["minimax"], one_rank["minimax padded"])
+    """Mixtral; `test_vllm_families.py` has the other families."""
+    agrees(one_rank["mixtral"], one_rank["mixtral padded"])
 
 
 def test_this_vllm_has_every_family(vllm_python, engine_environment):
