@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tenp_dist.job_parts import Benchmark
 
 BACKENDS: Mapping[str, str] = {"transformers": "hf", "vllm": "vllm", "server": "local-completions"}
 """Backend of a job -> the name of lm-eval for it."""
-_LAST = 4000  # characters of the log in which its last line is looked for
+_LAST, _SAID = 4000, 500  # characters of the log in which its end is looked for, and of what is said of it
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|NotFound|Interrupt)\b")
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,15 @@ def _run_harness(python: Path, wanted: Mapping[str, Any], log: Path, name: str) 
         raise BenchmarkError(
             f"lm-eval failed on the {name} model",
             where=log,
-            found=lines[-1] if lines else f"exit code {done.returncode}",
+            found=why_it_ended(lines) if lines else f"exit code {done.returncode}",
             next_step="read the log, correct it and run again: a column that was finished is kept",
         )
+
+
+def why_it_ended(lines: Sequence[str]) -> str:
+    """The exception that a log ends with, all of its lines in one; the last line where there is none."""
+    begins = [number for number, line in enumerate(lines) if _EXCEPTION.match(line)]
+    return " ".join(" ".join(lines[begins[-1] if begins else -1 :]).split())[:_SAID]
 
 
 def _api_key() -> str:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tenp_dist.benchmark.column import why_it_ended
 from tenp_dist.benchmark.harness import task_figures
 from tenp_dist.benchmark.paired import compared, mean_and_error, paired
 
@@ -84,3 +85,15 @@ def test_figures_of_a_task_by_filter():
         "samples": {"exact_match,strict": {"0": 0.0, "1": 1.0}, "exact_match,loose": {"0": 1.0, "1": 1.0}},
         "answer_tokens": {"0": 1.0, "1": 3.0},
     }
+
+
+@pytest.mark.parametrize(
+    ("log", "wanted"),
+    [
+        ("INFO ready\nTraceback:\n  x\nValueError: bad\n  of two lines\n", "ValueError: bad of two lines"),
+        ("KeyError: 1\nDuring it:\na.b.NotFoundError: no\n    see https://x\n", "a.b.NotFoundError: no see https://x"),
+        ("Killed\n", "Killed"),
+    ],
+)
+def test_what_a_log_ends_with(log, wanted):
+    assert why_it_ended(log.strip().splitlines()) == wanted
