@@ -21,6 +21,7 @@ from tenp_dist.checkpoint.families.base import DOWN, DOWN_BIAS, NEURON_AXIS, PAR
 from tenp_dist.checkpoint.families.table import family_and_config
 from tenp_dist.checkpoint.index import CheckpointIndex, open_index
 from tenp_dist.checkpoint.reader import TensorReader, check_shape
+from tenp_dist.errors import UnsupportedModelError
 from tenp_dist.model.buffers import restore_buffers
 from tenp_dist.model.experts import FusedExperts
 from tenp_dist.model.forms import in_one_form
@@ -192,7 +193,13 @@ class Skeleton:
         """A parameter of the model from its tensor, or from its parts."""
         stored = self._stored_parameter(path)
         if stored.shared_by > 1:
-            raise NotImplementedError(f"{path} is a part of {stored.tensors[0]}, which nothing reads yet")
+            raise UnsupportedModelError(
+                "A tensor holds several parameters",
+                where=f"{self.index.folder}: {stored.tensors[0]}",
+                found=f"{path}, one of {stored.shared_by} in it",
+                wanted="such tensors in towers alone, which are copied and not read",
+                next_step="save the checkpoint with a tensor for each parameter",
+            )
         stored.check(self.index, parameter.shape)
         tensor = own_zeros(parameter.shape, self._dtype_of(path))
         parts = tensor.chunk(len(stored.tensors), stored.axis) if len(stored.tensors) > 1 else (tensor,)
